@@ -1,0 +1,50 @@
+"""ForwardBatch: the tensors one step hands to the model. No hidden "current batch" anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's paged keys and values.
+
+    k, v     [num_blocks, H_kv, block_size, D]   bfloat16, float32 or float8_e4m3fn
+    k_scale  stored value * k_scale = key        1.0 unless the cache is FP8
+    v_scale  likewise for values
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One ragged step: B sequences give T new tokens in all, prompt parts and decodes alike.
+
+    input_ids      int64 [T]
+    positions      int64 [T]              position of each new token in its sequence
+    slot_mapping   int64 [T]              block_id * block_size + offset where its K and V go
+    block_tables   int32 [B, max_blocks]  block ids in order; unused entries 0 (the null block)
+    seq_lens       int32 [B]              tokens visible to attention, the new ones included
+    cu_seqlens_q   int32 [B + 1]          prefix sum of new tokens per sequence
+    logits_rows    int64 [R]              rows of [0, T) whose logits are wanted
+    kv             one KVLayer per decoder layer
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+    logits_rows: Tensor
+    kv: tuple[KVLayer, ...]

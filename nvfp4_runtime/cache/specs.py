@@ -1,0 +1,26 @@
+"""What a layer wants kept between steps. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Keys and values of one attention layer, per token.
+
+    k_scale, v_scale  the checkpoint's FP8 multipliers (stored * scale = value); 1.0 where it has none
+    has_scales        the checkpoint asks for an FP8 KV cache
+    window            sliding window in tokens, or None
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    has_scales: bool = False
+
+    def bytes_per_token(self, kv_dtype: str) -> int:
+        """Bytes one token's K and V take in this layer."""
+        return 2 * self.num_kv_heads * self.head_dim * {"bfloat16": 2, "float32": 4, "fp8": 1}[kv_dtype]

@@ -1,0 +1,129 @@
+"""Frozen configurations, resolved once from flags, model files and machine facts. Torch-free; dtypes are strings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Numerics = Literal["w4a16", "w4a4"]
+KVDtype = Literal["bfloat16", "float32", "fp8"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base, variant and the variant's numbers, as in transformers' `rope_parameters`."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    partial_rotary_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a decoder's code needs to know of its config.json, in one spelling.
+
+    `layer_windows[i]` is layer i's sliding window in tokens, or None for full attention.
+    """
+
+    architecture: str
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    layer_windows: tuple[int | None, ...] = ()
+    dtype: Dtype = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What config.json and hf_quant_config.json declare. The tensors decide; this is checked against them.
+
+    method   "none", "modelopt", "compressed-tensors"
+    algo     upper-case algorithm, e.g. "NVFP4", or None for a plain checkpoint
+    kv_algo  "FP8" or None
+    exclude  fnmatch patterns on module paths that stay unquantised
+    """
+
+    method: str = "none"
+    algo: str | None = None
+    group_size: int = 16
+    kv_algo: str | None = None
+    exclude: tuple[str, ...] = ()
+    producer: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache. `num_blocks` None: as many as fit into `memory_bytes` (None: a share of free memory)."""
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory_bytes: int | None = None
+    kv_dtype: KVDtype | Literal["auto"] = "auto"
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Bounds of one step and of the queue."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_model_len: int | None = None
+    max_queued_requests: int = 1024
+
+
+@dataclass(frozen=True)
+class SimulatedConfig:
+    """The deterministic stand-in for a model: scripted tokens and step times, no weights, no torch.
+
+    Request r's token i is `script[i % len(script)]` if a script is given, else a hash of the tokens so far.
+    """
+
+    vocab_size: int = 256
+    max_model_len: int = 4096
+    script: tuple[int, ...] = ()
+    eos_token_id: int | None = None
+    step_seconds: float = 0.0
+    seconds_per_token: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine process is told. `model` is a local folder; `simulated` replaces it."""
+
+    model: str = ""
+    dtype: Dtype | Literal["auto"] = "auto"
+    numerics: Numerics | Literal["auto"] = "auto"
+    backend: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    simulated: SimulatedConfig | None = None

@@ -1,0 +1,168 @@
+"""What crosses between the server's process and the engine's: msgpack structs, length-prefixed. No pickle.
+
+Client to engine: Start (once), then Submit, Abort, Shutdown. Engine to client: Progress while loading, then Ready or
+Failed, then Outputs after each step and Refused for a request it cannot take.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from nvfp4_runtime.config import EngineConfig
+from nvfp4_runtime.sampling.params import SamplingParams
+
+
+class Start(msgspec.Struct, tag=True):
+    """First message: what to load."""
+
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, tag=True):
+    """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_seconds: float
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, tag=True):
+    """End these requests; unknown ids are ignored, since a request may have finished on its way."""
+
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """Finish nothing, free everything, exit 0."""
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """A token with its log-probability, its rank (1 = most likely) and the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class RequestTimes(msgspec.Struct, array_like=True):
+    """Moments of a request's life, time.monotonic() seconds; 0 where it did not get there."""
+
+    arrival: float
+    scheduled: float
+    first_token: float
+    finished: float
+
+
+class TokenOutput(msgspec.Struct):
+    """New tokens of one request. Exactly one output per request carries a finish_reason, and it is the last.
+
+    finish_reason  "stop" (EOS, stop_token_ids), "length", "abort", "error"; None while running
+    stop_reason    the stop token's id when one of stop_token_ids ended it
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    times: RequestTimes | None = None
+    error: str | None = None
+
+
+class StepStats(msgspec.Struct):
+    """State after a step, and what the step did. Counters are totals since start."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_used_blocks: int
+    num_total_blocks: int
+    step_seconds: float = 0.0
+    step_prompt_tokens: int = 0
+    step_generation_tokens: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+class LayerGroup(msgspec.Struct):
+    """One line of the precision report: layers that are stored and run alike."""
+
+    name: str
+    count: int
+    stored: str
+    bits_per_weight: float
+    num_bytes: int
+    backend: str
+    numerics: str
+    reason: str = ""
+
+
+class EngineInfo(msgspec.Struct, kw_only=True):
+    """What was loaded and how it runs; sent once, with Ready."""
+
+    model: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_queued_requests: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    kv_dtype: str
+    kv_bytes: int
+    dtype: str
+    numerics: str
+    numerics_reason: str
+    weight_bytes: dict[str, int]
+    layers: list[LayerGroup]
+    eos_token_ids: list[int]
+    startup_seconds: dict[str, float]
+    backends: dict[str, dict[str, str]]
+    enable_prefix_caching: bool
+    pid: int = 0
+
+
+class Progress(msgspec.Struct, tag=True):
+    """Loading goes on: `phase` names what, `fraction` how far (0..1)."""
+
+    phase: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, tag=True):
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Loading failed, or the engine cannot go on. `kind` is the error's class name."""
+
+    kind: str
+    message: str
+    flag: str | None = None
+
+
+class Outputs(msgspec.Struct, tag=True):
+    outputs: list[TokenOutput]
+    stats: StepStats
+
+
+class Refused(msgspec.Struct, tag=True):
+    """The engine would not take this request (the client's own checks come first, so this is rare)."""
+
+    request_id: str
+    kind: str
+    message: str
+    param: str | None = None
+
+
+ToEngine = Start | Submit | Abort | Shutdown
+FromEngine = Progress | Ready | Failed | Outputs | Refused

@@ -1,0 +1,1 @@
+"""The arithmetic: op contracts, backends, and the choice between them."""

@@ -1,0 +1,129 @@
+"""Which backend runs which op: decided once, at load, and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from nvfp4_runtime.config import Dtype, Numerics
+from nvfp4_runtime.errors import ConfigError, NoBackendError
+from nvfp4_runtime.kernels.ops import (
+    ActivationSpec,
+    Backend,
+    LinearKernel,
+    LinearSpec,
+    NormSpec,
+    OpSpec,
+    PagedAttentionSpec,
+    RMSNormKernel,
+    AttentionKernel,
+    RopeKernel,
+    RopeSpec,
+)
+from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight
+
+logger = logging.getLogger(__name__)
+
+
+def choose(spec: OpSpec, backends: Sequence[Backend]) -> tuple[Backend, dict[str, str]]:
+    """The first backend that accepts `spec`, and why those before it refused; NoBackendError lists every refusal."""
+    refusals: dict[str, str] = {}
+    for backend in backends:
+        if (reason := backend.refuses(spec)) is None:
+            return backend, refusals
+        refusals[backend.name] = reason
+    raise NoBackendError(spec, refusals)
+
+
+def available_backends(name: str = "auto", threads: int | None = None) -> list[Backend]:
+    """Backends by preference. Asking for one by name gives a list of one: it runs there or start-up fails."""
+    from nvfp4_runtime.kernels.cpu.backend import CPUBackend
+    from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+
+    makers: dict[str, Callable[[], Backend]] = {
+        "cpu": lambda: CPUBackend(threads=threads),
+        "reference": lambda: ReferenceBackend(threads=threads),
+    }
+    if name == "auto":
+        return [make() for make in makers.values()]
+    if name not in makers:
+        raise ConfigError(f"unknown backend {name!r}; expected one of auto, {', '.join(makers)}", "--backend")
+    return [makers[name]()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One linear layer's record for the precision report."""
+
+    group: str
+    stored: str
+    bits_per_weight: float
+    num_bytes: int
+    backend: str
+    numerics: str
+    reason: str
+
+
+@dataclass
+class Kernels:
+    """Hands layers their kernels and remembers every choice. One per loaded model.
+
+    backends  by preference
+    numerics  "auto" resolves to W4A16, which is what the CPU and plain backends run fastest; see docs/numerics.md
+    dtype     of activations
+    """
+
+    backends: Sequence[Backend]
+    dtype: Dtype
+    numerics: Numerics | Literal["auto"] = "auto"
+    choices: list[Choice] = field(default_factory=list)
+    _logged: set[OpSpec] = field(default_factory=set)
+
+    def resolved_numerics(self) -> Numerics:
+        return "w4a16" if self.numerics == "auto" else self.numerics
+
+    def linear(self, group: str, weight: Weight, out_dtype: Dtype | None = None) -> LinearKernel:
+        """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report."""
+        packed = isinstance(weight, NVFP4Weight)
+        numerics = self.resolved_numerics() if packed else None
+        if isinstance(weight, NVFP4Weight) and numerics == "w4a4" and weight.input_scale is None:
+            raise ConfigError(
+                f"w4a4 needs an input_scale for every NVFP4 layer and {group} has none in this checkpoint; "
+                "use --numerics w4a16, or quantise with --calib",
+                "--numerics",
+            )
+        spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, out_dtype or self.dtype)  # type: ignore[arg-type]
+        backend, refusals = self._choose(spec)
+        kernel = backend.linear(weight, spec)
+        bits = 8 * weight.nbytes / (weight.n * weight.k)
+        reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+        self.choices.append(
+            Choice(group, weight.format, bits, weight.nbytes, backend.name, numerics or "dense", reason)
+        )
+        return kernel
+
+    def rms_norm(self, hidden: int) -> RMSNormKernel:
+        spec = NormSpec(hidden, self.dtype)
+        return self._choose(spec)[0].rms_norm(spec)
+
+    def silu_mul(self, width: int) -> Callable[[Tensor], Tensor]:
+        spec = ActivationSpec(width, self.dtype)
+        return self._choose(spec)[0].silu_mul(spec)
+
+    def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
+        return self._choose(spec)[0].rope_and_cache(spec)
+
+    def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
+        return self._choose(spec)[0].paged_attention(spec)
+
+    def _choose(self, spec: OpSpec) -> tuple[Backend, dict[str, str]]:
+        backend, refusals = choose(spec, self.backends)
+        if spec not in self._logged:
+            self._logged.add(spec)
+            why = f" ({'; '.join(f'{n}: {r}' for n, r in refusals.items())})" if refusals else ""
+            logger.info("%s -> %s%s", spec, backend.name, why)
+        return backend, refusals

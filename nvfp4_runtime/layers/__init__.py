@@ -1,0 +1,1 @@
+"""Decoder layers, built from a Checkpoint and backends, called with a batch."""

@@ -1,0 +1,1 @@
+"""The NVFP4 number format: codec, canonical weights, scale layouts."""

@@ -1,0 +1,143 @@
+"""The canonical forms of a weight, between checkpoint dialects and hardware layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.errors import NVFP4ShapeError
+from nvfp4_runtime.nvfp4 import codec
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A plain weight [N, K] (bfloat16, float16 or float32) with its bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    @property
+    def format(self) -> str:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.weight.dtype]
+
+
+@dataclass(frozen=True)
+class NVFP4Weight:
+    """A packed NVFP4 weight, possibly several fused by rows. Names and meanings are ModelOpt's.
+
+    packed          uint8 [N, K/2]   even k in the low nibble
+    block_scale     e4m3  [N, K/16]  row-major, not swizzled
+    weight_scale_2  fp32  [G]        one multiplier per row group: fused parts may differ, and keep theirs
+    group_rows      rows of each of the G groups, summing to N
+    input_scale     amax / 2688 of the layer's input, or None where the checkpoint has none (W4A16 only)
+    bias            [N] or None
+    """
+
+    packed: Tensor
+    block_scale: Tensor
+    weight_scale_2: Tensor
+    group_rows: tuple[int, ...]
+    input_scale: float | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        codec.check_k(self.k)
+        if self.packed.dtype != torch.uint8 or self.block_scale.dtype != torch.float8_e4m3fn:
+            raise NVFP4ShapeError(
+                f"expected uint8 codes and float8_e4m3fn scales, found {self.packed.dtype} and {self.block_scale.dtype}"
+            )
+        if tuple(self.block_scale.shape) != (self.n, self.k // codec.BLOCK):
+            raise NVFP4ShapeError(
+                f"codes [{self.n}, {self.k // 2}] need block scales [{self.n}, {self.k // codec.BLOCK}], "
+                f"found {list(self.block_scale.shape)}"
+            )
+        if tuple(self.weight_scale_2.shape) != (len(self.group_rows),) or sum(self.group_rows) != self.n:
+            raise NVFP4ShapeError(
+                f"{len(self.group_rows)} row groups {self.group_rows} do not describe {self.n} rows with "
+                f"weight_scale_2 {list(self.weight_scale_2.shape)}"
+            )
+
+    @property
+    def n(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.packed.shape[1] * 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.block_scale.nbytes + self.weight_scale_2.nbytes
+
+    @property
+    def format(self) -> str:
+        return "nvfp4"
+
+    def row_scale_2(self) -> Tensor:
+        """weight_scale_2 spread over rows, fp32 [N]."""
+        rows = torch.tensor(self.group_rows, device=self.weight_scale_2.device)
+        return torch.repeat_interleave(self.weight_scale_2, rows)
+
+    def dequantize(self) -> Tensor:
+        """The weight in float32 [N, K]."""
+        return codec.dequantize(self.packed, self.block_scale, self.row_scale_2().unsqueeze(1))
+
+    def operand(self) -> Tensor:
+        """code * block scale in bfloat16 [N, K], exact; multiply results by `row_scale_2()`."""
+        return codec.operand(self.packed, self.block_scale)
+
+
+Weight = NVFP4Weight | DenseWeight
+
+
+def fuse(parts: Sequence[Weight]) -> Weight:
+    """Join the rows of weights that share one input (q/k/v, gate/up).
+
+    NVFP4 parts keep their own weight_scale_2; the largest input_scale serves them all, since one activation enters
+    them all. Raises NVFP4ShapeError when formats or K differ: such parts must stay apart (see `can_fuse`).
+    """
+    if not can_fuse(parts):
+        found = ", ".join(f"{p.format}[{p.n}, {p.k}]" for p in parts)
+        raise NVFP4ShapeError(f"cannot fuse rows of {found}; expected one format and one K")
+    bias = _fuse_bias(parts)
+    if isinstance(parts[0], DenseWeight):
+        return DenseWeight(torch.cat([p.weight for p in parts if isinstance(p, DenseWeight)]), bias)
+    packed = [p for p in parts if isinstance(p, NVFP4Weight)]
+    input_scales = [p.input_scale for p in packed if p.input_scale is not None]
+    return NVFP4Weight(
+        packed=torch.cat([p.packed for p in packed]),
+        # cat is not implemented for float8 everywhere; bytes are bytes
+        block_scale=torch.cat([p.block_scale.view(torch.uint8) for p in packed]).view(torch.float8_e4m3fn),
+        weight_scale_2=torch.cat([p.weight_scale_2 for p in packed]),
+        group_rows=tuple(r for p in packed for r in p.group_rows),
+        input_scale=max(input_scales) if input_scales else None,
+        bias=bias,
+    )
+
+
+def can_fuse(parts: Sequence[Weight]) -> bool:
+    """Whether `fuse` accepts these parts."""
+    has_scale = {isinstance(p, NVFP4Weight) and p.input_scale is not None for p in parts}
+    return len({p.format for p in parts}) == 1 and len({p.k for p in parts}) == 1 and len(has_scale) == 1
+
+
+def _fuse_bias(parts: Sequence[Weight]) -> Tensor | None:
+    if all(p.bias is None for p in parts):
+        return None
+    dtype = next(p.bias.dtype for p in parts if p.bias is not None)
+    return torch.cat([torch.zeros(p.n, dtype=dtype) if p.bias is None else p.bias for p in parts])

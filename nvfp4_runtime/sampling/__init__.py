@@ -1,0 +1,1 @@
+"""Sampling: parameters, logit processing, token choice. Pure functions of logits, params and seed."""

@@ -1,0 +1,78 @@
+"""SamplingParams: what a request asks of the sampler. Torch-free, and a wire message as it is."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from nvfp4_runtime.errors import InvalidParameterError
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to choose tokens and when to stop. Ranges are vLLM's; `validate` names the field that is out of range.
+
+    temperature 0 is greedy. top_k 0 or -1 is off. seed None: drawn by the engine, so output differs per call.
+    logprobs: how many alternatives to report beside the sampled token; None for no logprobs at all.
+    prompt_logprobs: the same for each prompt token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise InvalidParameterError naming the first field that is out of range."""
+        _check(0 <= self.temperature <= 2, "temperature", self.temperature, "a number in [0, 2]")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or a positive integer")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
+        _check(
+            0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "a positive number"
+        )
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "a number in [-2, 2]")
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "a number in [-2, 2]")
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
+        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
+        _check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        _check(
+            self.seed is None or -MAX_SEED - 1 <= self.seed <= MAX_SEED, "seed", self.seed, "a 64-bit signed integer"
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"an integer in [0, {MAX_LOGPROBS}]")
+        for token_id, bias in self.logit_bias.items():
+            _check(-100 <= bias <= 100, "logit_bias", bias, "biases in [-100, 100]")
+            _check_token(token_id, vocab_size, "logit_bias")
+        for token_id in self.stop_token_ids:
+            _check_token(token_id, vocab_size, "stop_token_ids")
+
+
+def _check(ok: bool, param: str, found: object, expected: str) -> None:
+    if not ok:
+        raise InvalidParameterError(f"{param} must be {expected}, got {found}", param)
+
+
+def _check_token(token_id: int, vocab_size: int | None, param: str) -> None:
+    limit = vocab_size if vocab_size is not None else 2**31
+    _check(0 <= token_id < limit, param, token_id, f"token ids in [0, {limit})")
