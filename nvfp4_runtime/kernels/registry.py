@@ -75,19 +75,28 @@ class Kernels:
     backends  by preference
     numerics  "auto" resolves to W4A16, which is what the CPU and plain backends run fastest; see docs/numerics.md
     dtype     of activations
+    observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
+              Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
+              "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
     """
 
     backends: Sequence[Backend]
     dtype: Dtype
     numerics: Numerics | Literal["auto"] = "auto"
+    observe: Callable[[tuple[str, ...], LinearKernel], LinearKernel] | None = None
     choices: list[Choice] = field(default_factory=list)
     _logged: set[OpSpec] = field(default_factory=set)
 
     def resolved_numerics(self) -> Numerics:
         return "w4a16" if self.numerics == "auto" else self.numerics
 
-    def linear(self, group: str, weight: Weight, out_dtype: Dtype | None = None) -> LinearKernel:
-        """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report."""
+    def linear(
+        self, group: str, weight: Weight, out_dtype: Dtype | None = None, names: Sequence[str] = ()
+    ) -> LinearKernel:
+        """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
+
+        `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
+        """
         packed = isinstance(weight, NVFP4Weight)
         numerics = self.resolved_numerics() if packed else None
         if isinstance(weight, NVFP4Weight) and numerics == "w4a4" and weight.input_scale is None:
@@ -104,7 +113,7 @@ class Kernels:
         self.choices.append(
             Choice(group, weight.format, bits, weight.nbytes, backend.name, numerics or "dense", reason)
         )
-        return kernel
+        return kernel if self.observe is None else self.observe(tuple(names), kernel)
 
     def rms_norm(self, hidden: int) -> RMSNormKernel:
         spec = NormSpec(hidden, self.dtype)
