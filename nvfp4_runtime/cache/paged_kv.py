@@ -1,0 +1,36 @@
+"""The tensors behind block ids: one pair of paged K and V per decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nvfp4_runtime.batch import KVLayer
+from nvfp4_runtime.cache.specs import AttentionSpec
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
+
+
+def bytes_per_block(specs: Sequence[AttentionSpec], kv_dtype: str, block_size: int) -> int:
+    """Bytes one block id takes over all layers."""
+    return block_size * sum(spec.bytes_per_token(kv_dtype) for spec in specs)
+
+
+def allocate(
+    specs: Sequence[AttentionSpec], kv_dtype: str, num_blocks: int, block_size: int, device: torch.device
+) -> tuple[KVLayer, ...]:
+    """Zeroed caches [num_blocks, H_kv, block_size, D], one per layer.
+
+    Zeroed because a padded read of an unwritten slot must be finite; the pages stay untouched until first use.
+    """
+    dtype = _DTYPES[kv_dtype]
+    layers = []
+    for spec in specs:
+        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        # zeros of an integer type: the allocator gives zero pages, where a float8 fill would touch all of them
+        raw = [torch.zeros(shape, dtype=torch.uint8 if kv_dtype == "fp8" else dtype, device=device) for _ in "kv"]
+        k, v = (t.view(dtype) for t in raw)
+        scaled = kv_dtype == "fp8"
+        layers.append(KVLayer(k, v, spec.k_scale if scaled else 1.0, spec.v_scale if scaled else 1.0))
+    return tuple(layers)

@@ -1,0 +1,290 @@
+"""EngineClient: the engine as asyncio sees it. Admission is decided here and now; steps happen elsewhere. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from nvfp4_runtime import errors
+from nvfp4_runtime.config import EngineConfig
+from nvfp4_runtime.engine.engine import check_request
+from nvfp4_runtime.engine.messages import (
+    Abort,
+    EngineInfo,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Refused,
+    Shutdown,
+    Start,
+    StepStats,
+    Submit,
+    TokenOutput,
+    ToEngine,
+)
+from nvfp4_runtime.engine.wire import FrameBuffer, decode_from_engine, frame
+from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError
+from nvfp4_runtime.sampling.params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+ProgressCallback = Callable[[str, float], None]
+_SHUTDOWN_SECONDS = 10.0
+
+
+class TokenStream:
+    """The outputs of one request, in order; the last carries a finish_reason."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._queue: asyncio.Queue[TokenOutput | NVFP4Error] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, item: TokenOutput | NVFP4Error) -> None:
+        self._queue.put_nowait(item)
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, NVFP4Error):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+
+class AsyncEngine(Protocol):
+    """What the server needs of an engine."""
+
+    info: EngineInfo
+    stats: StepStats
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def death_reason(self) -> str | None: ...
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> TokenStream: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def on_step(self, callback: Callable[[StepStats], None]) -> None: ...
+
+    def on_finish(self, callback: Callable[[TokenOutput], None]) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class EngineClient:
+    """The engine in its own process, over an inherited Unix socket."""
+
+    def __init__(self, process: subprocess.Popen[bytes], writer: asyncio.StreamWriter, info: EngineInfo) -> None:
+        self.info = info
+        self.stats = StepStats(0, 0, info.num_blocks - 1, 0, info.num_blocks - 1)
+        self._process = process
+        self._writer = writer
+        self._streams: dict[str, TokenStream] = {}
+        self._death: str | None = None
+        self._closing = False
+        self._on_step: list[Callable[[StepStats], None]] = []
+        self._on_finish: list[Callable[[TokenOutput], None]] = []
+        self._reader_task: asyncio.Task[None] | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def launch(cls, config: EngineConfig, on_progress: ProgressCallback | None = None) -> EngineClient:
+        """Start the process and wait until it is ready. Raises what the engine raised while loading."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nvfp4_runtime.engine.core", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
+        frames = FrameBuffer()
+        try:
+            writer.write(frame(Start(config)))
+            info, rest = await _wait_ready(reader, frames, on_progress)
+        except BaseException:
+            writer.close()
+            process.kill()
+            process.wait()
+            raise
+        client = cls(process, writer, info)
+        for payload in rest:
+            client._dispatch(payload)
+        client._reader_task = asyncio.create_task(client._read(reader, frames))
+        return client
+
+    @property
+    def alive(self) -> bool:
+        return self._death is None
+
+    @property
+    def death_reason(self) -> str | None:
+        return self._death
+
+    async def close(self) -> None:
+        """Stop the engine process. Streams still open end with EngineDeadError."""
+        if self._closing:
+            return
+        self._closing = True
+        if self.alive:
+            self._send(Shutdown())
+        try:
+            await asyncio.to_thread(self._process.wait, _SHUTDOWN_SECONDS)
+        except subprocess.TimeoutExpired:
+            logger.warning("the engine did not stop within %.0f s; killing it", _SHUTDOWN_SECONDS)
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        if self._reader_task is not None:
+            await self._reader_task
+        self._writer.close()
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> TokenStream:
+        """Admit a request or raise at once: RequestError (400), QueueFullError (429), EngineDeadError (503)."""
+        self._require_alive()
+        check_request(prompt_token_ids, params, self.info)
+        if request_id in self._streams:
+            raise errors.InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
+        bound = self.info.max_num_seqs + self.info.max_queued_requests
+        if len(self._streams) >= bound:
+            raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
+        stream = TokenStream(request_id)
+        self._streams[request_id] = stream
+        self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its stream ends with finish_reason "abort" unless it finished first."""
+        if request_id in self._streams and self.alive:
+            self._send(Abort([request_id]))
+
+    def on_step(self, callback: Callable[[StepStats], None]) -> None:
+        """Call back after each step."""
+        self._on_step.append(callback)
+
+    def on_finish(self, callback: Callable[[TokenOutput], None]) -> None:
+        """Call back with each request's last output, which carries its times."""
+        self._on_finish.append(callback)
+
+    # -- wire ----------------------------------------------------------------------------------------------------
+
+    def _send(self, message: ToEngine) -> None:
+        self._writer.write(frame(message))
+
+    def _require_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    async def _read(self, reader: asyncio.StreamReader, frames: FrameBuffer) -> None:
+        try:
+            while data := await reader.read(1 << 20):
+                for payload in frames.feed(data):
+                    self._dispatch(payload)
+        except ConnectionError as error:
+            logger.warning("the connection to the engine broke: %s", error)
+        self._die("the engine was closed" if self._closing else "the engine process ended")
+
+    def _dispatch(self, payload: bytes) -> None:
+        match decode_from_engine(payload):
+            case Outputs(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    self._deliver(output)
+                for callback in self._on_step:
+                    callback(stats)
+            case Refused(request_id, kind, message, param):
+                stream = self._streams.pop(request_id, None)
+                if stream is not None:
+                    stream.put(_error_of(kind, message, param))
+            case Failed(kind, message):
+                self._die(f"{kind}: {message}")
+            case Progress() | Ready():
+                raise AssertionError("the engine reported start-up twice")
+
+    def _deliver(self, output: TokenOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if output.finish_reason is not None:
+            self._streams.pop(output.request_id, None)
+            for callback in self._on_finish:
+                callback(output)
+        if stream is not None:
+            stream.put(output)
+
+    def _die(self, reason: str) -> None:
+        if self._death is None:
+            self._death = reason
+            if not self._closing:
+                logger.error("engine dead: %s", reason)
+        for stream in self._streams.values():
+            stream.put(EngineDeadError(self._death))
+        self._streams.clear()
+
+
+async def _wait_ready(
+    reader: asyncio.StreamReader, frames: FrameBuffer, on_progress: ProgressCallback | None
+) -> tuple[EngineInfo, list[bytes]]:
+    """Read until Ready; returns the info and any payloads that came behind it."""
+    while data := await reader.read(1 << 20):
+        payloads = frames.feed(data)
+        for i, payload in enumerate(payloads):
+            match decode_from_engine(payload):
+                case Progress(phase, fraction):
+                    if on_progress is not None:
+                        on_progress(phase, fraction)
+                case Ready(info):
+                    return info, payloads[i + 1 :]
+                case Failed(kind, message, flag):
+                    raise _error_of(kind, message, flag)
+                case other:
+                    raise AssertionError(f"unexpected {type(other).__name__} before Ready")
+    raise EngineDeadError("the engine process ended while loading; its log above says why")
+
+
+def _error_of(kind: str, message: str, detail: str | None) -> NVFP4Error:
+    """The error the engine raised, as far as its class can be told from its name, without losing the message."""
+    if kind == "ConfigError":
+        return errors.ConfigError(message, detail)
+    if kind == "QueueFullError":
+        return QueueFullError(message)
+    cls = getattr(errors, kind, None)
+    if isinstance(cls, type) and issubclass(cls, errors.RequestError):
+        return errors.InvalidParameterError(message, detail)
+    if isinstance(cls, type) and issubclass(cls, errors.CheckpointError):
+        return errors.CheckpointError(message)
+    if isinstance(cls, type) and issubclass(cls, errors.KernelError):
+        return errors.KernelError(message)
+    return EngineDeadError(f"{kind}: {message}")

@@ -1,0 +1,146 @@
+"""The engine's own process: messages in, steps, outputs out, until told to stop or the other side is gone.
+
+Started by the client as `python -m nvfp4_runtime.engine.core FD`, FD being one end of a Unix socket pair.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+from nvfp4_runtime.engine.engine import Engine
+from nvfp4_runtime.engine.messages import (
+    Abort,
+    Failed,
+    FromEngine,
+    Outputs,
+    Progress,
+    Ready,
+    Refused,
+    Shutdown,
+    Start,
+    Submit,
+    TokenOutput,
+)
+from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
+from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """The loop. It blocks on the socket only when there is nothing to compute."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames = FrameBuffer()
+        self._stop = False
+
+    def run(self) -> int:
+        """Serve until Shutdown or until the client is gone. Returns the process's exit code."""
+        engine = self._load()
+        if engine is None:
+            return 2
+        while not self._stop:
+            ended = self._handle_messages(engine, wait=not engine.has_work)
+            if ended:
+                self._send(Outputs(ended, engine.scheduler.stats()))
+            if engine.has_work and not self._stop:
+                outputs, stats = engine.step()
+                self._send(Outputs(outputs, stats))
+        return 0
+
+    def _load(self) -> Engine | None:
+        started = time.monotonic()
+        start = self._receive_start()
+        if start is None:
+            return None
+        try:
+            engine = build(start, lambda phase, fraction: self._send(Progress(phase, fraction)))
+        except NVFP4Error as error:
+            self._send(Failed(type(error).__name__, str(error), getattr(error, "flag", None)))
+            return None
+        engine.info.pid = os.getpid()
+        engine.info.startup_seconds["engine_total"] = time.monotonic() - started
+        self._send(Ready(engine.info))
+        return engine
+
+    def _receive_start(self) -> Start | None:
+        while data := self._sock.recv(1 << 16):
+            for payload in self._frames.feed(data):
+                message = decode_to_engine(payload)
+                assert isinstance(message, Start), f"the first message must be Start, got {type(message).__name__}"
+                return message
+        return None
+
+    def _handle_messages(self, engine: Engine, wait: bool) -> list[TokenOutput]:
+        """Take what has arrived; with `wait`, until something does. Returns the outputs of aborted requests."""
+        ended: list[TokenOutput] = []
+        while not self._stop:
+            readable, _, _ = select.select([self._sock], [], [], None if wait else 0)
+            if not readable:
+                break
+            data = self._sock.recv(1 << 20)
+            if not data:
+                self._stop = True  # the server is gone, and with it everyone who waits for our tokens
+                break
+            for payload in self._frames.feed(data):
+                self._handle(engine, payload, ended)
+            wait = False
+        return ended
+
+    def _handle(self, engine: Engine, payload: bytes, ended: list[TokenOutput]) -> None:
+        match decode_to_engine(payload):
+            case Submit() as submit:
+                try:
+                    engine.add(submit)
+                except (RequestError, CapacityError) as error:
+                    param = getattr(error, "param", None)
+                    self._send(Refused(submit.request_id, type(error).__name__, str(error), param))
+            case Abort(request_ids):
+                outputs = (engine.abort(request_id) for request_id in request_ids)
+                ended.extend(output for output in outputs if output is not None)
+            case Shutdown():
+                self._stop = True
+            case Start():
+                raise AssertionError("Start was sent twice")
+
+    def _send(self, message: FromEngine) -> None:
+        try:
+            self._sock.sendall(frame(message))
+        except (BrokenPipeError, ConnectionResetError):
+            self._stop = True
+
+
+def build(start: Start, progress: object) -> Engine:
+    """The engine that `start` asks for; torch is imported only for a real model."""
+    if start.config.simulated is not None:
+        from nvfp4_runtime.engine.simulated import simulated_engine
+
+        return simulated_engine(start.config)
+    from nvfp4_runtime.engine.build import build_engine
+
+    return build_engine(start.config, progress)  # type: ignore[arg-type]
+
+
+def main() -> int:
+    # Ctrl-C reaches the whole process group; the server decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    core = EngineCore(sock)
+    try:
+        return core.run()
+    except Exception as error:  # last resort: tell the server why before the process ends
+        logger.exception("the engine failed")
+        core._send(Failed(type(error).__name__, str(error)))
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

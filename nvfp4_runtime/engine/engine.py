@@ -1,0 +1,89 @@
+"""Engine: the scheduler and an executor, one step at a time. The same class runs in its own process and in-process."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
+from nvfp4_runtime.engine.request import Request
+from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
+from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
+from nvfp4_runtime.sampling.params import SamplingParams
+
+
+class Executor(Protocol):
+    """Runs a schedule: the model and the sampler, or their simulation."""
+
+    def execute(self, schedule: Schedule) -> Sequence[StepResult]:
+        """One StepResult per entry, in order."""
+        ...
+
+
+def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
+    """Refuse now what could never be served: called by whoever admits (client process, LLM, engine)."""
+    params.validate(info.vocab_size)
+    if not prompt_token_ids:
+        raise InvalidParameterError("the prompt holds no tokens; expected at least one", "prompt")
+    for token_id in prompt_token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidParameterError(
+                f"prompt token id {token_id} is outside the vocabulary [0, {info.vocab_size})", "prompt"
+            )
+    wanted = len(prompt_token_ids) + (params.max_tokens or 1)
+    if wanted > info.max_model_len:
+        raise PromptTooLongError(
+            f"This model's maximum context length is {info.max_model_len} tokens. However, you requested "
+            f"{wanted} tokens ({len(prompt_token_ids)} in the prompt, {params.max_tokens or 1} in the completion). "
+            "Please reduce the length of the prompt or of the completion.",
+            len(prompt_token_ids),
+            info.max_model_len,
+        )
+
+
+class Engine:
+    """Requests in, tokens out."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, info: EngineInfo, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.info = info
+        self._random = random.Random(seed)
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, submit: Submit) -> None:
+        """Accept a request or raise RequestError / QueueFullError. What is accepted ends with a finish_reason."""
+        check_request(submit.prompt_token_ids, submit.params, self.info)
+        if submit.request_id in self.scheduler.requests:
+            raise InvalidParameterError(f"request id {submit.request_id!r} is in use", "request_id")
+        bound = self.info.max_num_seqs + self.info.max_queued_requests
+        if len(self.scheduler.requests) >= bound:
+            raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
+        seed = submit.params.seed
+        if seed is None:
+            seed = self._random.getrandbits(63)
+        eos = tuple(self.info.eos_token_ids)
+        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len))
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> tuple[list[TokenOutput], StepStats]:
+        """Schedule, run and sample, commit."""
+        started = time.perf_counter()
+        schedule = self.scheduler.schedule()
+        results = self.executor.execute(schedule)
+        outputs = self.scheduler.commit(schedule, results)
+        stats = self.scheduler.stats()
+        self._num_steps += 1
+        stats.num_steps = self._num_steps
+        stats.step_seconds = time.perf_counter() - started
+        stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
+        stats.step_prompt_tokens = schedule.num_prompt_tokens
+        return outputs, stats

@@ -1,0 +1,73 @@
+"""A request inside the engine. Torch-free."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from nvfp4_runtime.engine.messages import RequestTimes, Submit
+from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.sampling.state import SamplingState
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Request:
+    """One sequence: its tokens, how far they are computed, and the blocks that hold their KV.
+
+    tokens               prompt and output together; `num_computed` of them have KV in `block_ids`
+    block_hashes         chained hashes of the full blocks of `tokens`, as far as they were needed
+    num_published        how many blocks this request has made findable
+    num_cached_tokens    prompt tokens whose KV was found, at first admission; -1 before it
+    num_scored           prompt positions whose logprobs were sent (prompt_logprobs only)
+    """
+
+    def __init__(self, submit: Submit, seed: int, eos_token_ids: tuple[int, ...], max_model_len: int) -> None:
+        self.id = submit.request_id
+        self.params: SamplingParams = submit.params
+        self.tokens = list(submit.prompt_token_ids)
+        self.num_prompt_tokens = len(self.tokens)
+        self.output_token_ids: list[int] = []
+        self.eos_token_ids = eos_token_ids
+        room = max_model_len - self.num_prompt_tokens
+        self.max_output_tokens = room if self.params.max_tokens is None else min(self.params.max_tokens, room)
+        self.sampling = SamplingState(
+            params=self.params,
+            seed=seed,
+            prompt_token_ids=self.tokens[: self.num_prompt_tokens],
+            output_token_ids=self.output_token_ids,
+            eos_token_ids=eos_token_ids,
+        )
+        self.status = Status.WAITING
+        self.cache_salt = submit.cache_salt
+        self.num_computed = 0
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_published = 0
+        self.num_cached_tokens = -1
+        self.num_scored = 0
+        self.num_preemptions = 0
+        self.times = RequestTimes(submit.arrival_seconds, 0.0, 0.0, 0.0)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def append(self, token_id: int) -> None:
+        self.tokens.append(token_id)
+        self.output_token_ids.append(token_id)
+
+    def finish_reason(self) -> tuple[str, int | None] | None:
+        """Why the newest token ends the request, as (finish_reason, stop_reason), or None."""
+        token_id, params, count = self.output_token_ids[-1], self.params, len(self.output_token_ids)
+        if count >= params.min_tokens:
+            if not params.ignore_eos and token_id in self.eos_token_ids:
+                return "stop", None
+            if token_id in params.stop_token_ids:
+                return "stop", token_id
+        if count >= self.max_output_tokens:
+            return "length", None
+        return None

@@ -1,0 +1,130 @@
+"""ModelRunner: a schedule becomes a ForwardBatch, the model's logits, and sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.engine.messages import TokenLogprob
+from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
+from nvfp4_runtime.sampling.sampler import BatchSampler, prompt_logprobs
+from nvfp4_runtime.sampling.state import Logprob
+
+NULL_SLOT = 0
+
+
+class Model(Protocol):
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """float32 logits [R, V] of `batch.logits_rows`."""
+        ...
+
+
+class ModelRunner:
+    """The executor over a real model. Holds the KV tensors and nothing about any request."""
+
+    def __init__(self, model: Model, kv: tuple[KVLayer, ...], sampler: BatchSampler) -> None:
+        self._model = model
+        self._kv = kv
+        self._sampler = sampler
+        self._block_size = kv[0].block_size
+
+    @torch.inference_mode()
+    def execute(self, schedule: Schedule) -> list[StepResult]:
+        """Run the model once over all entries, then sample for those that reached their last token."""
+        rows = [_logits_rows(entry) for entry in schedule.entries]
+        logits = self._model.forward(self.prepare(schedule, rows))
+        return self._results(schedule, rows, logits)
+
+    def prepare(self, schedule: Schedule, rows: Sequence[range]) -> ForwardBatch:
+        """The tensors of one step. `rows[i]`: which of entry i's new tokens want logits, counted from its first."""
+        block_size = self._block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        seq_lens: list[int] = []
+        cu_seqlens = [0]
+        logits_rows: list[int] = []
+        tables: list[list[int]] = []
+        for entry, wanted in zip(schedule.entries, rows, strict=True):
+            request, start, stop = entry.request, entry.start, entry.start + entry.count
+            logits_rows.extend(len(ids) + row for row in wanted)
+            ids.extend(request.tokens[start:stop])
+            positions.extend(range(start, stop))
+            blocks = request.block_ids
+            slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, stop))
+            seq_lens.append(stop)
+            cu_seqlens.append(len(ids))
+            tables.append(blocks[: -(-stop // block_size)])
+        width = max(len(table) for table in tables)
+        return ForwardBatch(
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int64),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64),
+            block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
+            logits_rows=torch.tensor(logits_rows, dtype=torch.int64),
+            kv=self._kv,
+        )
+
+    def _results(self, schedule: Schedule, rows: Sequence[range], logits: Tensor) -> list[StepResult]:
+        offsets = [0]
+        for wanted in rows:
+            offsets.append(offsets[-1] + len(wanted))
+        sampling = [i for i, entry in enumerate(schedule.entries) if entry.samples]
+        last_rows = [offsets[i + 1] - 1 for i in sampling]
+        picked = logits if last_rows == list(range(len(logits))) else logits[last_rows]
+        states = [schedule.entries[i].request.sampling for i in sampling]
+        sampled = dict(zip(sampling, self._sampler.sample(picked, states), strict=True)) if sampling else {}
+        results = []
+        for i, entry in enumerate(schedule.entries):
+            scores = _prompt_scores(entry, logits[offsets[i] : offsets[i + 1]])
+            if i in sampled:
+                choice = sampled[i]
+                logprob = None if choice.logprob is None else _to_wire(choice.logprob)
+                results.append(StepResult(choice.token_id, logprob, scores, choice.finite))
+            else:
+                results.append(StepResult(None, prompt_logprobs=scores))
+        return results
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """One token into the null block: thread pools start and lazy set-up happens before the first request."""
+        self._model.forward(
+            ForwardBatch(
+                input_ids=torch.zeros(1, dtype=torch.int64),
+                positions=torch.zeros(1, dtype=torch.int64),
+                slot_mapping=torch.tensor([NULL_SLOT]),
+                block_tables=torch.zeros(1, 1, dtype=torch.int32),
+                seq_lens=torch.ones(1, dtype=torch.int32),
+                cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+                logits_rows=torch.zeros(1, dtype=torch.int64),
+                kv=self._kv,
+            )
+        )
+
+
+def _logits_rows(entry: Scheduled) -> range:
+    """Which new tokens' logits are needed: the last if the entry samples; all that precede a prompt token if scored."""
+    if entry.request.params.prompt_logprobs is None:
+        return range(entry.count - 1, entry.count) if entry.samples else range(0)
+    first = 0 if entry.start < entry.request.num_prompt_tokens - 1 else entry.count - 1
+    stop = entry.count if entry.samples else min(entry.count, entry.request.num_prompt_tokens - 1 - entry.start)
+    return range(first, max(stop, first))
+
+
+def _prompt_scores(entry: Scheduled, logits: Tensor) -> list[TokenLogprob] | None:
+    request = entry.request
+    k = request.params.prompt_logprobs
+    if k is None or entry.start >= request.num_prompt_tokens - 1:
+        return None
+    targets = request.tokens[entry.start + 1 : min(entry.start + entry.count + 1, request.num_prompt_tokens)]
+    return [_to_wire(score) for score in prompt_logprobs(logits[: len(targets)], targets, k)]
+
+
+def _to_wire(logprob: Logprob) -> TokenLogprob:
+    return TokenLogprob(logprob.token_id, logprob.logprob, logprob.rank, logprob.top)

@@ -1,0 +1,293 @@
+"""The scheduler: which requests get how many tokens and which blocks in the next step. Torch-free.
+
+Prefill and decode are not two modes: a request has `num_computed` catching up with its tokens, under one token budget
+per step. Out of blocks, the youngest running request gives its blocks back and is recomputed later. Anything accepted
+fits alone (the engine refuses the rest at submit), so the oldest request always gets on and everything ends.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from nvfp4_runtime.cache.block_pool import BlockPool, chain_hash, salt_hash
+from nvfp4_runtime.config import SchedulerConfig
+from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
+from nvfp4_runtime.engine.request import Request, Status
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """`count` tokens of `request` from `start` on. `samples`: the step reaches its last token and yields the next."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.start + self.count == self.request.num_tokens
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One step's work, in the order in which rows enter the batch."""
+
+    entries: tuple[Scheduled, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.count for entry in self.entries)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens among them (a preempted request's outputs, recomputed, do not count)."""
+        return sum(max(0, min(e.start + e.count, e.request.num_prompt_tokens) - e.start) for e in self.entries)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the executor gives back for one entry.
+
+    token_id         the next token, or None if the entry does not sample
+    prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
+    finite           False: this row's logits were not numbers; the request ends with an error, others go on
+    """
+
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    finite: bool = True
+
+
+@dataclass
+class Scheduler:
+    """Waiting and running requests over one block pool."""
+
+    config: SchedulerConfig
+    pool: BlockPool
+    block_size: int
+    enable_prefix_caching: bool = True
+    hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+    requests: dict[str, Request] = field(default_factory=dict)
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def add(self, request: Request) -> None:
+        assert request.id not in self.requests, f"request id {request.id} is in use"
+        self.requests[request.id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """End a request in any state and free its blocks. None if it is not here (any more)."""
+        request = self.requests.get(request_id)
+        return None if request is None else self._finish(request, "abort")
+
+    # -- schedule ------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule:
+        """Give running requests their next tokens, then admit waiting ones into what is left of the budget."""
+        entries: list[Scheduled] = []
+        budget = self.config.max_num_batched_tokens
+        preempted = False
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            count = min(request.num_tokens - request.num_computed, budget)
+            while not self._grow(request, count):
+                victim = self.running.pop()
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    break
+            else:
+                entries.append(Scheduled(request, request.num_computed, count))
+                budget -= count
+                index += 1
+        if not preempted:
+            entries.extend(self._admit(budget))
+        return Schedule(tuple(entries))
+
+    def _admit(self, budget: int) -> Iterator[Scheduled]:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            cached = self._find_prefix(request)
+            start = len(cached) * self.block_size
+            count = min(request.num_tokens - start, budget)
+            needed = self._blocks_for(start + count) - len(cached)
+            if needed > self.pool.num_free - self.pool.num_idle(cached):
+                return
+            self.pool.retain(cached)
+            request.block_ids = cached + self.pool.allocate(needed)
+            request.num_computed = start
+            request.num_published = len(cached)
+            request.status = Status.RUNNING
+            self._note_admission(request, start)
+            self.waiting.popleft()
+            self.running.append(request)
+            budget -= count
+            yield Scheduled(request, start, count)
+
+    def _note_admission(self, request: Request, num_cached: int) -> None:
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = num_cached
+            request.times.scheduled = time.monotonic()
+            if self._may_use_prefix(request):
+                self.prefix_queries += request.num_tokens
+                self.prefix_hits += num_cached
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _grow(self, request: Request, count: int) -> bool:
+        """Give `request` the blocks for `count` more tokens, or return False and change nothing."""
+        needed = self._blocks_for(request.num_computed + count) - len(request.block_ids)
+        if needed > self.pool.num_free:
+            return False
+        if needed > 0:
+            request.block_ids.extend(self.pool.allocate(needed))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Give blocks back; the tokens stay and are computed again, or found again by their hashes."""
+        self._release(request)
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_computed = 0
+        request.num_published = 0
+
+    # -- prefix cache --------------------------------------------------------------------------------------------
+
+    def _may_use_prefix(self, request: Request) -> bool:
+        # prompt_logprobs need the logits of every prompt position, so nothing of it may be skipped
+        return self.enable_prefix_caching and request.params.prompt_logprobs is None
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        if not self._may_use_prefix(request):
+            return []
+        # at least one token must be computed, to have logits to sample from
+        usable = (request.num_tokens - 1) // self.block_size
+        return self.pool.find(self._hashes(request, usable))
+
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        hashes = request.block_hashes
+        while len(hashes) < count:
+            parent = hashes[-1] if hashes else salt_hash(self.hash_key, request.cache_salt)
+            start = len(hashes) * self.block_size
+            hashes.append(chain_hash(self.hash_key, parent, request.tokens[start : start + self.block_size]))
+        return hashes[:count]
+
+    def _publish(self, request: Request) -> None:
+        full = request.num_computed // self.block_size
+        if self.enable_prefix_caching and full > request.num_published:
+            hashes = self._hashes(request, full)
+            for i in range(request.num_published, full):
+                self.pool.publish(request.block_ids[i], hashes[i])
+            request.num_published = full
+
+    # -- commit --------------------------------------------------------------------------------------------------
+
+    def commit(self, schedule: Schedule, results: Sequence[StepResult]) -> list[TokenOutput]:
+        """Take a step's results: advance, publish full blocks, append tokens, finish what is done."""
+        now = time.monotonic()
+        outputs = []
+        for entry, result in zip(schedule.entries, results, strict=True):
+            request = entry.request
+            if request.status is not Status.RUNNING:  # aborted while the step ran
+                continue
+            if not result.finite:
+                outputs.append(self._finish(request, "error", error="the model's output was not finite"))
+                continue
+            request.num_computed = entry.start + entry.count
+            self._publish(request)
+            output = self._advance(entry, result, now)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _advance(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
+        request = entry.request
+        scored = self._new_scores(entry, result.prompt_logprobs)
+        if result.token_id is None:
+            return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
+        request.append(result.token_id)
+        if request.times.first_token == 0.0:
+            request.times.first_token = now
+        output = TokenOutput(
+            request.id,
+            [result.token_id],
+            logprobs=None if result.logprob is None else [result.logprob],
+            prompt_logprobs=scored,
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+        )
+        if (reason := request.finish_reason()) is not None:
+            ended = self._finish(request, reason[0])
+            output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
+        return output
+
+    def _new_scores(
+        self, entry: Scheduled, logprobs: list[TokenLogprob] | None
+    ) -> list[TokenLogprob | None] | None:
+        """Prompt logprobs not sent before (a preempted request scores its prompt again); None for position 0."""
+        request = entry.request
+        if logprobs is None:
+            return None
+        first = [None] if request.num_scored == 0 else []
+        fresh = logprobs[max(request.num_scored - 1 - entry.start, 0) :]
+        request.num_scored = max(request.num_scored, entry.start + len(logprobs) + 1)
+        return [*first, *fresh]
+
+    def _finish(self, request: Request, reason: str, error: str | None = None) -> TokenOutput:
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._release(request)
+        request.status = Status.FINISHED
+        request.times.finished = time.monotonic()
+        del self.requests[request.id]
+        return TokenOutput(
+            request.id,
+            [],
+            finish_reason=reason,
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            times=request.times,
+            error=error,
+        )
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    def stats(self) -> StepStats:
+        return StepStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_free_blocks=self.pool.num_free,
+            num_used_blocks=self.pool.num_used,
+            num_total_blocks=self.pool.total,
+            num_preemptions=self.num_preemptions,
+            prefix_cache_queries=self.prefix_queries,
+            prefix_cache_hits=self.prefix_hits,
+        )
+
+    def check(self) -> None:
+        """Assert that every block and every request is accounted for."""
+        self.pool.check(request.block_ids for request in self.running)
+        assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
+        alive = {request.id for request in self.running} | {request.id for request in self.waiting}
+        assert alive == set(self.requests), "requests and queues disagree"
