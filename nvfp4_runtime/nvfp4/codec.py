@@ -71,6 +71,11 @@ def check_k(k: int) -> None:
         )
 
 
+def _blocks(x: Tensor) -> Tensor:
+    """[..., K] as [..., K/16, 16]."""
+    return x.reshape(*x.shape[:-1], -1, BLOCK)
+
+
 def weight_scale_2(amax: Tensor) -> Tensor:
     """The FP32 tensor scale for a largest magnitude `amax` (shared by fused siblings); 0 stays 0."""
     return amax.to(torch.float32) / SCALE_2_DENOMINATOR
@@ -88,7 +93,7 @@ def quantize(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
     Source: the formulas of ModelOpt's exporter (max calibration), in float32.
     """
     check_k(w.shape[-1])
-    blocks = w.to(torch.float32).unflatten(-1, (-1, BLOCK))
+    blocks = _blocks(w.to(torch.float32))
     amax = blocks.abs().amax(dim=-1)
     if not bool(torch.isfinite(amax).all()):
         raise ValueError("cannot quantise weights that hold NaN or Inf")
@@ -111,7 +116,7 @@ def dequantize(packed: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
     The two scales are multiplied first, as ModelOpt does, so results agree to the last bit.
     """
     step = block_scale.to(torch.float32) * scale_2.to(torch.float32)
-    values = decode_e2m1(unpack_codes(packed)).unflatten(-1, (-1, BLOCK))
+    values = _blocks(decode_e2m1(unpack_codes(packed)))
     return (values * step.unsqueeze(-1)).flatten(-2)
 
 
@@ -132,7 +137,7 @@ def quantize_activation(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]
     A block whose scale rounds to 0 gets zero codes. Source: the recipe of vLLM's and FlashInfer's CUDA quantisers.
     """
     check_k(x.shape[-1])
-    blocks = x.to(torch.float32).unflatten(-1, (-1, BLOCK))
+    blocks = _blocks(x.to(torch.float32))
     global_scale = 1.0 / input_scale.to(torch.float32)
     amax = blocks.abs().amax(dim=-1)
     sixth = torch.tensor(1.0 / 6.0, dtype=torch.float32, device=x.device)
@@ -146,5 +151,5 @@ def quantize_activation(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]
 def activation_operand(x: Tensor, input_scale: Tensor) -> Tensor:
     """`quantize_activation` as exact bfloat16 operands code * block scale, [M, K]; input_scale is left out."""
     codes, block_scale = quantize_activation(x, input_scale)
-    values = decode_e2m1(codes).unflatten(-1, (-1, BLOCK)) * block_scale.to(torch.float32).unsqueeze(-1)
+    values = _blocks(decode_e2m1(codes)) * block_scale.to(torch.float32).unsqueeze(-1)
     return values.flatten(-2).to(torch.bfloat16)
