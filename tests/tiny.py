@@ -1,0 +1,287 @@
+"""Small checkpoints written from scratch, in each dialect, for any test that needs a model folder.
+
+A model is a config dict and a dict of tensors under Hugging Face names; `write_plain` and `write_modelopt` save the
+same pair in their own way, so one model saved twice must load to one answer. Random weights, seeded.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nvfp4_runtime.nvfp4 import codec
+
+Config = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+
+def llama_config(**overrides: Any) -> Config:
+    """A two-layer Llama with grouped-query attention; every linear's K is a multiple of 16."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+        "dtype": "float32",
+    }
+    return {**config, **overrides}
+
+
+def qwen2_config(**overrides: Any) -> Config:
+    """Qwen2: biases on q, k and v."""
+    config = llama_config(architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False)
+    return {**config, **overrides}
+
+
+def qwen3_config(**overrides: Any) -> Config:
+    """Qwen3: RMSNorm on every query and key head."""
+    config = llama_config(architectures=["Qwen3ForCausalLM"], model_type="qwen3", use_sliding_window=False)
+    return {**config, **overrides}
+
+
+def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
+    """Weights for `config` in Hugging Face names; norms near 1, biases and matrices small normals."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    qkv_bias = config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
+    o_bias = bool(config.get("attention_bias")) and config["model_type"] != "qwen2"
+    shapes = {
+        "self_attn.q_proj": (heads * head_dim, hidden, qkv_bias),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden, qkv_bias),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden, qkv_bias),
+        "self_attn.o_proj": (hidden, heads * head_dim, o_bias),
+        "mlp.gate_proj": (inner, hidden, bool(config.get("mlp_bias"))),
+        "mlp.up_proj": (inner, hidden, bool(config.get("mlp_bias"))),
+        "mlp.down_proj": (hidden, inner, bool(config.get("mlp_bias"))),
+    }
+    tensors = {"model.embed_tokens.weight": normal(vocab, hidden, std=1.0)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, (n, k, bias) in shapes.items():
+            tensors[f"{prefix}.{name}.weight"] = normal(n, k, std=k**-0.5)
+            if bias:
+                tensors[f"{prefix}.{name}.bias"] = normal(n, std=0.1)
+        if config["model_type"] == "qwen3":
+            tensors[f"{prefix}.self_attn.q_norm.weight"] = 1 + normal(head_dim, std=0.1)
+            tensors[f"{prefix}.self_attn.k_norm.weight"] = 1 + normal(head_dim, std=0.1)
+        tensors[f"{prefix}.input_layernorm.weight"] = 1 + normal(hidden, std=0.1)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = 1 + normal(hidden, std=0.1)
+    tensors["model.norm.weight"] = 1 + normal(hidden, std=0.1)
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = normal(vocab, hidden, std=hidden**-0.5)
+    return tensors
+
+
+def write_plain(
+    folder: Path, config: Config, tensors: Mapping[str, Tensor], *, shards: int = 1, tokenizer: bool = True
+) -> Path:
+    """Save as an unquantised Hugging Face folder; tensors keep their dtype. Returns `folder`."""
+    _write_common(folder, config, tokenizer)
+    save_shards(folder, tensors, shards)
+    return folder
+
+
+def write_modelopt(
+    folder: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    exclude: Sequence[str] = ("lm_head", "model.embed_tokens"),
+    input_scale: float | None = 0.01,
+    kv_scales: tuple[float, float] | None = None,
+    share_scale_2: bool = True,
+    shards: int = 1,
+    tokenizer: bool = True,
+) -> Path:
+    """Save in ModelOpt's NVFP4 layout: every block linear not matched by `exclude` packed, the rest as given.
+
+    input_scale    the same for every layer, or None for W4A16_NVFP4
+    kv_scales      (k_scale, v_scale) of an FP8 KV cache, or None
+    share_scale_2  False gives q/k/v and gate/up a weight_scale_2 each, as old exports did
+    """
+    algo = "W4A16_NVFP4" if input_scale is None else "NVFP4"
+    producer = {"name": "modelopt", "version": "0.47.0"}
+    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    section: Config = {
+        "config_groups": {"group_0": {"input_activations": weights, "weights": weights, "targets": ["Linear"]}},
+        "ignore": list(exclude),
+        "quant_algo": algo,
+        "producer": producer,
+        "quant_method": "modelopt",
+    }
+    if input_scale is None:
+        del section["config_groups"]["group_0"]["input_activations"]
+    if kv_scales is not None:
+        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    _write_common(folder, {**config, "quantization_config": section}, tokenizer)
+    record = {
+        "quant_algo": algo,
+        "kv_cache_quant_algo": "FP8" if kv_scales is not None else None,
+        "group_size": 16,
+        "exclude_modules": list(exclude),
+    }
+    (folder / "hf_quant_config.json").write_text(json.dumps({"producer": producer, "quantization": record}, indent=2))
+    save_shards(folder, pack_tensors(tensors, exclude, input_scale, kv_scales, share_scale_2), shards)
+    return folder
+
+
+def pack_tensors(
+    tensors: Mapping[str, Tensor],
+    exclude: Sequence[str],
+    input_scale: float | None,
+    kv_scales: tuple[float, float] | None,
+    share_scale_2: bool,
+) -> Tensors:
+    """The tensors of `write_modelopt`."""
+    packed = {name: t for name, t in tensors.items() if not _is_packed(name, exclude)}
+    amax: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if _is_packed(name, exclude):
+            group = _group(name, share_scale_2)
+            amax[group] = torch.maximum(amax.get(group, torch.tensor(0.0)), tensor.abs().max().float())
+    for name, tensor in tensors.items():
+        if not _is_packed(name, exclude):
+            continue
+        module = name.removesuffix(".weight")
+        scale_2 = codec.weight_scale_2(amax[_group(name, share_scale_2)])
+        packed[name], packed[f"{module}.weight_scale"] = codec.quantize(tensor, scale_2)
+        packed[f"{module}.weight_scale_2"] = scale_2
+        if input_scale is not None:
+            packed[f"{module}.input_scale"] = torch.tensor(input_scale)
+        if kv_scales is not None and module.endswith("k_proj"):
+            packed[f"{module}.k_scale"] = torch.tensor(kv_scales[0])
+        if kv_scales is not None and module.endswith("v_proj"):
+            packed[f"{module}.v_scale"] = torch.tensor(kv_scales[1])
+    return packed
+
+
+def save_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> None:
+    """model.safetensors, or `shards` files dealt round-robin (so scales part from their weights) with their index."""
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mine = {name: tensors[name] for name in names[i::shards]}
+        save_file(mine, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(mine, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def tiny_llama(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A plain two-layer Llama; `overrides` go into config.json."""
+    return _tiny(folder, llama_config(**overrides), seed)
+
+
+def tiny_qwen2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    return _tiny(folder, qwen2_config(**overrides), seed)
+
+
+def tiny_qwen3(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    return _tiny(folder, qwen3_config(**overrides), seed)
+
+
+def tiny_nvfp4_llama(
+    folder: Path, seed: int = 0, kv_scales: tuple[float, float] | None = None, **overrides: Any
+) -> Path:
+    """The tensors of `tiny_llama` in ModelOpt's NVFP4 layout."""
+    config = llama_config(**overrides)
+    return write_modelopt(folder, config, random_tensors(config, seed), kv_scales=kv_scales)
+
+
+def save_transformers(folder: Path, model: Any, *, modelopt: bool = False, shards: int = 1, **options: Any) -> Path:
+    """Save a transformers model built by the caller, plain or as ModelOpt NVFP4 (`options` as in `write_modelopt`)."""
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    tied = config.get("tie_word_embeddings")
+    tensors = {
+        name: tensor.detach().clone().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    if modelopt:
+        return write_modelopt(folder, config, tensors, shards=shards, **options)
+    return write_plain(folder, config, tensors, shards=shards)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE without merges (one id per byte below 256, then the special tokens) and a ChatML template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[2],
+        "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _tiny(folder: Path, config: Config, seed: int) -> Path:
+    return write_plain(folder, config, random_tensors(config, seed))
+
+
+def _write_common(folder: Path, config: Config, tokenizer: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    if tokenizer:
+        write_tokenizer(folder)
+
+
+def _is_packed(name: str, exclude: Sequence[str]) -> bool:
+    module, _, kind = name.rpartition(".")
+    linear = kind == "weight" and re.match(r"model\.layers\.\d+\.", name) and module.rpartition(".")[2] in LINEARS
+    return bool(linear) and not any(fnmatch.fnmatchcase(module, pattern) for pattern in exclude)
+
+
+def _group(name: str, share: bool) -> str:
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return f"{parent}.{_FUSED.get(leaf, leaf)}" if share else name
