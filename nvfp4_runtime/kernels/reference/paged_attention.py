@@ -1,0 +1,134 @@
+"""Causal grouped-query attention over paged keys and values, for a whole ragged batch at once.
+
+Sequences with one new token share padded, vectorised passes; longer ones are taken one by one. The query heads of a KV
+group are folded into the query length, so keys and values are never repeated. Everything is float32 until the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch, KVLayer
+
+_QUERY_TILE = 128  # queries scored together; bounds the score matrix
+_GATHER_VALUES = 1 << 20  # keys gathered together for decoding: 4 MiB of float32
+
+
+class ReferencePagedAttention:
+    """See `AttentionKernel`. `window` None is full causal attention."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+
+    def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
+        bounds: list[int] = batch.cu_seqlens_q.tolist()
+        lens: list[int] = batch.seq_lens.tolist()
+        out = torch.empty_like(q)
+        decoding: list[int] = []
+        for b, seq_len in enumerate(lens):
+            start, stop = bounds[b], bounds[b + 1]
+            if stop - start == 1:
+                decoding.append(b)
+            elif stop > start:
+                self._extend(q[start:stop], kv, batch.block_tables[b], seq_len, scale, out[start:stop])
+        for group in _groups_of_bounded_size(decoding, lens, kv):
+            rows = torch.tensor([bounds[b] for b in group], device=q.device)
+            index = torch.tensor(group, device=q.device)
+            out[rows] = self._decode(q[rows], kv, batch.block_tables[index], batch.seq_lens[index], scale)
+        return out.flatten(1)
+
+    def _decode(self, q: Tensor, kv: KVLayer, tables: Tensor, seq_lens: Tensor, scale: float) -> Tensor:
+        """One query per sequence: q [n, Hq, D], tables [n, max_blocks], seq_lens [n] -> [n, Hq, D]."""
+        lens = seq_lens.to(torch.int64).unsqueeze(1)
+        size = kv.block_size
+        first = torch.zeros_like(lens) if self.window is None else (lens - self.window).clamp(min=0) // size
+        width = int(((lens - 1) // size - first).max()) + 1
+        columns = first + torch.arange(width, device=q.device)  # [n, width], counted in blocks
+        blocks = tables.to(torch.int64).gather(1, columns.clamp(max=tables.shape[1] - 1))
+        positions = (columns.unsqueeze(2) * size + torch.arange(size, device=q.device)).flatten(1)
+        visible = positions < lens
+        if self.window is not None:
+            visible &= positions >= lens - self.window
+        k, v = gather(kv.k, blocks, kv.k_scale), gather(kv.v, blocks, kv.v_scale)
+        # what lies in slots nobody may see can be anything; 0 * NaN would still be NaN
+        v.masked_fill_(~visible[:, None, :, None], 0.0)
+        return attend(q.unsqueeze(1), k, v, visible.unsqueeze(1), scale).squeeze(1)
+
+    def _extend(self, q: Tensor, kv: KVLayer, table: Tensor, seq_len: int, scale: float, out: Tensor) -> None:
+        """Several queries of one sequence, its last q.shape[0] tokens: q [t, Hq, D]; fills out [t, Hq, D]."""
+        num_queries, size = q.shape[0], kv.block_size
+        position = seq_len - num_queries  # of the first query
+        base = self._first_visible(position) // size * size  # keys before it are seen by no query
+        blocks = table[base // size : math.ceil(seq_len / size)].to(torch.int64).unsqueeze(0)
+        k = gather(kv.k, blocks, kv.k_scale)[:, :, : seq_len - base]
+        v = gather(kv.v, blocks, kv.v_scale)[:, :, : seq_len - base]
+        # a weight of 0 does not hide NaN or Inf: where there are any, each query gets only the keys it sees
+        tile = _QUERY_TILE if bool(v.isfinite().all()) else 1
+        for i in range(0, num_queries, tile):
+            p = torch.arange(position + i, position + min(i + tile, num_queries), device=q.device).unsqueeze(1)
+            low, high = self._first_visible(position + i), position + min(i + tile, num_queries)
+            keys = torch.arange(low, high, device=q.device)
+            visible = keys <= p
+            if self.window is not None:
+                visible &= keys > p - self.window
+            span = slice(low - base, high - base)
+            rows = slice(i, i + tile)
+            out[rows] = attend(q[None, rows], k[:, :, span], v[:, :, span], visible.unsqueeze(0), scale)[0]
+
+    def _first_visible(self, position: int) -> int:
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v, hidden keys left out.
+
+    q         [n, t, Hq, D]      any float type
+    k, v      fp32 [n, Hkv, S, D]
+    visible   bool [n, t, S]     every query sees a key
+    returns   [n, t, Hq, D]      in q's type
+    """
+    n, t, num_heads, head_dim = q.shape
+    num_kv_heads, num_keys = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
+    folded = q.to(torch.float32).view(n, t, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)  # [n, Hkv, G, t, D]
+    scores = (folded.reshape(n, num_kv_heads, group * t, head_dim) * scale) @ k.transpose(2, 3)
+    scores = scores.view(n, num_kv_heads, group, t, num_keys).masked_fill_(~visible[:, None, None], -math.inf)
+    weights = torch.softmax(scores, dim=-1).view(n, num_kv_heads, group * t, num_keys)
+    out = (weights @ v).view(n, num_kv_heads, group, t, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(n, t, num_heads, head_dim).to(q.dtype)
+
+
+def gather(cache: Tensor, blocks: Tensor, scale: float) -> Tensor:
+    """The given blocks of a cache [num_blocks, Hkv, block_size, D] as float32 values.
+
+    blocks   int64 [n, w]
+    returns  fp32 [n, Hkv, w * block_size, D]
+    """
+    num_blocks, num_heads, block_size, head_dim = cache.shape
+    heads = torch.arange(num_heads, device=cache.device)
+    rows = (blocks.unsqueeze(1) * num_heads + heads[:, None]).flatten()  # [n * Hkv * w]
+    flat = cache.view(num_blocks * num_heads, block_size * head_dim)
+    if cache.dtype == torch.float8_e4m3fn:  # not every index op knows float8; bytes are bytes
+        stored = flat.view(torch.uint8).index_select(0, rows).view(cache.dtype)
+    else:
+        stored = flat.index_select(0, rows)
+    values = stored.to(torch.float32)
+    if scale != 1.0:
+        values = values * scale
+    return values.view(blocks.shape[0], num_heads, -1, head_dim)
+
+
+def _groups_of_bounded_size(decoding: list[int], lens: list[int], kv: KVLayer) -> list[list[int]]:
+    """Sequences of similar length together, so that padding to the longest stays small and fits into the cache."""
+    per_key = kv.k.shape[1] * kv.k.shape[3]
+    groups: list[list[int]] = []
+    for b in sorted(decoding, key=lambda b: -lens[b]):
+        room = groups and (len(groups[-1]) + 1) * lens[groups[-1][0]] * per_key <= _GATHER_VALUES
+        if room:
+            groups[-1].append(b)
+        else:
+            groups.append([b])
+    return groups
