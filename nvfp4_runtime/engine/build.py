@@ -7,9 +7,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 
 import torch
 
@@ -128,7 +127,9 @@ def resolve_max_model_len(scheduler: SchedulerConfig, model_limit: int) -> int:
     if asked is None:
         return model_limit
     if not 1 <= asked <= model_limit:
-        raise ConfigError(f"--max-model-len {asked} is outside [1, {model_limit}], the model's limit", "--max-model-len")
+        raise ConfigError(
+            f"--max-model-len {asked} is outside [1, {model_limit}], the model's limit", "--max-model-len"
+        )
     return asked
 
 

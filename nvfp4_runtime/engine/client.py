@@ -1,4 +1,4 @@
-"""EngineClient: the engine as asyncio sees it. Admission is decided here and now; steps happen elsewhere. Torch-free."""
+"""EngineClient: the engine as asyncio sees it. Admission is decided here; steps happen elsewhere. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from nvfp4_runtime.engine.messages import (
     Start,
     StepStats,
     Submit,
-    TokenOutput,
     ToEngine,
+    TokenOutput,
 )
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_from_engine, frame
 from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError

@@ -27,11 +27,12 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info:
     params.validate(info.vocab_size)
     if not prompt_token_ids:
         raise InvalidParameterError("the prompt holds no tokens; expected at least one", "prompt")
-    for token_id in prompt_token_ids:
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidParameterError(
-                f"prompt token id {token_id} is outside the vocabulary [0, {info.vocab_size})", "prompt"
-            )
+    lowest, highest = min(prompt_token_ids), max(prompt_token_ids)
+    if lowest < 0 or highest >= info.vocab_size:
+        raise InvalidParameterError(
+            f"prompt token id {lowest if lowest < 0 else highest} is outside the vocabulary [0, {info.vocab_size})",
+            "prompt",
+        )
     wanted = len(prompt_token_ids) + (params.max_tokens or 1)
     if wanted > info.max_model_len:
         raise PromptTooLongError(

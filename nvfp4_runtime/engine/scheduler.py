@@ -241,9 +241,7 @@ class Scheduler:
             output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
         return output
 
-    def _new_scores(
-        self, entry: Scheduled, logprobs: list[TokenLogprob] | None
-    ) -> list[TokenLogprob | None] | None:
+    def _new_scores(self, entry: Scheduled, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob | None] | None:
         """Prompt logprobs not sent before (a preempted request scores its prompt again); None for position 0."""
         request = entry.request
         if logprobs is None:

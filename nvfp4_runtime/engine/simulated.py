@@ -68,9 +68,7 @@ def simulated_engine(config: EngineConfig) -> Engine:
     limit = config.scheduler.max_model_len or simulated.max_model_len
     num_blocks = config.cache.num_blocks or 1 + 8 * -(-limit // block_size)
     limit = min(limit, (num_blocks - 1) * block_size)
-    scheduler = Scheduler(
-        config.scheduler, BlockPool(num_blocks), block_size, config.cache.enable_prefix_caching
-    )
+    scheduler = Scheduler(config.scheduler, BlockPool(num_blocks), block_size, config.cache.enable_prefix_caching)
     info = EngineInfo(
         model=config.model or "simulated",
         architecture="Simulated",
