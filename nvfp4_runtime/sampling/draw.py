@@ -1,0 +1,131 @@
+"""Temperature, min_p, top_k, top_p and the draw, for one row of logits. Rows are numpy, so that every row's arithmetic
+is the same whatever stands beside it in the batch.
+
+Each filter keeps a *prefix* of the tokens sorted by (probability descending, id ascending): min_p all with at least
+min_p times the largest probability, top_k the first k, top_p the shortest prefix whose share of what the filters before
+it kept reaches top_p. A uniform number then picks a point in the prefix's mass.
+
+Sorting 49,152 tokens costs more than everything else, and is not needed: tokens are binned by the leading bits of their
+probability (for positive floats, bit order is value order), mass and count are summed per bin, and only the one or two
+bins in which a prefix or the drawn point ends are sorted. The result is exact, not a top-n approximation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nvfp4_runtime.sampling.logits import FloatRow, TokenIds, contenders
+from nvfp4_runtime.sampling.params import SamplingParams
+
+# float32 bits >> 18: exponent and 5 bits of mantissa. Probabilities are relative to the largest, so at most 1.0.
+_SHIFT = 18
+_NUM_BINS = (0x3F800000 >> _SHIFT) + 1
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MASK64 = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits that depends on `seed` and `position` alone.
+
+    Source: SplitMix64 (Steele, Lea, Flood 2014), its state jumped to `position`; the seed is mixed first, so that
+    neighbouring seeds do not share a stream.
+    """
+    state = _mix64((seed & _MASK64) ^ 0x6A09E667F3BCC909)
+    return (_mix64((state + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64) >> 11) * 2.0**-53
+
+
+def _mix64(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def draw(row: FloatRow, largest: np.float32, params: SamplingParams, u: float) -> int:
+    """The token at point `u` of the filtered distribution.
+
+    row      float32 [V]   edited logits, no NaN, no +Inf
+    largest  max(row), finite
+    u        in [0, 1)
+    """
+    num_kept = params.top_k if 0 < params.top_k < len(row) else None
+    token_ids = None if num_kept is None else contenders(row, num_kept)  # everything below works on these alone
+    probs = relative_probs(row if token_ids is None else row[token_ids], largest, params.temperature)
+    if params.min_p > 0:
+        probs[probs < np.float32(params.min_p)] = 0
+    ranked = _Ranked(probs)
+    mass = ranked.total
+    if num_kept is not None:
+        mass = ranked.cut_at_count(num_kept)
+    if params.top_p < 1:
+        mass = ranked.cut_at_mass(params.top_p * mass)
+    index = ranked.token_at(u * mass)
+    return index if token_ids is None else int(token_ids[index])
+
+
+def relative_probs(row: FloatRow, largest: np.float32, temperature: float) -> FloatRow:
+    """exp((row - largest) / temperature): probabilities up to a factor, the largest exactly 1. [V]
+
+    Cannot overflow; a tiny temperature leaves 1 for the largest and 0 elsewhere.
+    """
+    assert temperature > 0
+    probs = row - largest
+    probs *= np.float32(min(1.0 / temperature, _FLOAT32_MAX))
+    np.exp(probs, out=probs)
+    return probs
+
+
+class _Ranked:
+    """Tokens in order of probability, sorted no further than asked. Bin 0 holds the most likely.
+
+    probs  float32 [n]  in [0, 1], at least one of them 1
+    """
+
+    def __init__(self, probs: FloatRow) -> None:
+        self._probs = probs
+        self._leading_bits = np.right_shift(probs.view(np.int32), _SHIFT, dtype=np.int64)
+        in_bins = np.bincount(self._leading_bits, weights=probs, minlength=_NUM_BINS)
+        self._mass: npt.NDArray[np.float64] = in_bins[::-1].cumsum()  # up to and including each bin
+        self._cut: tuple[int, int] | None = None  # a bin, and how many of its tokens are kept
+        self.total = float(self._mass[-1])
+
+    def cut_at_count(self, k: int) -> float:
+        """Keep the first `k` tokens; returns their mass."""
+        counts = np.bincount(self._leading_bits, minlength=_NUM_BINS)[::-1].cumsum()
+        b = int(counts.searchsorted(k))
+        return self._cut_at(b, k - int(counts[b - 1]) if b else k)
+
+    def cut_at_mass(self, target: float) -> float:
+        """Keep the shortest prefix with mass >= `target`, at least one token; returns its mass."""
+        b = self._bin_of(target, side="left")
+        _, mass = self._sorted_bin(b)
+        # min: the bin's tokens are summed here in another order than in the histogram and may end 1 ulp lower.
+        return self._cut_at(b, min(int(mass.searchsorted(target)) + 1, len(mass)))
+
+    def token_at(self, target: float) -> int:
+        """The first kept token at which the cumulated mass exceeds `target`, which is below the kept mass."""
+        b = self._bin_of(target, side="right")
+        tokens, mass = self._sorted_bin(b)
+        num_possible = int(np.count_nonzero(self._probs[tokens]))
+        assert num_possible > 0
+        return int(tokens[min(int(mass.searchsorted(target, side="right")), num_possible - 1)])
+
+    def _cut_at(self, b: int, num_kept: int) -> float:
+        self._cut = (b, num_kept)
+        return float(self._sorted_bin(b)[1][-1])
+
+    def _bin_of(self, target: float, side: Literal["left", "right"]) -> int:
+        b = int(self._mass.searchsorted(target, side=side))
+        return b if self._cut is None else min(b, self._cut[0])
+
+    def _sorted_bin(self, b: int) -> tuple[TokenIds, npt.NDArray[np.float64]]:
+        """Bin `b`'s kept tokens in order, and the mass up to and including each."""
+        tokens = np.flatnonzero(self._leading_bits == _NUM_BINS - 1 - b)  # by id; the stable sort keeps that for equals
+        probs = self._probs[tokens]
+        order = np.argsort(-probs, kind="stable")
+        if self._cut is not None and self._cut[0] == b:
+            order = order[: self._cut[1]]
+        before = self._mass[b - 1] if b else 0.0
+        return tokens[order], before + probs[order].cumsum(dtype=np.float64)

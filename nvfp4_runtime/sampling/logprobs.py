@@ -1,0 +1,38 @@
+"""Log-probabilities of one row of raw logits: of a given token and of the likeliest ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nvfp4_runtime.sampling.logits import FloatRow, contenders
+from nvfp4_runtime.sampling.state import Logprob
+
+
+def token_logprob(row: FloatRow, token_id: int, k: int) -> Logprob:
+    """`token_id`'s log-probability and rank in `row`, with the `k` likeliest tokens.
+
+    row  float32 [V]  raw logits with a finite maximum, no NaN
+    """
+    log_total = _logsumexp(row)
+    value = row[token_id]
+    rank = 1 + np.count_nonzero(row > value) + np.count_nonzero(row[:token_id] == value)
+    top = [(t, float(row[t]) - log_total) for t in likeliest(row, k)]
+    return Logprob(token_id, float(value) - log_total, int(rank), top)
+
+
+def likeliest(row: FloatRow, k: int) -> list[int]:
+    """Ids of the `k` largest logits, best first; equal logits by lower id first. All of them when k >= V."""
+    k = min(k, len(row))
+    if k == 0:
+        return []
+    ids = contenders(row, k)  # ascending, which the stable sort keeps among equals
+    best: list[int] = ids[np.argsort(-row[ids], kind="stable")[:k]].tolist()
+    return best
+
+
+def _logsumexp(row: FloatRow) -> float:
+    """log(sum(exp(row))), summed in FP64: [V] -> a number."""
+    largest = row.max()
+    return float(largest) + math.log(float(np.exp(row - largest).sum(dtype=np.float64)))

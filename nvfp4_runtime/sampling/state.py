@@ -1,0 +1,66 @@
+"""What the sampler is told of a request, and what it answers. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nvfp4_runtime.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's place in the model's own distribution, before any bias, penalty, temperature or filter.
+
+    logprob  natural logarithm of its probability; -inf where the logit is -inf
+    rank     1 = most likely; equal logits rank by lower id first
+    top      the most likely (token_id, logprob), best first, same order as `rank`
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One request's answer.
+
+    token_id  the chosen token, or -1 when `finite` is False
+    logprob   present when the request asked for logprobs and a token was chosen
+    finite    False: no token can be chosen, because the row holds NaN or +Inf, or nothing in it is above -Inf.
+              That request has to end with an error; the other rows of the batch are not touched by it.
+    """
+
+    token_id: int
+    logprob: Logprob | None = None
+    finite: bool = True
+
+
+@dataclass(eq=False)
+class SamplingState:
+    """A running request as the sampler sees it. Compared by identity: the sampler keeps caches per object.
+
+    seed              resolved seed, 64 bits, signed or not
+    output_token_ids  live reference; the engine appends what was sampled and changes nothing before that.
+                      Whoever replaces or shortens a list makes a new SamplingState.
+    """
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    eos_token_ids: tuple[int, ...] = ()
+    edits_logits: bool = field(init=False)
+    penalises: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.penalises = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        self.edits_logits = self.penalises or bool(p.logit_bias)
+
+    @property
+    def awaits_min_tokens(self) -> bool:
+        """EOS and stop tokens are still forbidden."""
+        return len(self.output_token_ids) < self.params.min_tokens
