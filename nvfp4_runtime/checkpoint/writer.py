@@ -1,0 +1,150 @@
+"""Writing model folders: safetensors shards streamed tensor by tensor, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.checkpoint.shards import DTYPES, INDEX, SINGLE
+from nvfp4_runtime.errors import ConfigError
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor about to be written; `dtype` in safetensors' spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class ShardWriter:
+    """Writes known tensors in any order, one in memory at a time; the index is written when there are several shards.
+
+    with ShardWriter(folder, specs) as writer:
+        writer.write(name, tensor)
+    """
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        shards = _deal(specs, max_shard_bytes)
+        self._folder = folder
+        self._places: dict[str, tuple[BinaryIO, int, TensorSpec]] = {}
+        self._weight_map: dict[str, str] = {}
+        self._files: list[BinaryIO] = []
+        self._total_bytes = sum(spec.nbytes for spec in specs)
+        for i, shard in enumerate(shards):
+            name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            self._start_file(name, shard)
+
+    def _start_file(self, file_name: str, specs: list[TensorSpec]) -> None:
+        # widest elements first: every tensor then starts aligned to its own element size
+        specs = sorted(specs, key=lambda s: (-DTYPES[s.dtype].itemsize, s.name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, end = [], 0
+        for spec in specs:
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [end, end + spec.nbytes],
+            }
+            offsets.append(end)
+            end += spec.nbytes
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        file = (self._folder / file_name).open("wb")
+        self._files.append(file)
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        data = file.tell()
+        for spec, offset in zip(specs, offsets, strict=True):
+            self._places[spec.name] = (file, data + offset, spec)
+            self._weight_map[spec.name] = file_name
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` in its place; it must be exactly as announced, and announced tensors are written once."""
+        file, offset, spec = self._places.pop(name)
+        found = TensorSpec(name, _dtype_name(tensor.dtype), tuple(tensor.shape))
+        assert found == spec, f"announced {spec}, got {found}"
+        file.seek(offset)
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for file in self._files:
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+        if kind is not None:
+            return
+        assert not self._places, f"announced but never written: {sorted(self._places)[:8]}"
+        if len(self._files) > 1:
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": dict(sorted(self._weight_map.items())),
+            }
+            write_json(self._folder / INDEX, index)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises ConfigError when `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another or remove it", "OUT")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(out), dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private; a model folder is not
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def temporary_prefix(out: Path) -> str:
+    """How `new_folder`'s temporary folders for `out` begin: what a killed run may have left behind."""
+    return f".{out.name}.partial-"
+
+
+def _deal(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
