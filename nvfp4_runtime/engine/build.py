@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
-from nvfp4_runtime.cache.specs import AttentionSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
-from nvfp4_runtime.config import CacheConfig, Dtype, EngineConfig, KVDtype, SchedulerConfig
+from nvfp4_runtime.config import CacheConfig, Dtype, EngineConfig, SchedulerConfig
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
 from nvfp4_runtime.engine.runner import ModelRunner
@@ -63,9 +64,9 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     backends = available_backends(config.backend, threads)
     with phases.phase("weights"):
         kernels = Kernels(backends, _resolve_dtype(config, checkpoint.raw_config), config.numerics)
-        model = load_model(checkpoint, kernels)
+        model = load_model(checkpoint, kernels, config.cache.kv_dtype, config.scheduler.max_model_len)
     with phases.phase("kv_cache"):
-        kv_dtype = resolve_kv_dtype(config.cache, kernels.dtype, model.kv_specs)
+        kv_dtype = model.kv_dtype
         block_bytes = bytes_per_block(model.kv_specs, kv_dtype, config.cache.block_size)
         max_len = resolve_max_model_len(config.scheduler, model.config.max_position_embeddings)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
@@ -94,7 +95,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         numerics_reason=_numerics_reason(config, kernels),
         weight_bytes=checkpoint.nbytes_by_format(),
         layers=layer_groups(kernels.choices),
-        eos_token_ids=list(model.config.eos_token_ids),
+        eos_token_ids=eos_token_ids(checkpoint.path, model.config.eos_token_ids),
         startup_seconds=phases.seconds,
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
         enable_prefix_caching=config.cache.enable_prefix_caching,
@@ -110,15 +111,6 @@ def _resolve_dtype(config: EngineConfig, raw: dict[str, object]) -> Dtype:
     if declared == "float16":
         logger.warning("the checkpoint declares float16; activations run in bfloat16 (see --dtype float32)")
     return "float32" if declared == "float32" else "bfloat16"
-
-
-def resolve_kv_dtype(cache: CacheConfig, dtype: Dtype, specs: Sequence[AttentionSpec]) -> KVDtype:
-    """The flag, else FP8 where the checkpoint was calibrated for it, else the activations' dtype."""
-    if cache.kv_dtype != "auto":
-        return cache.kv_dtype
-    if any(spec.has_scales for spec in specs):
-        return "fp8"
-    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def resolve_max_model_len(scheduler: SchedulerConfig, model_limit: int) -> int:
@@ -199,6 +191,14 @@ def layer_groups(choices: Sequence[Choice]) -> list[LayerGroup]:
         LayerGroup(c.group, n, c.stored, c.bits_per_weight, sizes[c], c.backend, c.numerics, c.reason)
         for c, n in counts.items()
     ]
+
+
+def eos_token_ids(folder: Path, of_config: Sequence[int]) -> list[int]:
+    """Every id that ends a generation: config.json's, and generation_config.json's, which often lists more."""
+    path = folder / "generation_config.json"
+    declared = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    more = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return list(dict.fromkeys([*of_config, *more]))
 
 
 def _numerics_name(kernels: Kernels) -> str:

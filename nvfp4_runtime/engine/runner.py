@@ -82,13 +82,13 @@ class ModelRunner:
         sampled = dict(zip(sampling, self._sampler.sample(picked, states), strict=True)) if sampling else {}
         results = []
         for i, entry in enumerate(schedule.entries):
-            scores = _prompt_scores(entry, logits[offsets[i] : offsets[i + 1]])
+            scores, finite = _prompt_scores(entry, logits[offsets[i] : offsets[i + 1]])
             if i in sampled:
                 choice = sampled[i]
                 logprob = None if choice.logprob is None else _to_wire(choice.logprob)
-                results.append(StepResult(choice.token_id, logprob, scores, choice.finite))
+                results.append(StepResult(choice.token_id, logprob, scores, choice.finite and finite))
             else:
-                results.append(StepResult(None, prompt_logprobs=scores))
+                results.append(StepResult(None, None, scores, finite))
         return results
 
     @torch.inference_mode()
@@ -117,13 +117,15 @@ def _logits_rows(entry: Scheduled) -> range:
     return range(first, max(stop, first))
 
 
-def _prompt_scores(entry: Scheduled, logits: Tensor) -> list[TokenLogprob] | None:
+def _prompt_scores(entry: Scheduled, logits: Tensor) -> tuple[list[TokenLogprob] | None, bool]:
+    """Scores of the prompt tokens this entry predicts, and whether all its logits were finite."""
     request = entry.request
     k = request.params.prompt_logprobs
     if k is None or entry.start >= request.num_prompt_tokens - 1:
-        return None
+        return None, True
     targets = request.tokens[entry.start + 1 : min(entry.start + entry.count + 1, request.num_prompt_tokens)]
-    return [_to_wire(score) for score in prompt_logprobs(logits[: len(targets)], targets, k)]
+    scores = [s for s in prompt_logprobs(logits[: len(targets)], targets, k) if s is not None]
+    return [_to_wire(score) for score in scores], len(scores) == len(targets)
 
 
 def _to_wire(logprob: Logprob) -> TokenLogprob:

@@ -1,0 +1,143 @@
+"""The embedded default model through the whole engine: the same tokens in any company, and the right perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from nvfp4_runtime.quantize.default_model import DefaultModel
+
+from nvfp4_runtime import LLM, SamplingParams
+from nvfp4_runtime.llm import Generation
+
+pytestmark = [pytest.mark.model]
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+WINDOW = 1024
+NUM_WINDOWS = 8
+
+
+def prompts(count: int) -> list[str]:
+    """`count` different prompts of different lengths, some of them sharing a long beginning."""
+    subjects = ["rivers", "bread", "the moon", "sorting numbers", "old maps", "cats", "a sailor", "winter"]
+    long_start = "Here is a short lesson that explains, step by step and with an example, what we know about "
+    return [
+        (long_start if i % 2 else "Tell me about ")
+        + f"{subjects[i % len(subjects)]} in {i + 1} sentences"
+        + "." * (i % 5)
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def llm(default_model: DefaultModel) -> LLM:
+    engine = LLM(default_model.nvfp4, max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=256)
+    backends = {group.backend for group in engine.info.layers}
+    if backends != {"cpu"}:
+        pytest.skip(f"the plain kernels are not batch invariant; layers run on {backends}: build the extension")
+    return engine
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> list[list[int]]:
+    """Each prompt's greedy tokens with the engine to itself and the prefix cache cold."""
+    fresh = [f"{p}" for p in prompts(32)]
+    return [result.token_ids for p in fresh for result in _without_prefix_cache(llm, [p])]
+
+
+def _without_prefix_cache(llm: LLM, batch: list[str]) -> list[Generation]:
+    llm.engine.scheduler.enable_prefix_caching = False
+    try:
+        return llm.generate(batch, GREEDY)
+    finally:
+        llm.engine.scheduler.enable_prefix_caching = True
+
+
+def test_greedy_tokens_are_the_same_alone_and_in_a_batch_of_32(llm: LLM, alone: list[list[int]]) -> None:
+    assert [r.token_ids for r in _without_prefix_cache(llm, prompts(32))] == alone
+
+
+def test_greedy_tokens_are_the_same_with_a_prefix_hit(llm: LLM, alone: list[list[int]]) -> None:
+    llm.generate(prompts(32), GREEDY)
+    again = llm.generate(prompts(32), GREEDY)
+    assert all(result.num_cached_tokens > 0 for result in again[1::2]), "the second round must hit the prefix cache"
+    assert [result.token_ids for result in again] == alone
+
+
+def test_greedy_tokens_are_the_same_after_preemption(default_model: DefaultModel, alone: list[list[int]]) -> None:
+    tight = LLM(default_model.nvfp4, max_num_seqs=16, max_model_len=256, num_blocks=40, max_num_batched_tokens=64)
+    results = tight.generate(prompts(32), GREEDY)
+    assert tight.engine.scheduler.num_preemptions > 0
+    assert [result.token_ids for result in results] == alone
+    assert tight.engine.scheduler.pool.num_used == 0
+
+
+def test_seeded_samples_are_the_same_alone_and_in_a_batch(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0.9, top_p=0.9, seed=i, max_tokens=16) for i in range(8)]
+    together = llm.generate(prompts(8), params)
+    single = [llm.generate([p], one)[0] for p, one in zip(prompts(8), params, strict=True)]
+    assert [r.token_ids for r in together] == [r.token_ids for r in single]
+
+
+def test_bf16_parent_gives_the_recorded_greedy_outputs(default_model: DefaultModel, shared: Path) -> None:
+    """BF16 weights in float32 arithmetic, against outputs recorded with transformers. A step whose two best tokens
+    lie within 1e-3 nats may go either way (float32 sums in another order differ by about 1e-5), so stop there."""
+    recorded = json.loads((shared / "data" / "smollm2-135m-reference.json").read_text())["greedy"]
+    engine = LLM(default_model.bf16, dtype="float32", max_model_len=1024)
+    for case in recorded:
+        expected = case["output_ids"]
+        margins = [margin for _logprob, margin in case["logprob_and_top2_margin"]]
+        sure = next((i for i, margin in enumerate(margins) if margin < 1e-3), len(expected))
+        params = SamplingParams(temperature=0.0, max_tokens=len(expected))
+        got = engine.generate([case["prompt_ids"]], params)[0].token_ids
+        assert got[:sure] == expected[:sure]
+        assert sure >= 5
+
+
+@pytest.mark.slow
+def test_perplexity_agrees_with_transformers_holding_the_dequantised_weights(
+    default_model: DefaultModel, shared: Path
+) -> None:
+    """First 8 windows of 1024 tokens of WikiText-2: W4A16 served against float32 transformers, to 0.1 %."""
+    engine = LLM(default_model.nvfp4, numerics="w4a16", max_model_len=2048)
+    ids = engine.tokenizer.encode((shared / "data" / "wikitext2-test.txt").read_text())
+    windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(NUM_WINDOWS)]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    scored = engine.generate(windows, params)
+    served = [s.logprob for result in scored for s in result.prompt_logprobs if s is not None]
+    assert len(served) == NUM_WINDOWS * (WINDOW - 1)
+    ours = math.exp(-sum(served) / len(served))
+    theirs = transformers_perplexity(default_model, windows)
+    print(f"perplexity: served {ours:.4f}, transformers {theirs:.4f}, ratio {ours / theirs:.6f}")
+    assert abs(ours / theirs - 1) < 1e-3
+    # the recorded round-to-nearest figure, without fused scales: ours shares q/k/v and gate/up scales
+    assert abs(theirs / 37.27 - 1) < 0.02
+
+
+@torch.inference_mode()
+def transformers_perplexity(model: DefaultModel, windows: list[list[int]]) -> float:
+    """exp of the mean NLL under a float32 transformers model whose linears hold the dequantised NVFP4 weights."""
+    transformers = pytest.importorskip("transformers")
+    from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+    from nvfp4_runtime.nvfp4.weight import NVFP4Weight
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model.bf16, dtype=torch.float32)
+    checkpoint = Checkpoint.open(model.nvfp4)
+    replaced = 0
+    for name, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weight = checkpoint.linear(name, module.out_features, module.in_features)
+            assert isinstance(weight, NVFP4Weight)
+            module.weight.copy_(weight.dequantize())
+            replaced += 1
+    assert replaced == 210
+    total, count = 0.0, 0
+    for window in windows:
+        tokens = torch.tensor([window])
+        logits = reference(tokens).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        count += len(window) - 1
+    return math.exp(total / count)
