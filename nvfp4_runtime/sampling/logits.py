@@ -85,7 +85,8 @@ def _penalise(row: FloatRow, tokens: TokenCounts, state: SamplingState) -> None:
     if params.repetition_penalty != 1:
         penalty = np.float32(params.repetition_penalty)
         # A penalty near 0 overflows; +Inf would read as a broken model, so such logits stop at the largest float.
-        values = np.minimum(np.where(values > 0, values / penalty, values * penalty), _FLOAT32_MAX)
+        with np.errstate(over="ignore"):
+            values = np.minimum(np.where(values > 0, values / penalty, values * penalty), _FLOAT32_MAX)
     values -= np.float32(params.frequency_penalty) * tokens.counts
     values -= np.float32(params.presence_penalty) * (tokens.counts > 0)
     row[tokens.ids] = values
@@ -95,7 +96,7 @@ def contenders(row: FloatRow, k: int) -> TokenIds:
     """Ids, ascending, of every token that can be among the `k` largest, equals of the k-th included; few more than k.
 
     The k largest of the block maxima are k tokens of the row, so the k-th largest token is at least the smallest of
-    them. For V = 49,152 and small k that takes 20 us, a selection over the whole row 300 us.
+    them. For V = 49,152 and small k that takes 40 us, a selection over the whole row 300 us.
     """
     num_blocks = len(row) // _BLOCK
     if k < num_blocks:

@@ -15,11 +15,16 @@ def token_logprob(row: FloatRow, token_id: int, k: int) -> Logprob:
 
     row  float32 [V]  raw logits with a finite maximum, no NaN
     """
-    log_total = _logsumexp(row)
+    largest = row.max()
+    log_total = math.log(float(np.exp(row - largest).sum(dtype=np.float64)))
     value = row[token_id]
     rank = 1 + np.count_nonzero(row > value) + np.count_nonzero(row[:token_id] == value)
-    top = [(t, float(row[t]) - log_total) for t in likeliest(row, k)]
-    return Logprob(token_id, float(value) - log_total, int(rank), top)
+
+    def logprob(x: np.float32) -> float:
+        return float(x) - float(largest) - log_total  # in this order: huge logits would swallow log_total
+
+    top = [(t, logprob(row[t])) for t in likeliest(row, k)]
+    return Logprob(token_id, logprob(value), int(rank), top)
 
 
 def likeliest(row: FloatRow, k: int) -> list[int]:
@@ -30,9 +35,3 @@ def likeliest(row: FloatRow, k: int) -> list[int]:
     ids = contenders(row, k)  # ascending, which the stable sort keeps among equals
     best: list[int] = ids[np.argsort(-row[ids], kind="stable")[:k]].tolist()
     return best
-
-
-def _logsumexp(row: FloatRow) -> float:
-    """log(sum(exp(row))), summed in FP64: [V] -> a number."""
-    largest = row.max()
-    return float(largest) + math.log(float(np.exp(row - largest).sum(dtype=np.float64)))
