@@ -1,0 +1,58 @@
+"""Architectures, and the class that runs each. Importing this needs no torch; loading a model does."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Literal
+
+from nvfp4_runtime.config import KVDtype
+from nvfp4_runtime.errors import UnsupportedFormatError
+
+if TYPE_CHECKING:
+    from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+    from nvfp4_runtime.kernels.registry import Kernels
+    from nvfp4_runtime.models.llama import Decoder
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "llama",
+    "Qwen3ForCausalLM": "llama",
+}
+
+# Tensors that no model reads, and why that is right.
+HARMLESS = {
+    "*.rotary_emb.inv_freq": "computed from config.json",
+}
+
+
+def load_model(
+    ckpt: Checkpoint,
+    kernels: Kernels,
+    kv_dtype: KVDtype | Literal["auto"] = "auto",
+    max_positions: int | None = None,
+) -> Decoder:
+    """Build the model that config.json names, every tensor used or excused.
+
+    kv_dtype       "auto": FP8 where the checkpoint asks for an FP8 cache, else the activations' type
+    max_positions  the longest sequence to prepare for; None: the config's max_position_embeddings
+
+    Raises UnsupportedFormatError for an unknown architecture or feature, and the checkpoint's own errors.
+    """
+    from nvfp4_runtime.models.hf_config import parse_architecture, parse_model_config
+
+    architecture = parse_architecture(ckpt.raw_config)
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedFormatError(
+            f"config.json: architectures is {architecture!r}, which has no model here; known are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    config = parse_model_config(ckpt.raw_config)
+    if kv_dtype == "auto":
+        kv_dtype = "fp8" if ckpt.quant.kv_algo == "FP8" else "float32" if kernels.dtype == "float32" else "bfloat16"
+    module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
+    model: Decoder = module.Decoder(config, ckpt, kernels, kv_dtype, max_positions)
+    for pattern, reason in HARMLESS.items():
+        ckpt.excuse(pattern, reason)
+    ckpt.finish()
+    return model

@@ -1,0 +1,85 @@
+"""Linear layers: weights asked for by exact name where they are used, joined by rows where they share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import Dtype
+from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
+from nvfp4_runtime.kernels.ops import LinearKernel
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.nvfp4.weight import Weight, can_fuse, fuse
+
+
+class Linear:
+    """One projection, or several of the same input whose outputs lie side by side.
+
+    kernels  usually one; more where the parts are stored in formats that cannot share a kernel
+    """
+
+    def __init__(self, kernels: Sequence[LinearKernel]) -> None:
+        self.kernels = tuple(kernels)
+        self._only = self.kernels[0] if len(self.kernels) == 1 else None
+
+    @classmethod
+    def fused(
+        cls,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        group: str,
+        prefixes: Sequence[str],
+        n_each: Sequence[int],
+        k: int,
+        *,
+        bias: bool = False,
+        out_dtype: Dtype | None = None,
+    ) -> Self:
+        """The layers `prefixes`, of n_each[i] outputs each and k inputs, as one layer of sum(n_each) outputs.
+
+        Neighbours whose formats agree share a kernel; those that differ stay apart and are joined at the output.
+        Raises MissingTensorError or UnexpectedTensorError when the files' biases are not what `bias` says.
+        """
+        parts = [load_weight(ckpt, prefix, n, k, bias) for prefix, n in zip(prefixes, n_each, strict=True)]
+        made = []
+        for run in _fusable_runs(parts):
+            weight = parts[run.start] if len(run) == 1 else fuse([parts[i] for i in run])
+            made.append(kernels.linear(group, weight, out_dtype, names=[prefixes[i] for i in run]))
+        return cls(made)
+
+    @classmethod
+    def single(cls, ckpt: Checkpoint, kernels: Kernels, prefix: str, n: int, k: int, *, bias: bool = False) -> Self:
+        """The layer `prefix`; its last name is its group in the precision report."""
+        return cls.fused(ckpt, kernels, prefix.rpartition(".")[2], [prefix], [n], k, bias=bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N]."""
+        if self._only is not None:
+            return self._only(x)
+        return torch.cat([kernel(x) for kernel in self.kernels], dim=-1)
+
+
+def load_weight(ckpt: Checkpoint, prefix: str, n: int, k: int, bias: bool) -> Weight:
+    """`ckpt.linear`, and a check that the bias is there exactly when the architecture has one."""
+    if bias and not ckpt.has(f"{prefix}.bias"):
+        raise MissingTensorError(
+            f"{prefix}.bias", str(ckpt.path), "config.json and architecture say this layer has one"
+        )
+    weight = ckpt.linear(prefix, n, k)
+    if weight.bias is not None and not bias:
+        raise UnexpectedTensorError([f"{prefix}.bias"], str(ckpt.path))
+    return weight
+
+
+def _fusable_runs(parts: Sequence[Weight]) -> list[range]:
+    runs: list[range] = []
+    for i in range(len(parts)):
+        if runs and can_fuse([parts[j] for j in (*runs[-1], i)]):
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    return runs

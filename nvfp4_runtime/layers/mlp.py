@@ -1,0 +1,32 @@
+"""The gated feed-forward (SwiGLU): fused gate and up, silu(gate) * up, down."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import ModelConfig
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.linear import Linear
+
+
+class MLP:
+    """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp"."""
+
+    def __init__(self, ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, prefix: str) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear.fused(
+            ckpt,
+            kernels,
+            "gate_up_proj",
+            [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
+            [inner, inner],
+            hidden,
+            bias=config.mlp_bias,
+        )
+        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=config.mlp_bias)
+        self._silu_mul = kernels.silu_mul(inner)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        return self.down_proj(self._silu_mul(self.gate_up_proj(x)))

@@ -1,0 +1,79 @@
+"""Rotary embedding: inverse frequencies of each variant, and the tables of cosines and sines the kernels read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.config import RopeConfig
+
+
+def rope_tables(rope: RopeConfig, rotary_dim: int, max_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, times the variant's attention factor.
+
+    returns  fp32 [max_positions, rotary_dim / 2] each, the values transformers computes (it repeats them twice)
+    """
+    frequencies, attention_factor = inverse_frequencies(rope, rotary_dim)
+    angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[Tensor, float]:
+    """Radians per position, fp32 [rotary_dim / 2], and the factor on cos and sin (1 except for YaRN)."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    wavelengths = rope.theta**exponents  # in positions, over 2 pi
+    if rope.kind == "linear":
+        return 1.0 / wavelengths / rope.factor, 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, 1.0 / wavelengths), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, wavelengths, rotary_dim), _yarn_attention_factor(rope)
+    return 1.0 / wavelengths, 1.0
+
+
+def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+    """Short waves stay, long ones are stretched by `factor`, between them a linear blend in 1/wavelength.
+
+    Source: Llama 3.1's model card code; a wave is long when fewer than low_freq_factor of it fit the original context.
+    """
+    context = rope.original_max_position_embeddings
+    wavelength = 2 * math.pi / frequencies
+    share = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - share) * frequencies / rope.factor + share * frequencies
+    stretched = torch.where(wavelength > context / rope.low_freq_factor, frequencies / rope.factor, blended)
+    return torch.where(wavelength < context / rope.high_freq_factor, frequencies, stretched)
+
+
+def _yarn(rope: RopeConfig, wavelengths: Tensor, rotary_dim: int) -> Tensor:
+    """Blend of kept and stretched frequencies, linear in the dimension between beta_fast and beta_slow turns.
+
+    Source: YaRN (Peng et al., 2023), "NTK-by-parts" interpolation.
+    """
+
+    def dimension(turns: float) -> float:
+        """The (fractional) dimension whose wave turns this often over the original context."""
+        length = rope.original_max_position_embeddings
+        return rotary_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp
+    stretched = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return stretched / (rope.factor * wavelengths) + (1 - stretched) / wavelengths
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)

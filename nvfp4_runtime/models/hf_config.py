@@ -1,0 +1,227 @@
+"""config.json to ModelConfig: the spellings of transformers 4 and 5, and a refusal for what the decoder cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from nvfp4_runtime.config import Dtype, ModelConfig, RopeConfig
+from nvfp4_runtime.errors import UnsupportedFormatError
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture's name says and its config.json does not.
+
+    qkv_bias, o_bias  True, False, or the config field that decides
+    windows           "none"; "all" layers where sliding_window is set (Mistral); "layer_types" (Qwen)
+    head_dim          when the config has none; None: hidden_size / num_attention_heads
+    """
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    windows: Literal["none", "all", "layer_types"] = "none"
+    head_dim: int | None = None
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "MistralForCausalLM": Family(windows="all"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, windows="layer_types"),
+    "Qwen3ForCausalLM": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="layer_types", head_dim=128
+    ),
+}
+
+# Features of relatives that change the arithmetic: absent, None, or this value.
+_NEUTRAL: dict[str, Any] = {
+    "attention_chunk_size": None,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "embedding_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "no_rope_layers": None,
+    "partial_rotary_factor": 1.0,
+    "residual_multiplier": 1.0,
+    "use_mrope": False,
+}
+
+
+def parse_model_config(raw: Raw) -> ModelConfig:
+    """What the decoder needs to know of a config.json.
+
+    Raises UnsupportedFormatError naming field and value for an unknown architecture, activation, rope type or window
+    layout, and for values that cannot be.
+    """
+    architecture = parse_architecture(raw)
+    if architecture not in FAMILIES:
+        raise _unsupported("architectures", architecture, f"one of {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[architecture]
+    _refuse_other_arithmetic(raw)
+    num_layers, num_heads = _count(raw, "num_hidden_layers"), _count(raw, "num_attention_heads")
+    num_kv_heads = _count(raw, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise _unsupported("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
+    hidden_size = _count(raw, "hidden_size")
+    head_dim = _count(raw, "head_dim", family.head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise _unsupported("head_dim", head_dim, "an even number, since rope turns pairs")
+    max_position = _count(raw, "max_position_embeddings")
+    eos = raw.get("eos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        model_type=str(raw.get("model_type", "")),
+        hidden_size=hidden_size,
+        intermediate_size=_count(raw, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_count(raw, "vocab_size"),
+        max_position_embeddings=max_position,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rope=parse_rope(raw, max_position),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+        qkv_bias=_family_flag(raw, family.qkv_bias),
+        o_bias=_family_flag(raw, family.o_bias),
+        mlp_bias=_family_flag(raw, family.mlp_bias),
+        qk_norm=family.qk_norm,
+        layer_windows=_windows(raw, family, num_layers),
+        dtype=_dtype(raw),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    )
+
+
+def parse_architecture(raw: Raw) -> str:
+    """The one name in `architectures`."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise _unsupported("architectures", names, "a list of one class name")
+    return str(names[0])
+
+
+def parse_rope(raw: Raw, max_position: int) -> RopeConfig:
+    """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(field) or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise _unsupported(field, rope, "one set of values for all layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise _unsupported(f"{field}.rope_type", kind, "default, linear, llama3 or yarn")
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise _unsupported(f"{field}.partial_rotary_factor", partial, "1.0")
+    if rope.get("mrope_section") is not None:
+        raise _unsupported(f"{field}.mrope_section", rope["mrope_section"], "no multimodal rope")
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    # a few models keep the original length beside the rope fields; there it takes precedence
+    original = (
+        raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_position
+    )
+    factor = rope.get("factor")
+    if factor is None and kind == "yarn":
+        factor = max_position / original
+    numbers: dict[str, Any] = {"factor": factor}
+    if kind == "llama3":
+        numbers |= {name: rope.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise _unsupported(f"{field}.{name}", value, f"a positive number, as rope type {kind} needs")
+        numbers[name] = float(value)
+    if kind == "llama3" and numbers["low_freq_factor"] == numbers["high_freq_factor"]:
+        raise _unsupported(f"{field}.high_freq_factor", numbers["high_freq_factor"], "more than low_freq_factor")
+    return RopeConfig(
+        theta=theta,
+        kind=cast(Literal["linear", "llama3", "yarn"], kind),
+        original_max_position_embeddings=int(original),
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        attention_factor=rope.get("attention_factor"),
+        mscale=rope.get("mscale"),
+        mscale_all_dim=rope.get("mscale_all_dim"),
+        truncate=bool(rope.get("truncate", True)),
+        **numbers,
+    )
+
+
+def _windows(raw: Raw, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    size = raw.get("sliding_window")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
+        raise _unsupported("sliding_window", size, "a positive number of tokens, or null")
+    types = raw.get("layer_types")
+    if types is not None and (not isinstance(types, list) or len(types) != num_layers):
+        raise _unsupported("layer_types", types, f"a list of {num_layers} names")
+    for kind in types or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise _unsupported("layer_types", kind, "full_attention or sliding_attention")
+    if family.windows == "layer_types":
+        size = size if _flag(raw, "use_sliding_window") else None
+        if types is None:
+            first = raw.get("max_window_layers", 28)  # the class's default in transformers
+            types = ["full_attention" if size is None or i < first else "sliding_attention" for i in range(num_layers)]
+        if size is None and "sliding_attention" in types:
+            raise _unsupported("use_sliding_window", False, "true and a sliding_window, since layer_types has some")
+        return tuple(size if kind == "sliding_attention" else None for kind in types)
+    expected = "sliding_attention" if family.windows == "all" and size is not None else "full_attention"
+    if types is not None and set(types) != {expected}:
+        raise _unsupported("layer_types", types, f"{expected} everywhere for this architecture")
+    if family.windows == "none" and size is not None:
+        raise _unsupported("sliding_window", size, "null for this architecture")
+    return (size,) * num_layers
+
+
+def _refuse_other_arithmetic(raw: Raw) -> None:
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise _unsupported("hidden_act", activation, "silu")
+    for field, neutral in _NEUTRAL.items():
+        value = raw.get(field)
+        if value is not None and value != neutral:
+            raise _unsupported(field, value, f"{neutral} or nothing")
+
+
+def _dtype(raw: Raw) -> Dtype:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise _unsupported("dtype", name, "bfloat16, float16 or float32")
+    return cast(Dtype, name)
+
+
+def _count(raw: Raw, field: str, default: int | None = None) -> int:
+    value = raw.get(field)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise _unsupported(field, value, "a positive integer")
+    return value
+
+
+def _number(raw: Raw, field: str, default: float) -> float:
+    value = raw.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise _unsupported(field, value, "a number, 0 or more")
+    return float(value)
+
+
+def _flag(raw: Raw, field: str) -> bool:
+    value = raw.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise _unsupported(field, value, "true or false")
+    return bool(value)
+
+
+def _family_flag(raw: Raw, rule: bool | str) -> bool:
+    return _flag(raw, rule) if isinstance(rule, str) else rule
+
+
+def _unsupported(field: str, found: object, expected: str) -> UnsupportedFormatError:
+    return UnsupportedFormatError(f"config.json: {field} is {found!r}; expected {expected}")

@@ -1,0 +1,125 @@
+"""The pre-norm decoder with rotary grouped-query attention and a gated feed-forward: Llama, Mistral, Qwen2, Qwen3.
+
+One parametrised class: biases, QK-norm, rope variant, windows and the tied head come from ModelConfig.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch
+from nvfp4_runtime.cache.specs import AttentionSpec
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import KVDtype, ModelConfig
+from nvfp4_runtime.errors import UnsupportedFormatError
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.attention import Attention
+from nvfp4_runtime.layers.linear import Linear
+from nvfp4_runtime.layers.mlp import MLP
+from nvfp4_runtime.layers.norm import RMSNorm
+from nvfp4_runtime.layers.rope import rope_tables
+from nvfp4_runtime.nvfp4.weight import DenseWeight
+
+
+class Decoder:
+    """Token ids in, float32 logits out.
+
+    kv_specs  what each layer wants cached, in layer order: batch.kv[i] is made for kv_specs[i]
+    kv_dtype  the type of that cache
+
+    `max_positions` bounds positions (and the rope tables' memory); None: the config's max_position_embeddings.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        kv_dtype: KVDtype,
+        max_positions: int | None = None,
+    ) -> None:
+        self.config = config
+        self.kv_dtype = kv_dtype
+        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
+        self.max_positions = max_positions or config.max_position_embeddings
+        self.embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        cos, sin = rope_tables(config.rope, config.head_dim, self.max_positions)
+        self.layers = [
+            DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
+        ]
+        self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.lm_head = _lm_head(ckpt, kernels, config, self.embedding)
+        self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
+        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.dtype)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch)
+        assert residual is not None  # a config has at least one layer
+        rows = batch.logits_rows
+        x, _ = self.norm(x[rows], residual[rows])
+        return self.lm_head(x)
+
+
+class DecoderLayer:
+    """norm, attention, norm, feed-forward; each norm first adds what came before to the residual stream."""
+
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        config: ModelConfig,
+        layer_id: int,
+        cos: Tensor,
+        sin: Tensor,
+        kv_dtype: KVDtype,
+    ) -> None:
+        prefix, hidden, eps = _layer(layer_id), config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(ckpt, kernels, f"{prefix}.input_layernorm", hidden, eps)
+        self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
+        self.post_attention_norm = RMSNorm(ckpt, kernels, f"{prefix}.post_attention_layernorm", hidden, eps)
+        self.mlp = MLP(ckpt, kernels, config, f"{prefix}.mlp")
+
+    def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """(x, residual), both [T, hidden] -> the same for the next layer."""
+        x, residual = self.input_norm(x, residual)
+        x = self.attention(x, batch)
+        x, residual = self.post_attention_norm(x, residual)
+        return self.mlp(x), residual
+
+
+def _layer(layer_id: int) -> str:
+    return f"model.layers.{layer_id}"
+
+
+def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> AttentionSpec:
+    scales = ckpt.kv_scales(f"{_layer(layer_id)}.self_attn")
+    k_scale, v_scale = scales or (1.0, 1.0)
+    return AttentionSpec(
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        window=config.layer_windows[layer_id],
+        k_scale=k_scale,
+        v_scale=v_scale,
+        has_scales=scales is not None,
+    )
+
+
+def _lm_head(ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, embedding: Tensor) -> Linear:
+    """The head's own weight (plain or NVFP4), or the embedding matrix itself where the two are tied."""
+    name = "lm_head.weight"
+    own = ckpt.has(name)
+    if config.tie_word_embeddings and not ckpt.has("lm_head.weight_scale"):
+        if own and not torch.equal(ckpt.tensor(name, tuple(embedding.shape)), embedding):
+            raise UnsupportedFormatError(
+                f"{name} differs from model.embed_tokens.weight although config.json ties them "
+                "(tie_word_embeddings true); set it to false if the head is meant, or delete the tensor"
+            )
+        head = DenseWeight(embedding)
+        return Linear([kernels.linear("lm_head", head, "float32", names=["lm_head"])])
+    return Linear.fused(
+        ckpt, kernels, "lm_head", ["lm_head"], [config.vocab_size], config.hidden_size, out_dtype="float32"
+    )
