@@ -73,7 +73,7 @@ def check_k(k: int) -> None:
 
 def _blocks(x: Tensor) -> Tensor:
     """[..., K] as [..., K/16, 16]."""
-    return x.reshape(*x.shape[:-1], -1, BLOCK)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
 
 
 def weight_scale_2(amax: Tensor) -> Tensor:
