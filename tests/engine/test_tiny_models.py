@@ -1,4 +1,4 @@
-"""Whole-engine greedy output of tiny models equals transformers' `generate`, whatever the scheduler does to requests."""
+"""Whole-engine greedy output of tiny models equals transformers' `generate`, whatever the scheduler does to them."""
 
 from __future__ import annotations
 
