@@ -1,0 +1,161 @@
+"""Logits equal transformers' (eager attention, float32) for every family, variant and way of slicing the work.
+
+Tolerance 1e-4: two layers of float32 arithmetic in different summation orders on logits of order 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.paged import BACKENDS, PagedRunner, load_or_skip
+from tests.tiny import save_transformers
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+BASE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama head_dim 32": ("Llama", {"head_dim": 32}),
+    "llama one kv head": ("Llama", {"num_key_value_heads": 1}),
+    "llama linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama yarn mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    "llama yarn not truncated": (
+        "Llama",
+        {"rope_parameters": {**YARN, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0, "attention_factor": 1.3}},
+    ),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2 sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3 sliding with biases": (
+        "Qwen3",
+        {
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 9}),
+    "mistral without window": ("Mistral", {"head_dim": 16, "sliding_window": None}),
+}
+PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]
+
+
+def make(family: str, values: dict[str, Any]) -> Any:
+    """A transformers model whose every parameter is random: default norms of one and biases of zero hide bugs."""
+    config = getattr(transformers, f"{family}Config")(**{**BASE, **values}, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(CASES), ids=lambda name: name.replace(" ", "_"))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
+    """A saved checkpoint and transformers' logits for each prompt alone."""
+    family, values = CASES[request.param]
+    model = make(family, dict(values))
+    folder = save_transformers(tmp_path_factory.mktemp("model"), model)
+    with torch.no_grad():
+        logits = [model(torch.tensor([prompt]), use_cache=False).logits[0] for prompt in PROMPTS]
+    assert min(float(piece.std()) for piece in logits) > 0.1  # logits of nothing would agree with anything
+    return folder, logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ragged_batch_of_whole_prompts(case: tuple[Path, list[Tensor]], backend: str) -> None:
+    folder, expected = case
+    runner = PagedRunner(load_or_skip(folder, backend))
+    found = runner.run(*enumerate(PROMPTS))
+    for logits, want in zip(found, expected, strict=True):
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_and_decodes_mixed_in_one_batch(case: tuple[Path, list[Tensor]], backend: str) -> None:
+    """Each step every unfinished sequence advances by its own stride: 1 is a decode, more is a prompt chunk."""
+    folder, expected = case
+    runner = PagedRunner(load_or_skip(folder, backend), block_size=16)
+    strides, done = [3, 1, 40, 1, 2], [0] * len(PROMPTS)
+    collected: list[list[Tensor]] = [[] for _ in PROMPTS]
+    while any(done[i] < len(prompt) for i, prompt in enumerate(PROMPTS)):
+        pieces = [
+            (i, prompt[done[i] : done[i] + strides[i]]) for i, prompt in enumerate(PROMPTS) if done[i] < len(prompt)
+        ]
+        for (i, tokens), logits in zip(pieces, runner.run(*pieces), strict=True):
+            collected[i].append(logits)
+            done[i] += len(tokens)
+    for parts, want in zip(collected, expected, strict=True):
+        torch.testing.assert_close(torch.cat(parts), want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_only_for_the_rows_asked_for(case: tuple[Path, list[Tensor]], backend: str) -> None:
+    folder, expected = case
+    model = load_or_skip(folder, backend)
+    runner = PagedRunner(model)
+    ends = [36, 37, 127]  # last tokens of the first three prompts
+    logits = model.forward(runner.batch(list(enumerate(PROMPTS[:3])), logits_rows=ends))
+    assert logits.shape == (3, 256)
+    for row, want in zip(logits, expected, strict=False):
+        torch.testing.assert_close(row, want[-1], rtol=0, atol=TOLERANCE)
+    nothing = model.forward(runner.batch([(7, [1, 2, 3])], logits_rows=[]))
+    assert nothing.shape == (0, 256)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 32])
+def test_block_size_does_not_matter(tmp_path: Path, block_size: int) -> None:
+    model = make("Llama", {"rope_parameters": dict(LLAMA3)})
+    decoder = load_or_skip(save_transformers(tmp_path, model))
+    with torch.no_grad():
+        want = model(torch.tensor([PROMPTS[0]])).logits[0]
+    runner = PagedRunner(decoder, block_size=block_size)
+    found = torch.cat([runner.run((0, PROMPTS[0][:20]))[0], runner.run((0, PROMPTS[0][20:]))[0]])
+    torch.testing.assert_close(found, want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_stays_near_float32(tmp_path: Path, backend: str) -> None:
+    """bfloat16 activations and cache: 2^-9 relative per rounding, some ten roundings deep, on logits of order 1."""
+    model = make("Qwen3", {"head_dim": 32}).to(torch.bfloat16)
+    folder = save_transformers(tmp_path, model)
+    with torch.no_grad():
+        want = model.float()(torch.tensor([PROMPTS[2]])).logits[0]
+    decoder = load_or_skip(folder, backend, "bfloat16", kv_dtype="bfloat16")
+    found = PagedRunner(decoder).run((0, PROMPTS[2]))[0]
+    assert float((found - want).abs().mean()) < 0.02 * float(want.std())
+    assert float((found - want).abs().max()) > 0  # it did run in bfloat16
