@@ -1,0 +1,77 @@
+"""What is quantised, what stays as it is, and which layers share a tensor scale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from nvfp4_runtime.checkpoint.detect import is_excluded
+from nvfp4_runtime.checkpoint.shards import PLAIN, TensorInfo
+from nvfp4_runtime.nvfp4.codec import BLOCK
+
+# Modules that stay plain whatever the model: small, sensitive, or looked up rather than multiplied.
+STAY_PLAIN = (
+    "lm_head",
+    "*embed_tokens*",
+    "*embeddings*",
+    "*norm*",
+    "*.mlp.gate",  # the router of a mixture of experts
+    "*.block_sparse_moe.gate",
+    "*router*",
+    "*shared_expert_gate",
+    "*conv1d*",
+    "*.linear_attn.in_proj_a",
+    "*.linear_attn.in_proj_b",
+    "*.linear_attn.in_proj_ba",
+    "*visual*",
+    "*vision*",
+    "mtp*",
+    "*.mtp.*",
+)
+
+# Layers that read the same input share weight_scale_2 (the largest) and input_scale, so that one GEMM can serve them.
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("w1", "w3"),
+)
+_GROUP_OF = {leaf: f"{{{','.join(names)}}}" for names in _SIBLINGS for leaf in names}
+
+
+def module_of(name: str) -> str:
+    """`a.b.weight` -> `a.b`."""
+    return name.rpartition(".")[0]
+
+
+def is_matrix(info: TensorInfo) -> bool:
+    """Whether the tensor is a plain weight matrix or a stack of them: what an exclusion list has to speak about."""
+    return info.name.endswith(".weight") and len(info.shape) >= 2 and info.dtype in PLAIN
+
+
+def why_plain(info: TensorInfo, exclude: Sequence[str]) -> str | None:
+    """Why this tensor stays as it is, or None when the recipe quantises it.
+
+    Quantised are the two-dimensional `.weight`s inside decoder blocks (`....layers.<i>....`) that neither the recipe
+    nor the caller's fnmatch patterns `exclude`.
+    """
+    module = module_of(info.name)
+    if not is_matrix(info):
+        return "no weight matrix"
+    if len(info.shape) != 2:
+        return "not two-dimensional"
+    if not re.search(r"(^|\.)(layers|h|blocks)\.\d+\.", module):
+        return "outside the decoder blocks"
+    if is_excluded(module, STAY_PLAIN):
+        return "kept plain by the recipe"
+    if is_excluded(module, exclude):
+        return "excluded by the caller"
+    if info.shape[1] % BLOCK:
+        return f"input features ({info.shape[1]}) no multiple of {BLOCK}"
+    return None
+
+
+def fused_group(module: str) -> str:
+    """A key that is equal for modules sharing one input: `...self_attn.k_proj` -> `...self_attn.{q_proj,...}`."""
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{_GROUP_OF.get(leaf, leaf)}"
