@@ -16,7 +16,8 @@ def token_logprob(row: FloatRow, token_id: int, k: int) -> Logprob:
     row  float32 [V]  raw logits with a finite maximum, no NaN
     """
     largest = row.max()
-    log_total = math.log(float(np.exp(row - largest).sum(dtype=np.float64)))
+    with np.errstate(over="ignore"):  # a difference of huge logits is -Inf: probability 0, as meant
+        log_total = math.log(float(np.exp(row - largest).sum(dtype=np.float64)))
     value = row[token_id]
     rank = 1 + np.count_nonzero(row > value) + np.count_nonzero(row[:token_id] == value)
 

