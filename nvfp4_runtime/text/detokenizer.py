@@ -1,0 +1,169 @@
+"""Token ids to text while they arrive: whole characters only, and never a piece of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from nvfp4_runtime.text.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+# A UTF-8 character has at most 4 bytes; byte-fallback tokens that do not make one by then never will.
+MAX_HELD_TOKENS = 4
+# Context before the first new token, so that decoders which look at the left neighbour (spaces) see one.
+CONTEXT_TOKENS = 6
+
+
+class Decoder(Protocol):
+    def push(self, token_id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+class ByteDecoder:
+    """For byte-level tokenizers: tokens are bytes, so a UTF-8 decoder does it, exactly and in linear time."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that is certain after this token; bytes of an unfinished character wait."""
+        return "" if token_id in self._skipped else self._utf8.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What was still waiting: U+FFFD for an unfinished character."""
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """For every other tokenizer (sentencepiece, byte fallback, WordPiece): decode a short window twice, emit the rest.
+
+    The window starts with the last text emitted, so spaces between words come out as in a whole decode.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._new = len(self._ids)  # ids before this index have been emitted
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._pending()
+        if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._new <= MAX_HELD_TOKENS):
+            return ""
+        self._advance()
+        return text
+
+    def flush(self) -> str:
+        text = self._pending()
+        self._new = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._new], skip_special_tokens=self._skip)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)[len(before) :]
+
+    def _advance(self) -> None:
+        self._ids = self._ids[self._new :]
+        self._new = len(self._ids)
+
+
+class StopScanner:
+    """Holds back text that may become a stop string, and cuts at the one that is complete first.
+
+    The cut does not depend on how the text was split into pieces: the earliest end wins, then the longest string.
+    """
+
+    def __init__(self, stop: Sequence[str], include_stop: bool = False) -> None:
+        self._stop = tuple(stop)
+        self._include = include_stop
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str, *, armed: bool = True) -> str:
+        """Text that can be shown. Unarmed, stop strings that end within `text` do not count (min_tokens).
+
+        Once `found` is set, nothing more comes out.
+        """
+        if not self._stop or self.found is not None:
+            return "" if self.found is not None else text
+        first_new = len(self._held)
+        self._held += text
+        if armed and (match := self._first_match(first_new)) is not None:
+            start, self.found = match
+            shown = self._held[: start + len(self.found)] if self._include else self._held[:start]
+            self._held = ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        shown, self._held = self._held, ""
+        return shown
+
+    def _first_match(self, first_new: int) -> tuple[int, str] | None:
+        best: tuple[int, int, str] | None = None
+        for stop in self._stop:
+            start = self._held.find(stop, max(0, first_new - len(stop) + 1))
+            if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
+                best = (start + len(stop), start, stop)
+        return (best[1], best[2]) if best is not None else None
+
+
+class Detokenizer:
+    """One choice's text: decoder and stop scanner in a row.
+
+    stop          stop strings; `stopped_by` names the one found
+    min_tokens    stop strings that are complete within the first `min_tokens` tokens do not count
+    prompt_ids    left context, for decoders that need it
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
+        self._decoder: Decoder = (
+            ByteDecoder(tokenizer, skip_special_tokens)
+            if tokenizer.is_byte_level
+            else WindowDecoder(tokenizer, skip_special_tokens, prompt_ids)
+        )
+        self._scanner = StopScanner(stop, include_stop_str_in_output)
+        self._min_tokens = min_tokens
+        self.num_tokens = 0
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._scanner.found
+
+    def push(self, token_id: int) -> str:
+        """Text that is certain and may be shown after this token."""
+        self.num_tokens += 1
+        return self._scanner.push(self._decoder.push(token_id), armed=self.num_tokens > self._min_tokens)
+
+    def skip(self) -> None:
+        """Count a token without showing it (the stop token that ended the request)."""
+        self.num_tokens += 1
+
+    def flush(self) -> str:
+        """The rest, after the last token; a stop string may still be found in it."""
+        shown = self._scanner.push(self._decoder.flush(), armed=self.num_tokens > self._min_tokens)
+        return shown + self._scanner.flush()
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop string begins with, the whole stop string excepted."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

@@ -1,0 +1,71 @@
+"""create_app: routes, middleware, exception handlers and life of one server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from nvfp4_runtime import __version__
+from nvfp4_runtime.engine.client import AsyncEngine
+from nvfp4_runtime.errors import NVFP4Error
+from nvfp4_runtime.text.processor import TextProcessor
+from server.config import ServerConfig
+from server.errors import error_response, status_response, validation_response
+from server.metrics import Metrics
+from server.middleware import LimitBody, RequestContext, RequireKey
+from server.routes import chat, completions, health, models
+from server.state import ServerState
+
+
+def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -> FastAPI:
+    """The ASGI application over a running engine, which it closes when it ends. Reads no environment, no files."""
+    metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
+    engine.on_step(metrics.on_step)
+    engine.on_finish(metrics.on_finish)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        await engine.close()
+
+    keyed = bool(config.api_key_hashes)
+    app = FastAPI(
+        title="nvfp4",
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the Host header
+        docs_url=None if keyed else "/docs",
+        redoc_url=None,
+    )
+    app.state.server = ServerState(engine, text, config, metrics, int(time.time()))
+    for routes in (chat, completions, models, health):
+        app.include_router(routes.router)
+    app.add_exception_handler(NVFP4Error, _runtime_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
+    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
+    if keyed:
+        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+    app.add_middleware(RequestContext)
+    return app
+
+
+async def _runtime_error(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return validation_response(error.errors())
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return status_response(error.status_code, error.detail, error.headers)

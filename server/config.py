@@ -1,0 +1,63 @@
+"""ServerConfig: what the HTTP side is told, resolved once. The only reader of os.environ."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nvfp4_runtime.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "NVFP4_"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Names, bounds and secrets of one server.
+
+    served_model_names        the first is written into answers; requests may use any
+    model_root                what /v1/models calls the root: the folder or name the model was loaded from
+    api_key_hashes            SHA-256 of each accepted key; none: no key is asked for
+    max_choices               prompts x n of one request
+    shutdown_timeout_seconds  how long running requests may go on after SIGTERM
+    slow_client_seconds       a stream whose client takes nothing for this long is aborted
+    default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
+    """
+
+    served_model_names: tuple[str, ...] = ("default",)
+    model_root: str = ""
+    api_key_hashes: tuple[bytes, ...] = ()
+    max_body_bytes: int = 8 << 20
+    max_n: int = 128
+    max_choices: int = 1024
+    shutdown_timeout_seconds: float = 30.0
+    slow_client_seconds: float = 30.0
+    enable_prompt_tokens_details: bool = False
+    default_sampling: Mapping[str, float | int] = field(default_factory=dict)
+
+
+def hash_key(key: str | bytes) -> bytes:
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+
+
+def read_api_keys(path: str | Path) -> tuple[bytes, ...]:
+    """Hashes of the keys in a file, one key per line. ConfigError when it cannot be read or holds none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the API key file {path} cannot be read: {error}", "--api-key-file") from error
+    keys = tuple(hash_key(line.strip()) for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"the API key file {path} holds no key; expected one per line", "--api-key-file")
+    return keys
+
+
+def environment_flags(names: Iterable[str]) -> dict[str, str]:
+    """Values of flags set by environment: `max_num_seqs` by NVFP4_MAX_NUM_SEQS. An empty value counts as unset."""
+    found = {}
+    for name in names:
+        if value := os.environ.get(ENVIRONMENT_PREFIX + name.upper()):
+            found[name] = value
+    return found

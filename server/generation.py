@@ -1,0 +1,236 @@
+"""From a parsed request to pieces of text: admission, detokenising, stop strings. Shared by every endpoint,
+streamed or not, so that both give the same answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+from starlette.types import Receive
+
+from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
+from nvfp4_runtime.engine.messages import TokenLogprob
+from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
+from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
+from nvfp4_runtime.text.detokenizer import Detokenizer
+from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
+from server.errors import GenerationError
+from server.metrics import Metrics
+from server.protocol import GenerationRequest
+
+T = TypeVar("T")
+
+
+class ClientDisconnected(Exception):
+    """The client is gone; there is nobody to answer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to generate: what the engine is told, and the position in the answer."""
+
+    index: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class Piece:
+    """News of one choice. The last of a choice carries `finish_reason`; each token id is in exactly one piece.
+
+    A piece may have tokens and no text (half a character, or text that may become a stop string).
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class ChoiceState:
+    """What is known of one choice so far; complete once its last piece has come."""
+
+    job: Job
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    finished: bool = False
+
+
+class Generation:
+    """The running choices of one HTTP request. Submits all or none; `close` aborts what still runs.
+
+    Raises at construction what the engine's admission raises (RequestError, QueueFullError, EngineDeadError).
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        request: GenerationRequest,
+        request_id: str,
+        jobs: Sequence[Job],
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._request = request
+        self.choices = [ChoiceState(job) for job in jobs]
+        self._streams: list[TokenStream] = []
+        try:
+            for job in jobs:
+                stream = engine.submit(
+                    job.prompt_token_ids,
+                    job.params,
+                    request_id=f"{request_id}-{job.index}",
+                    cache_salt=request.cache_salt or "",
+                    priority=request.priority,
+                )
+                self._streams.append(stream)
+                metrics.start(stream.request_id, len(job.prompt_token_ids), request.n, job.params.max_tokens or 0)
+        except NVFP4Error:
+            self.close()
+            raise
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of all choices as they come, in order within each choice. Close the generator to stop early."""
+        if len(self.choices) == 1:
+            async for piece in self._choice(self.choices[0], self._streams[0]):
+                yield piece
+            return
+        queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=2 * len(self.choices))
+
+        async def pump(choice: ChoiceState, stream: TokenStream) -> None:
+            try:
+                async for piece in self._choice(choice, stream):
+                    await queue.put(piece)
+                await queue.put(None)
+            except Exception as error:  # noqa: BLE001 - raised again below, where the answer is written
+                await queue.put(error)
+
+        tasks = [
+            asyncio.create_task(pump(choice, stream))
+            for choice, stream in zip(self.choices, self._streams, strict=True)
+        ]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if item is None:
+                    running -= 1
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def close(self) -> None:
+        """Abort whatever has not finished. Safe to call twice."""
+        for stream, choice in zip(self._streams, self.choices, strict=False):
+            if not choice.finished:
+                choice.finished = True
+                self._metrics.released(stream.request_id)
+                self._engine.abort(stream.request_id)
+
+    async def _choice(self, choice: ChoiceState, stream: TokenStream) -> AsyncGenerator[Piece, None]:
+        request = self._request
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            stop=request.stop_strings,
+            include_stop_str_in_output=request.include_stop_str_in_output,
+            skip_special_tokens=request.skip_special_tokens,
+            min_tokens=request.min_tokens,
+            prompt_ids=choice.job.prompt_token_ids,
+        )
+        try:
+            async for output in stream:
+                if output.finish_reason == "error":
+                    choice.finished = True
+                    raise GenerationError(output.error or "the engine could not complete this request")
+                if output.prompt_logprobs:
+                    choice.prompt_logprobs += output.prompt_logprobs
+                choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
+                piece = Piece(choice.job.index, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
+                ended_by_token = output.finish_reason == "stop" and not request.include_stop_str_in_output
+                last = len(output.token_ids) - 1
+                for i, token_id in enumerate(output.token_ids):
+                    if ended_by_token and i == last:
+                        detokenizer.skip()
+                    else:
+                        piece.text += detokenizer.push(token_id)
+                    piece.token_ids.append(token_id)
+                    if output.logprobs is not None:
+                        piece.logprobs.append(output.logprobs[i])
+                    if detokenizer.stopped_by is not None:
+                        break
+                if output.finish_reason is not None and detokenizer.stopped_by is None:
+                    piece.text += detokenizer.flush()
+                if detokenizer.stopped_by is not None:
+                    piece.finish_reason, piece.stop_reason = "stop", detokenizer.stopped_by
+                choice.num_tokens += len(piece.token_ids)
+                self._metrics.tokens(stream.request_id, len(piece.token_ids), choice.num_cached_tokens)
+                if piece.finish_reason is not None:
+                    self._end(choice, stream, piece.finish_reason, by_engine=output.finish_reason is not None)
+                if piece.token_ids or piece.finish_reason is not None:
+                    yield piece
+                if piece.finish_reason is not None:
+                    return
+            raise EngineDeadError("the engine ended a request without saying why")
+        except NVFP4Error:
+            self._metrics.failed(stream.request_id)
+            raise
+
+    def _end(self, choice: ChoiceState, stream: TokenStream, reason: str, by_engine: bool) -> None:
+        choice.finished = True
+        self._metrics.released(stream.request_id, None if by_engine else reason)
+        if not by_engine:
+            self._engine.abort(stream.request_id)
+
+
+def make_jobs(prompts: Sequence[list[int]], params: Sequence[SamplingParams], n: int) -> list[Job]:
+    """Prompt-major: choice prompt x n + i, with seed + i when a seed is given."""
+    return [
+        Job(p * n + i, ids, one if one.seed is None else _with_seed(one, one.seed + i))
+        for p, (ids, one) in enumerate(zip(prompts, params, strict=True))
+        for i in range(n)
+    ]
+
+
+def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
+    wrapped = seed if seed <= MAX_SEED else seed - 2 * (MAX_SEED + 1)
+    return msgspec.structs.replace(params, seed=wrapped)
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Run `work` here when `size` characters are few, else in a thread."""
+    return work() if size < LONG_TEXT_CHARS else await asyncio.to_thread(work)
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; when the client leaves first, `work` is cancelled and ClientDisconnected raised."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.create_task(client_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def client_gone(receive: Receive) -> None:
+    """Return when the client has disconnected; the request's body has been read already."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,46 @@
+"""What the OpenAPI document says of answers that are written without a pydantic model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "code": {"type": "integer"},
+            },
+        }
+    },
+}
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: _json("The request cannot be honoured; param names the field.", _ERROR),
+    401: _json("The API key is missing or wrong.", _ERROR),
+    404: _json("The model or path does not exist.", _ERROR),
+    413: _json("The body is too large.", _ERROR),
+    429: _json("Too many requests are waiting; see Retry-After.", _ERROR),
+    500: _json("Our fault.", _ERROR),
+    503: _json("The engine is not running.", _ERROR),
+}
+
+_STREAM = {"schema": {"type": "string", "description": "Server-sent events, ended by data: [DONE]"}}
+GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream: true, server-sent events.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": _STREAM},
+    },
+    **ERROR_RESPONSES,
+}

@@ -1,0 +1,163 @@
+"""POST /v1/chat/completions: parse, submit, format."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from nvfp4_runtime.engine.messages import TokenLogprob
+from server.openapi import GENERATION_RESPONSES
+from server.errors import json_response
+from server.formatting import TokenNames, usage_of
+from server.generation import Generation, Piece, make_jobs, off_loop, until_disconnect
+from server.prompts import EncodedPrompt, encode_chat, fit, output_budget
+from server.protocol import ChatCompletionRequest
+from server.state import Answer, ServerState
+from server.streaming import ChunkWriter, EventStream
+
+router = APIRouter()
+ROLE = "assistant"
+
+
+class _Chat:
+    """A running chat request: knows how its pieces are written."""
+
+    def __init__(self, server: ServerState, body: ChatCompletionRequest, answer: Answer, prompt: EncodedPrompt) -> None:
+        self.server = server
+        self.body = body
+        self.answer = answer
+        self.names = TokenNames(server.text.tokenizer, body.return_tokens_as_token_ids)
+        limit = server.engine.info.max_model_len
+        asked, param = body.max_completion_tokens, "max_completion_tokens"
+        if asked is None:
+            asked, param = body.max_tokens, "max_tokens"
+        self.prompt_token_ids = fit(body, prompt.token_ids, asked, limit)
+        default = server.config.default_sampling.get("max_tokens")
+        budget = output_budget(
+            asked, None if default is None else int(default), len(self.prompt_token_ids), limit, param
+        )
+        params = body.sampling_params(budget, server.config.default_sampling, body.prompt_logprobs)
+        self.generation = Generation(
+            server.engine,
+            server.text.tokenizer,
+            server.metrics,
+            body,
+            answer.engine_id,
+            make_jobs([self.prompt_token_ids], [params], body.n),
+        )
+
+    def echo_text(self) -> str:
+        """echo: the last message's text, if it is the assistant's own, comes before the new text."""
+        last = self.body.messages[-1]
+        return last.content if self.body.echo and last.role == ROLE and isinstance(last.content, str) else ""
+
+    def logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        return self.names.chat_logprobs(entries, self.body.top_logprobs or 0) if self.body.logprobs else None
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        body, answer = self.body, self.answer
+        options = body.stream_options
+        with_usage = options is not None and options.include_usage
+        continuous = with_usage and options is not None and options.continuous_usage_stats
+        details = self.server.config.enable_prompt_tokens_details
+        chunks = ChunkWriter(answer.id, "chat.completion.chunk", answer.created, answer.model, self.server.fingerprint)
+        always = body.logprobs or body.return_token_ids
+        echo = self.echo_text()
+        begun: set[int] = set()
+        try:
+            async with aclosing(self.generation.pieces()) as pieces:
+                async for piece in pieces:
+                    extra = {"usage": usage_of(self.generation.choices, body.n, details)} if continuous else {}
+                    if piece.index not in begun:
+                        begun.add(piece.index)
+                        first = {"prompt_token_ids": self.prompt_token_ids} if body.return_token_ids else {}
+                        yield chunks.choice(_delta(piece.index, {"role": ROLE, "content": ""}), first | extra)
+                        if echo:
+                            yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
+                    if piece.text or always or piece.finish_reason is not None:
+                        yield chunks.choice(self.write_piece(piece), extra, last=piece.finish_reason is not None)
+            if with_usage:
+                yield chunks.usage(usage_of(self.generation.choices, body.n, details))
+        finally:
+            self.generation.close()
+
+    def write_piece(self, piece: Piece) -> dict[str, Any]:
+        written = _delta(piece.index, {"content": piece.text}, self.logprobs(piece.logprobs))
+        if self.body.return_token_ids:
+            written["token_ids"] = piece.token_ids
+        if piece.finish_reason is not None:
+            written |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        return written
+
+    async def whole(self) -> dict[str, Any]:
+        """The unstreamed answer: all fields, nulls included."""
+        merged = [Piece(i) for i in range(self.body.n)]
+        try:
+            async with aclosing(self.generation.pieces()) as pieces:
+                async for piece in pieces:
+                    into = merged[piece.index]
+                    into.text += piece.text
+                    into.token_ids += piece.token_ids
+                    into.logprobs += piece.logprobs
+                    into.finish_reason, into.stop_reason = piece.finish_reason, piece.stop_reason
+        finally:
+            self.generation.close()
+        body = self.body
+        shown = self.generation.choices[0].prompt_logprobs if body.prompt_logprobs is not None else None
+        return {
+            "id": self.answer.id,
+            "object": "chat.completion",
+            "created": self.answer.created,
+            "model": self.answer.model,
+            "choices": [self.whole_choice(choice) for choice in merged],
+            "service_tier": None,
+            "system_fingerprint": self.server.fingerprint,
+            "usage": usage_of(self.generation.choices, body.n, self.server.config.enable_prompt_tokens_details),
+            "prompt_logprobs": None if shown is None else self.names.prompt_logprobs(shown, body.prompt_logprobs or 0),
+            "prompt_token_ids": self.prompt_token_ids if body.return_token_ids else None,
+            "prompt_text": None,
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
+
+    def whole_choice(self, choice: Piece) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {
+                "role": ROLE,
+                "content": self.echo_text() + choice.text,
+                "refusal": None,
+                "annotations": None,
+                "audio": None,
+                "function_call": None,
+                "reasoning": None,
+            },
+            "logprobs": self.logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            "token_ids": choice.token_ids if self.body.return_token_ids else None,
+            "routed_experts": None,
+        }
+
+
+def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+@router.post("/v1/chat/completions", responses=GENERATION_RESPONSES, response_class=Response)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    server = ServerState.of(request)
+    answer = Answer.begin("chatcmpl", server, request, body)
+    body.check(server.config.max_n)
+    size = sum(len(str(message.content)) for message in body.messages)
+    prompt = await off_loop(size, lambda: encode_chat(body, server.text))
+    chat = _Chat(server, body, answer, prompt)
+    if body.stream:
+        return EventStream(chat.stream(), server.config.slow_client_seconds)
+    return json_response(await until_disconnect(request.receive, chat.whole()))
