@@ -74,7 +74,8 @@ def test_queries_turn_and_keys_and_values_land_in_their_slots(
 
 def test_fp8_saturates_and_keeps_nan() -> None:
     qkv = torch.tensor([[0.0, 0.0, 1e6, -1e6, float("nan"), 1.0]])
-    kv = KVLayer(*(torch.zeros(2, 1, 1, 2).to(torch.float8_e4m3fn) for _ in "kv"), k_scale=0.5, v_scale=2.0)
+    k, v = (torch.zeros(2, 1, 1, 2).to(torch.float8_e4m3fn) for _ in "kv")
+    kv = KVLayer(k, v, k_scale=0.5, v_scale=2.0)
     one, zero = torch.ones(4, 1), torch.zeros(4, 1)
     spec = RopeSpec(1, 1, 2, 2, False, "fp8", "float32")
     BACKEND.rope_and_cache(spec)(qkv, torch.tensor([0]), one, zero, None, None, 0.0, kv, torch.tensor([1]))
@@ -91,7 +92,8 @@ def test_fp8_stores_the_nearest_of_every_representable_value() -> None:
     scale = 0.0371
     qkv = torch.zeros(len(codes), 3, 2)
     qkv[:, 1, 0] = codes * torch.tensor(scale)
-    kv = KVLayer(*(torch.zeros(len(codes), 1, 1, 2).to(torch.float8_e4m3fn) for _ in "kv"), k_scale=scale)
+    k, v = (torch.zeros(len(codes), 1, 1, 2).to(torch.float8_e4m3fn) for _ in "kv")
+    kv = KVLayer(k, v, k_scale=scale)
     positions = torch.zeros(len(codes), dtype=torch.int64)
     spec = RopeSpec(1, 1, 2, 2, False, "fp8", "float32")
     rope = BACKEND.rope_and_cache(spec)
