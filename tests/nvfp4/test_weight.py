@@ -1,0 +1,80 @@
+"""The canonical weights: shape checks, dequantising, and fusing by rows."""
+
+import pytest
+import torch
+
+from nvfp4_runtime.errors import NVFP4ShapeError
+from nvfp4_runtime.nvfp4 import codec
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, can_fuse, fuse
+
+
+def packed_weight(n: int, k: int, seed: int, input_scale: float | None = None, bias: bool = False) -> NVFP4Weight:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+    scale_2 = codec.weight_scale_2(w.abs().max())
+    packed, scale = codec.quantize(w, scale_2)
+    return NVFP4Weight(packed, scale, scale_2.reshape(1), (n,), input_scale, torch.arange(n).float() if bias else None)
+
+
+def test_fused_parts_keep_their_own_scale_and_dequantise_to_the_same_rows():
+    parts = [packed_weight(32, 64, 0, 0.1), packed_weight(16, 64, 1, 0.3), packed_weight(16, 64, 2, 0.2)]
+    whole = fuse(parts)
+    assert isinstance(whole, NVFP4Weight)
+    assert whole.group_rows == (32, 16, 16)
+    assert len(set(whole.weight_scale_2.tolist())) == 3
+    assert torch.equal(whole.dequantize(), torch.cat([p.dequantize() for p in parts]))
+    assert whole.input_scale == 0.3
+
+
+def test_operand_times_row_scale_is_the_weight():
+    weight = packed_weight(16, 32, 3)
+    # dequantise rounds scale * scale_2 first: one rounding apart, so within 2 float32 ulps
+    torch.testing.assert_close(
+        weight.operand().float() * weight.row_scale_2()[:, None], weight.dequantize(), rtol=2**-22, atol=0
+    )
+
+
+def test_a_missing_bias_is_zero_in_the_fused_bias():
+    whole = fuse([packed_weight(16, 32, 0, bias=True), packed_weight(8, 32, 1)])
+    assert whole.bias is not None
+    assert whole.bias.tolist() == [*map(float, range(16)), *[0.0] * 8]
+
+
+def test_formats_widths_and_input_scales_that_differ_do_not_fuse():
+    dense = DenseWeight(torch.zeros(4, 64, dtype=torch.bfloat16))
+    assert not can_fuse([packed_weight(16, 64, 0), dense])
+    assert not can_fuse([packed_weight(16, 64, 0), packed_weight(16, 32, 0)])
+    assert not can_fuse([packed_weight(16, 64, 0, 0.1), packed_weight(16, 64, 1)])
+    with pytest.raises(NVFP4ShapeError, match=r"nvfp4\[16, 64\], bf16\[4, 64\]"):
+        fuse([packed_weight(16, 64, 0), dense])
+
+
+def test_dense_parts_fuse_by_rows():
+    parts = [DenseWeight(torch.full((n, 8), float(n))) for n in (2, 3)]
+    whole = fuse(parts)
+    assert isinstance(whole, DenseWeight)
+    assert whole.format == "fp32"
+    assert whole.weight[:, 0].tolist() == [2.0, 2.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("packed", "scale", "scale_2", "rows", "message"),
+    [
+        ((4, 12), (4, 2), 1, (4,), "positive multiple of 16"),
+        ((4, 16), (4, 4), 1, (4,), r"need block scales \[4, 2\], found \[4, 4\]"),
+        ((4, 16), (4, 2), 2, (4,), "do not describe 4 rows"),
+        ((4, 16), (4, 2), 2, (4, 4), "do not describe 4 rows"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(packed, scale, scale_2, rows, message):
+    with pytest.raises(NVFP4ShapeError, match=message):
+        NVFP4Weight(
+            torch.zeros(packed, dtype=torch.uint8),
+            torch.zeros(scale, dtype=torch.uint8).view(torch.float8_e4m3fn),
+            torch.ones(scale_2),
+            rows,
+        )
+
+
+def test_wrong_dtypes_are_refused():
+    with pytest.raises(NVFP4ShapeError, match="expected uint8 codes and float8_e4m3fn scales"):
+        NVFP4Weight(torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4, 2), torch.ones(1), (4,))
