@@ -1,12 +1,23 @@
-"""The native CPU backend: our own vector kernels, built from csrc/ at install time where a C++ compiler exists."""
+"""The native CPU backend: our own vector kernels, built from csrc/ at install time where a C++ compiler exists.
+
+One binary holds every ISA variant (portable, AVX2, AVX-512); the best one this machine has is chosen at run time. Each
+output row depends on its own inputs only, in one fixed order: batch, chunking and threads never change a bit. Between
+ISA variants the last bits differ.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
@@ -19,37 +30,113 @@ from nvfp4_runtime.kernels.ops import (
     RopeKernel,
     RopeSpec,
 )
-from nvfp4_runtime.nvfp4.weight import Weight
+from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight
+
+_native: Any
+try:
+    from nvfp4_runtime.kernels.cpu import _native  # type: ignore[attr-defined, no-redef]  # compiled, has no stub
+except ImportError as e:
+    _native = None
+    _missing = str(e)
 
 NOT_BUILT = "extension not built: install a C++17 compiler and run `pip install .` again"
+MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
 
 
 class CPUBackend:
-    """Placeholder until the extension lands: refuses everything with the reason."""
+    """Every op of kernels/ops.py, natively.
+
+    threads  worker threads; None: one per physical core this process may use
+    isa      "portable", "avx2" or "avx512"; None: the best this machine has
+
+    Raises ConfigError when the machine lacks `isa`. Without the extension it refuses every op with one reason.
+    """
 
     name = "cpu"
     row_invariant = True
 
-    def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads must be at least 1, found {threads}", "--threads")
+        self.threads = threads or physical_cores()
+        self._context: Any = None
+        if _native is None:
+            return
+        if isa is not None and isa not in _native.supported_isas():
+            raise ConfigError(
+                f"this machine cannot run ISA variant {isa!r}; it has {', '.join(_native.supported_isas())}"
+            )
+        self._context = _native.Context(self.threads, isa or "")
 
     def refuses(self, spec: OpSpec) -> str | None:
-        return NOT_BUILT
+        if self._context is None:
+            return f"{NOT_BUILT} ({_missing})"
+        if spec.dtype not in ("bfloat16", "float32"):
+            return f"activations are bfloat16 or float32, asked for {spec.dtype}"
+        if isinstance(spec, LinearSpec):
+            if spec.out_dtype not in ("bfloat16", "float32"):
+                return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
+            if spec.weight == "nvfp4" and spec.numerics not in ("w4a16", "w4a4"):
+                return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
+        if isinstance(spec, RopeSpec | PagedAttentionSpec):
+            if spec.head_dim > MAX_HEAD_DIM:
+                return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"
+            if spec.num_heads % spec.num_kv_heads:
+                return f"{spec.num_heads} query heads do not divide over {spec.num_kv_heads} KV heads"
+        if isinstance(spec, RopeSpec) and (spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim):
+            return f"rotary_dim must be even and at most head_dim {spec.head_dim}, asked for {spec.rotary_dim}"
+        if isinstance(spec, PagedAttentionSpec) and spec.window is not None and spec.window < 1:
+            return f"a window is at least 1 token, asked for {spec.window}"
+        return None
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
-        raise AssertionError(NOT_BUILT)
+        if isinstance(weight, NVFP4Weight):
+            return NativeLinearNVFP4(_native, self._context, weight, spec)
+        return NativeLinearDense(self._context, weight, spec)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
-        raise AssertionError(NOT_BUILT)
+        return NativeRMSNorm(self._context, spec)
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
-        raise AssertionError(NOT_BUILT)
+        return NativeSiluMul(self._context, spec)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
-        raise AssertionError(NOT_BUILT)
+        return NativeRope(self._context, spec)
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
-        raise AssertionError(NOT_BUILT)
+        return NativePagedAttention(self._context, spec)
 
     def describe(self) -> dict[str, Any]:
-        return {"status": NOT_BUILT}
+        if self._context is None:
+            return {"status": NOT_BUILT}
+        return {
+            "isa": self._context.isa,
+            "threads": str(self._context.threads),
+            "version": metadata.version("nvfp4-runtime"),
+        }
+
+
+def supported_isas() -> list[str]:
+    """ISA variants this machine can run, best first; empty when the extension is not built."""
+    return [] if _native is None else list(_native.supported_isas())
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use: hyperthreads of a core count once, a cgroup CPU quota is a ceiling."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in allowed:
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
+        except OSError:  # not Linux, or a sandbox that hides the topology: every CPU is a core
+            cores.add(str(cpu))
+    return max(1, min(len(cores), _cpu_quota() or len(cores)))
+
+
+def _cpu_quota() -> int | None:
+    """CPUs allowed by cgroup v2's cpu.max, rounded up; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # no cgroup v2 here
+        return None
+    return None if quota == "max" else -(-int(quota) // int(period))

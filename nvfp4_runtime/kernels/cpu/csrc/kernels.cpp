@@ -1,0 +1,45 @@
+// All kernels of one ISA. CMake compiles this file once per ISA with that ISA's flags and NVFP4_ISA set to its name.
+// Everything but the table has internal linkage, and no standard C++ header is included: see types.h.
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define NVFP4_PASTE2(a, b) a##b
+#define NVFP4_PASTE(a, b) NVFP4_PASTE2(a, b)
+#define NVFP4_STRING2(a) #a
+#define NVFP4_STRING(a) NVFP4_STRING2(a)
+
+namespace nvfp4 {
+namespace {
+
+#if defined(__AVX512F__)
+#include "simd_avx512.h"
+constexpr int kMaxRows = 24;  // accumulators of the NVFP4 kernel: 24 of 32 registers
+constexpr int kDenseN = 4, kDenseM = 6;
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+constexpr int kMaxRows = 6;  // each takes two of 16 registers
+constexpr int kDenseN = 2, kDenseM = 2;
+#else
+#include "simd_portable.h"
+constexpr int kMaxRows = 4;
+constexpr int kDenseN = 2, kDenseM = 2;
+#endif
+
+#include "simd_math.h"
+
+#include "rows.h"
+
+#include "attention.h"
+#include "linear.h"
+
+}  // namespace
+
+const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
+    NVFP4_STRING(NVFP4_ISA), kMaxRows, block_width, pack_x,    linear_nvfp4, widen, linear_dense,
+    rms_norm,                silu_mul, rope,        attention, quantize,
+};
+
+}  // namespace nvfp4

@@ -1,0 +1,127 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace nvfp4 {
+namespace {
+
+constexpr int kSpins = 4000;  // some 100 to 200 microseconds: the gap between two ops of a step
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A forked child has none of its parent's threads: every fork starts a new era, and pools hire again in it.
+std::atomic<unsigned> era{0};
+void next_era() { era.fetch_add(1, std::memory_order_relaxed); }
+const int at_fork = pthread_atfork(nullptr, nullptr, next_era);
+
+}  // namespace
+
+struct Pool::Crew {
+  unsigned born = 0;
+  std::vector<std::thread> threads;
+  std::mutex mutex;
+  std::condition_variable wake;
+  int sleeping = 0;  // under mutex
+  bool closing = false;
+
+  alignas(64) std::atomic<uint64_t> ticket{0};  // a new piece of work is posted
+  alignas(64) std::atomic<int> next{0};
+  alignas(64) std::atomic<int> busy{0};
+  Work work = nullptr;
+  const void* context = nullptr;
+  int count = 0, grain = 1;
+
+  void take(int thread) {
+    for (;;) {
+      const int begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= count) return;
+      work(context, begin, begin + grain < count ? begin + grain : count, thread);
+    }
+  }
+
+  void live(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      int spins = 0;
+      while (ticket.load(std::memory_order_acquire) == seen && spins < kSpins) {
+        relax();
+        spins++;
+      }
+      if (ticket.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex);
+        sleeping++;
+        wake.wait(lock, [&] { return ticket.load(std::memory_order_acquire) != seen; });
+        sleeping--;
+      }
+      seen = ticket.load(std::memory_order_acquire);
+      if (closing) return;
+      take(thread);
+      busy.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void post() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      ticket.fetch_add(1, std::memory_order_release);
+      if (!sleeping) return;
+    }
+    wake.notify_all();
+  }
+};
+
+Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) { (void)at_fork; }
+
+Pool::~Pool() {
+  if (!crew_) return;
+  if (crew_->born != era.load(std::memory_order_relaxed)) {
+    (void)crew_.release();  // the threads are another process's; joining them would never end
+    return;
+  }
+  crew_->closing = true;
+  crew_->post();
+  for (auto& t : crew_->threads) t.join();
+}
+
+void Pool::hire() {
+  const unsigned now = era.load(std::memory_order_relaxed);
+  if (crew_ && crew_->born == now) return;
+  (void)crew_.release();
+  crew_ = std::make_unique<Crew>();
+  crew_->born = now;
+  for (int i = 1; i < threads_; i++) crew_->threads.emplace_back([crew = crew_.get(), i] { crew->live(i); });
+}
+
+void Pool::run(Work work, const void* context, int count, int grain) {
+  if (count <= 0) return;
+  if (threads_ == 1 || count <= grain) {
+    work(context, 0, count, 0);
+    return;
+  }
+  hire();
+  Crew& crew = *crew_;
+  crew.work = work;
+  crew.context = context;
+  crew.count = count;
+  crew.grain = grain;
+  crew.next.store(0, std::memory_order_relaxed);
+  crew.busy.store(threads_ - 1, std::memory_order_relaxed);
+  crew.post();
+  crew.take(0);
+  for (int spins = 0; crew.busy.load(std::memory_order_acquire) != 0; spins++) {
+    relax();
+    if (spins > kSpins) std::this_thread::yield();  // more threads than cores: let the last one finish
+  }
+}
+
+}  // namespace nvfp4

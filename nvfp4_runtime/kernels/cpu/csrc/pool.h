@@ -1,0 +1,36 @@
+// Persistent threads that share one piece of work at a time. Workers spin briefly for the next piece (a decode step hands
+// out some two hundred, microseconds apart), then sleep.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace nvfp4 {
+
+class Pool {
+ public:
+  using Work = void (*)(const void* context, int begin, int end, int thread);
+
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls work over [0, count) in pieces of at most `grain`, on all threads, and returns when all is done. Which thread
+  // takes which piece is left to chance; kernels give the same bits for any split. One caller at a time.
+  void run(Work work, const void* context, int count, int grain);
+
+ private:
+  struct Crew;
+  void hire();
+
+  const int threads_;
+  std::unique_ptr<Crew> crew_;
+};
+
+}  // namespace nvfp4

@@ -1,0 +1,173 @@
+// Sixteen lanes as two AVX2 registers (with FMA and F16C). Included inside the anonymous namespace of kernels.cpp.
+struct V {
+  __m256 a, b;
+};
+struct I {
+  __m256i a, b;
+};
+struct Mask {
+  __m256 a, b;
+};
+inline I to_bf16_bits(I x);  // simd_math.h
+
+inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline V add(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline V sub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline V mul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline V div(V x, V y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline V vmax(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }  // y where either is NaN
+inline V vmin(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+
+inline I bits(V x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline V from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+inline I iset1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I isub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline I iand(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline I ior(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+template <int n>
+inline I shl(I x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+template <int n>
+inline I shr(I x) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+template <int n>
+inline I sar(I x) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+inline Mask less(V x, V y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)}; }
+inline Mask is_nan(V x) { return {_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)}; }
+inline Mask below(int n) {
+  const __m256i c = _mm256_set1_epi32(n);
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(c, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))),
+          _mm256_castsi256_ps(_mm256_cmpgt_epi32(c, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)))};
+}
+inline Mask mask_and(Mask x, Mask y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
+inline Mask mask_not(Mask x) {
+  const __m256 ones = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  return {_mm256_xor_ps(x.a, ones), _mm256_xor_ps(x.b, ones)};
+}
+inline bool any(Mask m) { return (_mm256_movemask_ps(m.a) | _mm256_movemask_ps(m.b)) != 0; }
+inline V select(Mask m, V x, V y) { return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)}; }
+inline I select(Mask m, I x, I y) { return bits(select(m, from_bits(x), from_bits(y))); }
+
+inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline V load(const float* p, int n) {
+  const Mask m = below(n);
+  return {_mm256_maskload_ps(p, _mm256_castps_si256(m.a)), _mm256_maskload_ps(p + 8, _mm256_castps_si256(m.b))};
+}
+inline void store(float* p, V x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline void store(float* p, V x, int n) {
+  const Mask m = below(n);
+  _mm256_maskstore_ps(p, _mm256_castps_si256(m.a), x.a);
+  _mm256_maskstore_ps(p + 8, _mm256_castps_si256(m.b), x.b);
+}
+
+inline __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline V load(const bf16* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(p)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(p + 8)), 16))};
+}
+inline V load(const fp16* p) { return {_mm256_cvtph_ps(load8(p)), _mm256_cvtph_ps(load8(p + 8))}; }
+template <class T>
+inline V load_tail(const T* p, int n) {
+  T t[16] = {};
+  for (int i = 0; i < n; i++) t[i] = p[i];
+  return load(t);
+}
+inline V load(const bf16* p, int n) { return load_tail(p, n); }
+inline V load(const fp16* p, int n) { return load_tail(p, n); }
+
+inline __m256i narrow16(I x) {  // 32-bit lanes below 2^16 to 16-bit lanes, in order
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+}
+inline void store(bf16* p, V x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(to_bf16_bits(bits(x)))); }
+inline void store(bf16* p, V x, int n) {
+  bf16 t[16];
+  store(t, x);
+  for (int i = 0; i < n; i++) p[i] = t[i];
+}
+
+inline I load_bytes(const uint8_t* p, int n) {
+  uint8_t t[16] = {};
+  for (int i = 0; i < n; i++) t[i] = p[i];
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(t))),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(t + 8)))};
+}
+inline void store_bytes(uint8_t* p, I x, int n) {
+  int32_t t[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(t), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(t + 8), x.b);
+  for (int i = 0; i < n; i++) p[i] = static_cast<uint8_t>(t[i]);
+}
+
+inline float reduce_add(V x) {
+  const __m256 h = _mm256_add_ps(x.a, x.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float reduce_max(V x) {
+  const __m256 h = _mm256_max_ps(x.a, x.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+
+// Codes: one 32-bit lane per row holds 8 codes; vpermps over 8 magnitudes looks at 3 bits, the fourth becomes the sign.
+inline I load_codes(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+inline V e2m1_table() {
+  const __m256 t = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);
+  return {t, t};
+}
+template <int shift>
+inline __m256 decode8(__m256i c, __m256 table) {
+  const __m256 magnitude = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(c, shift));
+  const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(c, 28 - shift)), _mm256_set1_ps(-0.f));
+  return _mm256_or_ps(magnitude, sign);
+}
+template <int shift>
+inline V decode(I codes, V table) {
+  return {decode8<shift>(codes.a, table.a), decode8<shift>(codes.b, table.a)};
+}
+// Non-negative E4M3 block scales of 16 rows, times 2^-8: the byte, shifted into an FP16's place, is that value.
+inline V load_scales(const uint8_t* p) {
+  const __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(load8(p)), 7);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
+
+inline void transpose8(__m256 r[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < 2; j++) {
+      const __m256d a = _mm256_castps_pd(t[4 * i + j]), b = _mm256_castps_pd(t[4 * i + 2 + j]);
+      u[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      u[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
+  }
+}
+inline void transpose16(V r[16]) {
+  __m256 q[4][8];
+  for (int i = 0; i < 8; i++) {
+    q[0][i] = r[i].a;
+    q[1][i] = r[i].b;
+    q[2][i] = r[8 + i].a;
+    q[3][i] = r[8 + i].b;
+  }
+  for (int i = 0; i < 4; i++) transpose8(q[i]);
+  for (int i = 0; i < 8; i++) {
+    r[i] = {q[0][i], q[2][i]};
+    r[8 + i] = {q[1][i], q[3][i]};
+  }
+}

@@ -1,0 +1,109 @@
+// Sixteen lanes as one AVX-512 register. Included inside the anonymous namespace of kernels.cpp.
+struct V {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+using Mask = __mmask16;
+inline I to_bf16_bits(I x);  // simd_math.h
+
+inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline V zero() { return {_mm512_setzero_ps()}; }
+inline V set1(float x) { return {_mm512_set1_ps(x)}; }
+inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline V div(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline V vmax(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+inline V vmin(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+inline I bits(V a) { return {_mm512_castps_si512(a.v)}; }
+inline V from_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
+inline I iset1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I iadd(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I isub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I iand(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I ior(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int n>
+inline I shl(I a) { return {_mm512_slli_epi32(a.v, n)}; }
+template <int n>
+inline I shr(I a) { return {_mm512_srli_epi32(a.v, n)}; }
+template <int n>
+inline I sar(I a) { return {_mm512_srai_epi32(a.v, n)}; }
+inline Mask less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Mask is_nan(V a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+inline Mask below(int n) { return lanes(n < 0 ? 0 : n > 16 ? 16 : n); }
+inline Mask mask_and(Mask a, Mask b) { return a & b; }
+inline Mask mask_not(Mask a) { return static_cast<Mask>(~a); }
+inline bool any(Mask m) { return m != 0; }
+inline V select(Mask m, V a, V b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+inline I select(Mask m, I a, I b) { return {_mm512_mask_blend_epi32(m, b.v, a.v)}; }
+
+inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline V load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
+inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, V a, int n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
+
+inline V widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+inline V load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline V load(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+inline V load(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline V load(const fp16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p))}; }
+
+inline void store(bf16* p, V a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(to_bf16_bits(bits(a)).v));
+}
+inline void store(bf16* p, V a, int n) {
+  _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtepi32_epi16(to_bf16_bits(bits(a)).v));
+}
+
+inline I load_bytes(const uint8_t* p, int n) { return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(n), p))}; }
+inline void store_bytes(uint8_t* p, I a, int n) { _mm_mask_storeu_epi8(p, lanes(n), _mm512_cvtepi32_epi8(a.v)); }
+
+inline float reduce_add(V a) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float reduce_max(V a) { return _mm512_reduce_max_ps(a.v); }
+
+// Codes: one 32-bit lane per row holds 8 codes; vpermps looks at the low 4 bits of each lane only.
+inline I load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline V e2m1_table() {
+  return {_mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f)};
+}
+template <int shift>
+inline V decode(I codes, V table) {
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.v, shift), table.v)};
+}
+// Non-negative E4M3 block scales of 16 rows, times 2^-8: the byte, shifted into an FP16's place, is that value.
+inline V load_scales(const uint8_t* p) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(b), 7))};
+}
+
+inline void transpose16(V r[16]) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 2; j++) {
+      const __m512d a = _mm512_castps_pd(t[4 * i + j]), b = _mm512_castps_pd(t[4 * i + 2 + j]);
+      u[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; i++) {  // u[4 b + i]: 4x4 blocks, lane l holds column 4 l + i of rows 4 b .. 4 b + 3
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x88), b = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x88), d = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xdd);
+    r[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[8 + i].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[4 + i].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[12 + i].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}

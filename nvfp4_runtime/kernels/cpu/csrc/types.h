@@ -1,0 +1,161 @@
+// Element types and argument blocks shared by the kernels (compiled once per ISA) and the driver (compiled once).
+// Plain C++ data only: no inline function of the standard library may enter the per-ISA files, or the linker could keep
+// the AVX-512 copy of it for everybody.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace nvfp4 {
+
+// Storage types: bits with a name, so that overloads of load() and store() can tell them apart.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct e4m3 {
+  uint8_t bits;
+};
+
+enum class Type : int { f32 = 0, bf16 = 1, fp16 = 2, e4m3 = 3 };
+
+// Packed NVFP4 weights: panels of 16 rows. Per 64 of K one line of 64 block scales (4 groups x 16 rows), then per group
+// 128 bytes of codes: 9 cache lines per 1024 weights, one sequential stream. K is padded to 64 with zeros.
+// Inside a group, line h (0, 1) holds k = 8h .. 8h+7; byte 4 * row + i: low nibble k = 8h + i, high nibble 8h + 4 + i.
+constexpr int kPanel = 16;
+constexpr int kGroup = 16;
+constexpr int kBlockBytes = 576;
+inline constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63) / 64) * kBlockBytes; }
+
+// Activations are handed to the NVFP4 kernel as FP32, `rows` rows at a time: block b covers rows b * max_rows .. and
+// lies at x + b * max_rows * k, stored [k][width] where width >= its rows (padded rows are zero).
+struct PackX {
+  const void* x;  // [m][k] of `type`
+  Type type;
+  int m, k;
+  float input_scale;  // > 0 with `scales`: quantise to NVFP4 first (W4A4)
+  float* packed;
+  float* scales;  // W4A4: per block [k / 16][width], else null
+};
+
+struct LinearNVFP4 {
+  const uint8_t* weights;
+  const float* row_scale;  // fp32 [n padded to 16], weight_scale_2 (and input_scale) times 2^8
+  const float* bias;       // fp32 [n padded to 16] or null
+  const float* x;          // from PackX
+  const float* scales;     // from PackX, or null for W4A16
+  int m, n, k;
+  void* out;  // [m][n]
+  Type out_type;
+};
+
+struct LinearDense {
+  const void* weights;  // [n][k]
+  Type weight_type;
+  const float* bias;  // fp32 [n] or null
+  const float* x;     // fp32 [m][stride], zeros beyond k
+  int stride;
+  int m, n, k;
+  void* out;
+  Type out_type;
+};
+
+struct Widen {
+  const void* x;  // [m][k]
+  Type type;
+  int m, k, stride;
+  float* out;  // fp32 [m][stride], zeros beyond k
+};
+
+struct RMSNorm {
+  const void* x;
+  void* residual;  // in: residual, out: the sum; null: the sum is x
+  const void* weight;
+  Type weight_type;
+  void* out;
+  Type type;
+  int width;
+  float eps;
+};
+
+struct SiluMul {
+  const void* x;  // [t][2 * width]
+  void* out;      // [t][width]
+  Type type;
+  int width;
+};
+
+struct Rope {
+  const void* qkv;  // [t][(hq + 2 hkv) * d]
+  Type type;
+  const int64_t* positions;
+  const float* cos;
+  const float* sin;
+  const void* q_norm;  // [d] or null
+  const void* k_norm;
+  Type norm_type;
+  float eps;
+  void* q_out;  // [t][hq][d]
+  void* k;      // [blocks][hkv][block_size][d]
+  void* v;
+  Type kv_type;
+  float k_scale, v_scale;
+  const int64_t* slots;
+  int heads, kv_heads, head_dim, rotary_dim, block_size;
+};
+
+struct AttentionItem {
+  int sequence, kv_head;
+  int row;           // first token row in q
+  int tokens;        // of this item
+  int position;      // of the first token
+};
+
+struct Attention {
+  const void* q;  // [t][hq][d]
+  Type type;
+  void* out;  // [t][hq * d]
+  const void* k;
+  const void* v;
+  Type kv_type;
+  float k_scale, v_scale, scale;
+  const int32_t* block_tables;
+  int table_stride;
+  int heads, kv_heads, head_dim, block_size;
+  int window;  // 0: none
+  const AttentionItem* items;
+};
+
+constexpr int kTile = 64;           // KV positions per softmax step, always starting at a multiple of 64
+constexpr int kAttentionRows = 64;  // query rows (tokens x heads of one group) that share a staged tile
+inline constexpr int round16(int x) { return (x + 15) / 16 * 16; }
+// floats of scratch one attention item needs
+inline constexpr size_t attention_scratch(int rows, int d) {
+  return static_cast<size_t>(rows) * (2 * round16(d) + kTile + 16) + 2 * static_cast<size_t>(kTile) * round16(d) + 64;
+}
+
+// One ISA's kernels. Every function works on [begin, end) of its outermost axis and touches nothing else, so any split
+// over threads gives the same bits.
+struct Kernels {
+  const char* isa;
+  int max_rows;                  // rows of x that share one decoded weight
+  int (*block_width)(int rows);  // stored width of a block of 1..max_rows rows
+  void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
+  void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
+  void (*widen)(const Widen&, int begin, int end);                  // rows
+  void (*linear_dense)(const LinearDense&, int begin, int end);     // output features
+  void (*rms_norm)(const RMSNorm&, int begin, int end);             // tokens
+  void (*silu_mul)(const SiluMul&, int begin, int end);             // tokens
+  void (*rope)(const Rope&, int begin, int end);                    // tokens
+  void (*attention)(const Attention&, int item, float* scratch);    // one item
+  void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace nvfp4
