@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nvfp4_runtime.engine.messages import TokenLogprob
-from server.openapi import GENERATION_RESPONSES
 from server.errors import json_response
 from server.formatting import TokenNames, usage_of
 from server.generation import Generation, Piece, make_jobs, off_loop, until_disconnect
+from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, encode_chat, fit, output_budget
 from server.protocol import ChatCompletionRequest
 from server.state import Answer, ServerState

@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.errors import InvalidParameterError
-from server.openapi import GENERATION_RESPONSES
 from server.errors import json_response
 from server.formatting import CompletionLogprobs, TokenNames, usage_of
 from server.generation import ChoiceState, Generation, Piece, make_jobs, off_loop, until_disconnect
+from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, encode_completion_prompts, fit, output_budget
 from server.protocol import CompletionRequest
 from server.state import Answer, ServerState

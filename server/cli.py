@@ -1,0 +1,230 @@
+"""The `nvfp4` command: flags -> configs -> one call each. Heavy imports stay inside the sub-commands."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from nvfp4_runtime import __version__
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
+
+EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done or drained, 1 configuration error, 2 load error, 3 engine death."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser, serve = _parser()
+        if given[:1] == ["serve"]:
+            given[1:1] = _flags_from_environment(serve)
+        args = parser.parse_args(given)
+        level = getattr(logging, str(getattr(args, "log_level", "warning")).upper())
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except NVFP4Error as error:
+        flag = getattr(error, "flag", None)
+        # Error texts name the flag where that helps; repeat it only if this one does not.
+        hint = f" [{flag}]" if flag and flag not in str(error) else ""
+        print(f"nvfp4: {error}{hint}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def exit_code(error: NVFP4Error) -> int:
+    if isinstance(error, ConfigError):
+        return EXIT_CONFIG
+    return EXIT_ENGINE_DEATH if isinstance(error, EngineDeadError) else EXIT_LOAD
+
+
+def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    parser = argparse.ArgumentParser(prog="nvfp4", description="Quantise models to NVFP4 and serve them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP, in OpenAI's and vLLM's dialect",
+        epilog="Every flag can also be set by environment: NVFP4_MAX_NUM_SEQS=32, NVFP4_MODEL=/models/x.",
+    )
+    _serve_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    quantize = commands.add_parser("quantize", help="write a plain model folder as a ModelOpt NVFP4 folder")
+    quantize.add_argument("src", metavar="SRC", help="BF16, FP16 or FP32 Hugging Face folder")
+    quantize.add_argument("out", metavar="OUT", help="folder to make; must not exist")
+    quantize.add_argument("--method", default="max", help="how block scales are chosen (default: %(default)s)")
+    quantize.add_argument("--calib", metavar="FILE", help="text to measure activations on; gives W4A4 input scales")
+    quantize.add_argument("--fp8-kv", action="store_true", help="also measure FP8 scales for the KV cache")
+    quantize.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules plain; may repeat"
+    )
+    quantize.set_defaults(run=_quantize, log_level="info")
+
+    inspect = commands.add_parser("inspect", help="say what is in a checkpoint")
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(run=_inspect)
+
+    prepare = commands.add_parser("prepare", help="make the default model in the cache, so that serve starts at once")
+    prepare.set_defaults(run=_prepare, log_level="info")
+
+    version = commands.add_parser("version", help="versions of nvfp4, torch and the kernels")
+    version.set_defaults(run=_version)
+    return parser, serve
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="local model folder; left out: the default model, SmolLM2-135M")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
+    add("--served-model-name", action="append", metavar="NAME", help="name in requests and answers; may repeat")
+    add("--numerics", choices=("auto", "w4a16", "w4a4"), default="auto", help="arithmetic of NVFP4 layers")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="type of activations")
+    add("--backend", default="auto", help="auto, cpu or reference: asking for one runs there or fails")
+    add("--threads", type=int, help="compute threads (default: the machine's cores)")
+    add("--max-model-len", type=int, help="tokens of prompt and answer together (default: the model's)")
+    add("--max-num-seqs", type=int, default=64, help="requests in one step (default: %(default)s)")
+    add("--max-num-batched-tokens", type=int, default=1024, help="tokens in one step (default: %(default)s)")
+    add("--max-queued-requests", type=int, default=1024, help="more are refused with 429 (default: %(default)s)")
+    add("--kv-cache-dtype", choices=("auto", "bfloat16", "float32", "fp8"), default="auto")
+    add(
+        "--kv-cache-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="for the KV cache, as 2GiB (default: by free memory)",
+    )
+    add("--num-kv-blocks", type=int, help="blocks of the KV cache, instead of a size")
+    add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+    add("--seed", type=int, default=0, help="of requests that give none (default: %(default)s)")
+    add("--api-key-file", metavar="FILE", help="keys that clients need, one per line")
+    add("--allow-download", action="store_true", help="MODEL may be a Hugging Face hub id")
+    add("--generation-config", choices=("auto", "none"), default="auto", help="take the model's sampling defaults")
+    add("--enable-prompt-tokens-details", action="store_true", help="cached_tokens in usage")
+    add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
+    add("--simulate-step-seconds", type=float, default=0.0, help="how long each simulated step takes")
+    add("--simulate-script", metavar="TEXT", help="what the simulated model says, over and over")
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 512MiB, 2G or 1073741824. Units are powers of 1024."""
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 2GiB or 512MiB, found {text!r}")
+    return size
+
+
+def _flags_from_environment(parser: argparse.ArgumentParser) -> list[str]:
+    """Environment variables as flags before the given ones, which therefore win."""
+    from server.config import environment_flags
+
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "run")}
+    flags: list[str] = []
+    for name, value in environment_flags(actions).items():
+        action = actions[name]
+        if not action.option_strings:
+            continue  # MODEL: read in _serve, so that one on the command line wins
+        if action.nargs == 0:
+            if value.lower() not in ("0", "1", "false", "true"):
+                raise ConfigError(f"NVFP4_{name.upper()} must be 0 or 1, found {value!r}", action.option_strings[0])
+            flags += [action.option_strings[0]] if value.lower() in ("1", "true") else []
+        else:
+            flags += [f"{action.option_strings[0]}={value}"]
+    return flags
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from server.serve import serve
+
+    return serve(args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    texts = None
+    if args.calib is not None:
+        try:
+            texts = [Path(args.calib).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the calibration text {args.calib} cannot be read: {error}", "--calib") from error
+    from nvfp4_runtime.quantize.pipeline import quantize_folder
+
+    report = quantize_folder(
+        args.src, args.out, method=args.method, calib_texts=texts, fp8_kv=args.fp8_kv, exclude=args.exclude
+    )
+    kv = f", {report.kv_algo} KV cache" if report.kv_algo else ""
+    print(
+        f"{args.out}: {report.algo}{kv}; {report.num_quantized} layers quantised, {report.num_plain} tensors plain; "
+        f"{report.source_bytes / 1e6:.1f} MB -> {report.out_bytes / 1e6:.1f} MB"
+    )
+    for note in report.notes:
+        print(f"  {note}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nvfp4_runtime.checkpoint.inspect import inspect, render
+
+    report = inspect(args.path)
+    if args.json:
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+    else:
+        print(render(report))
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from nvfp4_runtime.quantize.default_model import ensure_default_model
+
+    print(ensure_default_model(progress=True))
+    return 0
+
+
+def _version(args: argparse.Namespace) -> int:
+    import platform
+
+    print(f"nvfp4 {__version__}")
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"torch {_torch_version()}")
+    print(f"backend cpu: {_native_kernels()}")
+    print("backend reference: plain PyTorch, runs everywhere")
+    return 0
+
+
+def _torch_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _native_kernels() -> str:
+    """The compiled extension's ISA variants. Imports the extension alone, not torch."""
+    from importlib import import_module
+
+    try:
+        native = import_module("nvfp4_runtime.kernels.cpu._native")
+    except ImportError:
+        return "extension not built (install a C++17 compiler and run `pip install .` again)"
+    isas = list(native.supported_isas())
+    return f"built, runs {isas[0]} here (of {', '.join(isas)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What the operator sees: progress while loading, one screen when ready."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from nvfp4_runtime import __version__
+from nvfp4_runtime.engine.messages import EngineInfo
+from server.config import ServerConfig
+
+
+class ProgressLine:
+    """Loading progress on stderr: one line that moves on a terminal, one line per phase elsewhere."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._moving = sys.stderr.isatty()
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        if self._moving:
+            filled = round(30 * min(max(fraction, 0.0), 1.0))
+            bar = "#" * filled + "." * (30 - filled)
+            print(f"\r\x1b[Kloading [{bar}] {fraction:4.0%} {phase}", end="", file=sys.stderr, flush=True)
+        elif phase != self._phase:
+            print(f"loading: {phase}", file=sys.stderr, flush=True)
+        self._phase = phase
+
+    def done(self) -> None:
+        if self._moving and self._phase:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
+    """Model, precision by layer group with kernel and reason, memory plan, start-up times, address, a curl line."""
+    blocks = info.num_blocks - 1  # block 0 is never handed out
+    tokens = blocks * info.block_size
+    weights = ", ".join(f"{stored} {megabytes(size)}" for stored, size in info.weight_bytes.items())
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.startup_seconds.items())
+    names = ", ".join(config.served_model_names)
+    body = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    key = ' -H "authorization: Bearer $KEY"' if config.api_key_hashes else ""
+    rows = [
+        ("model", f"{names}: {info.architecture}, context {info.max_model_len} tokens"),
+        ("", config.model_root or info.model),
+        ("numerics", f"{info.numerics} ({info.numerics_reason}); activations {info.dtype}"),
+        *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
+        ("weights", f"{megabytes(sum(info.weight_bytes.values()))}" + (f": {weights}" if weights else "")),
+        (
+            "KV cache",
+            f"{megabytes(info.kv_bytes)} {info.kv_dtype}: {blocks} blocks of {info.block_size}, {tokens} tokens fit "
+            f"({tokens / info.max_model_len:.1f} requests of full length)"
+            + ("" if info.enable_prefix_caching else "; no prefix caching"),
+        ),
+        (
+            "limits",
+            f"{info.max_num_seqs} requests and {info.max_num_batched_tokens} tokens per step, "
+            f"{info.max_queued_requests} requests waiting",
+        ),
+        ("start-up", phases),
+        ("address", url),
+    ]
+    lines = [f"nvfp4 {__version__}", *(f"  {label:<10}{text}" for label, text in rows)]
+    lines += ["", f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"]
+    return "\n".join(lines)
+
+
+def layer_lines(info: EngineInfo) -> list[str]:
+    """One aligned line per layer group: what is stored, which kernel runs it in which numerics, and why not another."""
+    rows = [
+        (
+            f"{group.count} x {group.name}",
+            f"{group.stored} {group.bits_per_weight:.2f} bit",
+            megabytes(group.num_bytes),
+            f"{group.backend} {group.numerics}",
+            f"({group.reason})" if group.reason else "",
+        )
+        for group in info.layers
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
+    ]
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

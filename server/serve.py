@@ -1,0 +1,317 @@
+"""`nvfp4 serve`: start the engine process and, while it loads, everything else; then serve until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
+from nvfp4_runtime.engine.client import EngineClient
+from nvfp4_runtime.errors import ConfigError, EngineDeadError
+from nvfp4_runtime.text.processor import TextProcessor
+from nvfp4_runtime.text.tokenizer import read_json
+from server.config import ServerConfig, environment_flags, read_api_keys
+from server.screen import ProgressLine, ready_screen
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+KEEP_ALIVE_SECONDS = 75
+ENGINE_WATCH_SECONDS = 0.25
+# Streams of a dead engine get their error event in this time, then the server ends.
+ENGINE_DEATH_GRACE_SECONDS = 2
+# generation_config.json's name -> ours
+_SAMPLING_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the server; returns the process's exit code. Raises NVFP4Error when it cannot start."""
+    started = time.monotonic()
+    model = args.model or environment_flags(["model"]).get("model")
+    config = server_config(args, model)
+    sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
+    if not args.simulate:
+        model = str(resolve_model(model, args.allow_download))
+        config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
+        if args.served_model_name is None:
+            config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
+    return _run(_serve(args, engine_config(args, model or ""), config, sock, started))
+
+
+def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
+    names = args.served_model_name or ["simulated"]
+    if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
+    return ServerConfig(
+        served_model_names=tuple(names),
+        model_root=model or "",
+        api_key_hashes=read_api_keys(args.api_key_file) if args.api_key_file is not None else (),
+        shutdown_timeout_seconds=args.shutdown_timeout,
+        enable_prompt_tokens_details=args.enable_prompt_tokens_details,
+    )
+
+
+def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
+    simulated = None
+    if args.simulate:
+        tokenizer = TextProcessor.simulated().tokenizer
+        simulated = SimulatedConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_model_len=args.max_model_len or SimulatedConfig.max_model_len,
+            script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
+            eos_token_id=tokenizer.eos_token_ids[0],
+            step_seconds=args.simulate_step_seconds,
+        )
+    return EngineConfig(
+        model=model,
+        dtype=args.dtype,
+        numerics=args.numerics,
+        backend=args.backend,
+        threads=args.threads,
+        seed=args.seed,
+        cache=CacheConfig(
+            num_blocks=args.num_kv_blocks,
+            memory_bytes=args.kv_cache_memory,
+            kv_dtype=args.kv_cache_dtype,
+            enable_prefix_caching=not args.no_prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=args.max_model_len,
+            max_queued_requests=args.max_queued_requests,
+        ),
+        simulated=simulated,
+    )
+
+
+def resolve_model(model: str | None, allow_download: bool) -> Path:
+    """The local folder to load. Raises ConfigError when there is none and none may be fetched."""
+    if model is None:
+        return default_model()
+    if Path(model).is_dir():
+        return Path(model)
+    if not allow_download:
+        raise ConfigError(
+            f"there is no model folder {model}; give a local folder, or --allow-download to fetch a hub id",
+            "--allow-download",
+        )
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigError(
+            f"fetching {model} needs the package huggingface_hub: pip install huggingface_hub", "--allow-download"
+        ) from error
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ConfigError(f"{model} could not be fetched: {error}", "--allow-download") from error
+
+
+def default_model() -> Path:
+    """The default model's folder in the cache, made there on first use by a process of its own (it needs torch)."""
+    from nvfp4_runtime.quantize.default_model import cached_default_model
+
+    folder = cached_default_model()
+    if folder is None:
+        code = subprocess.run(
+            [sys.executable, "-m", "server.cli", "prepare"], stdout=sys.stderr, check=False
+        ).returncode
+        if code != 0:
+            raise SystemExit(code)  # it has said why
+        folder = cached_default_model()
+        assert folder is not None, "prepare ended well and made nothing"
+    return folder
+
+
+def sampling_defaults(folder: Path, args: argparse.Namespace) -> dict[str, float | int]:
+    """The checkpoint's own defaults, as vLLM takes them from generation_config.json."""
+    if args.generation_config == "none":
+        return {}
+    declared = read_json(folder / "generation_config.json")
+    found = {ours: declared.get(theirs) for theirs, ours in _SAMPLING_DEFAULTS.items()}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: clients are refused until we are ready, and the port is ours."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"the port must be between 0 and 65535, found {port}", "--port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}", "--port") from error
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _run(main: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+async def _serve(
+    args: argparse.Namespace, engine_config: EngineConfig, config: ServerConfig, sock: socket.socket, started: float
+) -> int:
+    stop = _StopSignal()
+    progress = ProgressLine()
+    launch = asyncio.create_task(EngineClient.launch(engine_config, progress))
+    try:
+        # While the engine's process loads, this one imports the web stack and reads the tokenizer.
+        beside = asyncio.gather(asyncio.to_thread(_import_web), asyncio.to_thread(_load_text, engine_config))
+        await stop.race(asyncio.gather(beside, launch))
+    finally:
+        progress.done()
+        if not launch.done():
+            launch.cancel()
+            await asyncio.gather(launch, return_exceptions=True)
+    if stop.received:
+        if not launch.cancelled() and launch.exception() is None:
+            await launch.result().close()
+        return 0
+    engine = launch.result()
+    _, text = beside.result()
+    engine.info.startup_seconds["ready"] = time.monotonic() - started
+    try:
+        return await _run_http(engine, text, config, sock, stop)
+    finally:
+        await engine.close()
+
+
+async def _run_http(
+    engine: EngineClient, text: TextProcessor, config: ServerConfig, sock: socket.socket, stop: _StopSignal
+) -> int:
+    from server.app import create_app
+
+    app = create_app(engine, text, config)
+    server = _make_server(app, config)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if server.started:
+        print(ready_screen(engine.info, config, url_of(sock)), flush=True)
+    stop.then(lambda again: _stop_serving(server, app, again))
+    watch = asyncio.create_task(_until_dead(engine))
+    await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done():
+        server.config.timeout_graceful_shutdown = ENGINE_DEATH_GRACE_SECONDS
+        server.should_exit = True
+        await serving
+        raise EngineDeadError(f"the engine died: {engine.death_reason}")
+    watch.cancel()
+    serving.result()
+    return 0
+
+
+def _stop_serving(server: uvicorn.Server, app: FastAPI, again: bool) -> None:
+    logger.info("told to stop%s", " again: at once" if again else "; running requests may finish")
+    app.state.server.draining = True
+    server.should_exit = True
+    server.force_exit = again
+
+
+def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:  # ours are set already; uvicorn's would end us with the signal
+            yield
+
+    return Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_seconds)),
+        )
+    )
+
+
+async def _until_dead(engine: EngineClient) -> None:
+    while engine.alive:
+        await asyncio.sleep(ENGINE_WATCH_SECONDS)
+
+
+def _import_web() -> None:
+    import uvicorn  # noqa: F401 - for its side effect: later imports are instant
+
+    import server.app  # noqa: F401
+
+
+def _load_text(config: EngineConfig) -> TextProcessor:
+    return TextProcessor.simulated() if config.simulated is not None else TextProcessor.load(config.model)
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT, from the first moment on. `received` once one came; `then` says what to do about it."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._event = asyncio.Event()
+        self._action: Any = None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        again, self.received = self.received, True
+        self._event.set()
+        if self._action is not None:
+            self._action(again)
+
+    def then(self, action: Any) -> None:
+        self._action = action
+        if self.received:
+            action(False)
+
+    async def race(self, work: asyncio.Future[Any]) -> None:
+        """Wait for `work` or a signal; raises what `work` raises."""
+        signalled = asyncio.create_task(self._event.wait())
+        try:
+            await asyncio.wait({work, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            else:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+        finally:
+            signalled.cancel()
