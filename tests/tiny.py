@@ -206,9 +206,10 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) ->
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def tiny_llama(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+def tiny_llama(folder: Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """A plain two-layer Llama; `overrides` go into config.json."""
-    return _tiny(folder, llama_config(**overrides), seed)
+    config = llama_config(**overrides)
+    return write_plain(folder, config, random_tensors(config, seed), tokenizer=tokenizer)
 
 
 def tiny_qwen2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -220,11 +221,16 @@ def tiny_qwen3(folder: Path, seed: int = 0, **overrides: Any) -> Path:
 
 
 def tiny_nvfp4_llama(
-    folder: Path, seed: int = 0, kv_scales: tuple[float, float] | None = None, **overrides: Any
+    folder: Path,
+    seed: int = 0,
+    kv_scales: tuple[float, float] | None = None,
+    tokenizer: bool = True,
+    **overrides: Any,
 ) -> Path:
     """The tensors of `tiny_llama` in ModelOpt's NVFP4 layout."""
     config = llama_config(**overrides)
-    return write_modelopt(folder, config, random_tensors(config, seed), kv_scales=kv_scales)
+    tensors = random_tensors(config, seed)
+    return write_modelopt(folder, config, tensors, kv_scales=kv_scales, tokenizer=tokenizer)
 
 
 def save_transformers(folder: Path, model: Any, *, modelopt: bool = False, shards: int = 1, **options: Any) -> Path:
