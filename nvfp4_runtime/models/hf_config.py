@@ -38,6 +38,8 @@ FAMILIES = {
     ),
 }
 
+_CLASS_WINDOW = 4096  # transformers' default where a Mistral or Qwen config.json lacks sliding_window (null: none)
+
 # Features of relatives that change the arithmetic: absent, None, or this value.
 _NEUTRAL: dict[str, Any] = {
     "attention_chunk_size": None,
@@ -155,7 +157,7 @@ def parse_rope(raw: Raw, max_position: int) -> RopeConfig:
 
 
 def _windows(raw: Raw, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    size = raw.get("sliding_window")
+    size = raw.get("sliding_window", _CLASS_WINDOW if family.windows != "none" else None)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
         raise _unsupported("sliding_window", size, "a positive number of tokens, or null")
     types = raw.get("layer_types")

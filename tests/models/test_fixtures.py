@@ -21,7 +21,7 @@ DECIDED = 2e-4
 def reference(name: str) -> dict[str, Tensor]:
     folder = FIXTURES / name
     if not folder.is_dir():
-        pytest.skip(f"the fixture {name} is not beside this repository")
+        pytest.skip(f"../shared/fixtures/{name} is not beside this repository")
     return load_file(folder / "reference/reference.safetensors")
 
 
@@ -71,6 +71,20 @@ def test_greedy_tokens_agree_wherever_the_choice_is_clear(name: str, backend: st
     runner = PagedRunner(load_or_skip(FIXTURES / name, backend))
     found = runner.greedy(0, expected["input_ids.prompt"][0].tolist(), clear)
     assert found == tokens[:clear]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_with_fp8_cache_stays_near_the_weight_only_logits(backend: str) -> None:
+    """How such a checkpoint is served: W4A16, bfloat16 activations, FP8 cache.
+
+    E4M3 moves keys and values by up to 1/16, bfloat16 everything by 1/256; logits have a standard deviation of 1.8.
+    """
+    expected = reference(KVFP8)
+    want = expected["logits.weight_only.long"][0]
+    model = load_or_skip(FIXTURES / KVFP8, backend, "bfloat16", kv_dtype="fp8")
+    found = PagedRunner(model).run((0, expected["input_ids.long"][0].tolist()))[0]
+    assert float((found - want).abs().mean()) <= 0.02 * float(want.std())
+    assert float((found.argmax(-1) == want.argmax(-1)).double().mean()) >= 0.9
 
 
 def test_kv_scales_of_the_checkpoint_reach_the_cache_specs() -> None:

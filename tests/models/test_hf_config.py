@@ -66,6 +66,8 @@ def test_biases_and_qk_norm_follow_the_architecture_and_its_flags() -> None:
     [
         (MISTRAL | {"sliding_window": 4096}, (4096,) * 4),
         (MISTRAL | {"sliding_window": None}, (None,) * 4),
+        (MISTRAL, (4096,) * 4),
+        (LLAMA, (None,) * 4),
         (QWEN2 | {"sliding_window": 4096}, (None,) * 4),
         (QWEN2 | {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1}, (None,) * 4),
         (QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 3}, (None, None, None, 64)),
