@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from nvfp4_runtime.batch import KVLayer
@@ -28,9 +30,14 @@ def allocate(
     layers = []
     for spec in specs:
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        # zeros of an integer type: the allocator gives zero pages, where a float8 fill would touch all of them
-        raw = [torch.zeros(shape, dtype=torch.uint8 if kv_dtype == "fp8" else dtype, device=device) for _ in "kv"]
-        k, v = (t.view(dtype) for t in raw)
+        k, v = (_zeros(shape, dtype, device) for _ in "kv")
         scaled = kv_dtype == "fp8"
         layers.append(KVLayer(k, v, spec.k_scale if scaled else 1.0, spec.v_scale if scaled else 1.0))
     return tuple(layers)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
+    # numpy asks the system for zero pages, which cost nothing until written; torch.zeros would write all of them now
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_runtime.quantize.default_model import DefaultModel
+from tests.conftest import DefaultModel
 
 from nvfp4_runtime import LLM, SamplingParams
 from nvfp4_runtime.llm import Generation
