@@ -22,7 +22,6 @@ from nvfp4_runtime.errors import (
 )
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
 from tests import tiny
-from tests.fixtures import FIXTURES, needs_fixtures
 
 MODULE = "model.layers.1.mlp.down_proj"  # [64, 96] in the tiny Llama
 N, K = 64, 96
@@ -56,7 +55,6 @@ def packed(tmp_path: Path) -> Path:
     return tiny.tiny_nvfp4_llama(tmp_path / "packed", tokenizer=False)
 
 
-@needs_fixtures
 @pytest.mark.parametrize(
     ("name", "plain", "kv"),
     [
@@ -72,10 +70,11 @@ def packed(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_fixture_dequantises_bit_for_bit_and_every_tensor_is_used(name, plain, kv):
-    reference = load_file(FIXTURES / name / "reference" / "dequant_weights.safetensors")
-    stored = load_file(FIXTURES / name / "model.safetensors")
-    ckpt = Checkpoint.open(FIXTURES / name)
+def test_fixture_dequantises_bit_for_bit_and_every_tensor_is_used(shared, name, plain, kv):
+    folder = shared / "fixtures" / name
+    reference = load_file(folder / "reference" / "dequant_weights.safetensors")
+    stored = load_file(folder / "model.safetensors")
+    ckpt = Checkpoint.open(folder)
     assert (ckpt.quant.method, ckpt.quant.algo) == ("modelopt", "NVFP4")
     for tensor in list(ckpt.names()):
         module, leaf = tensor.removesuffix(".weight"), tensor.removesuffix(".weight").rpartition(".")[2]

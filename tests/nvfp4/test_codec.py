@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from nvfp4_runtime.errors import NVFP4ShapeError
 from nvfp4_runtime.nvfp4 import codec
-from tests.fixtures import FIXTURES, needs_fixtures
 from tests.nvfp4 import restated
 
 GRID = restated.GRID
@@ -243,13 +242,12 @@ def test_activations_with_inf_saturate_and_nan_shows_in_the_block_scale():
     assert torch.isnan(scale.to(torch.float32))[1, 0]
 
 
-@needs_fixtures
 @pytest.mark.parametrize("name", ["modelopt-llama-nvfp4-kvfp8", "modelopt-llama-nvfp4-excluded"])
-def test_requantising_modelopts_dequantised_weights_gives_back_its_codes_and_scales(name):
+def test_requantising_modelopts_dequantised_weights_gives_back_its_codes_and_scales(shared, name):
     """A block whose largest code is 6 must come back bit for bit: amax = 6 * step, so step is found again."""
-    stored = load_file(FIXTURES / name / "model.safetensors")
+    stored = load_file(shared / "fixtures" / name / "model.safetensors")
     blocks = found = 0
-    for key, w in load_file(FIXTURES / name / "reference" / "dequant_weights.safetensors").items():
+    for key, w in load_file(shared / "fixtures" / name / "reference" / "dequant_weights.safetensors").items():
         module = key.removesuffix(".weight")
         packed, scale = codec.quantize(w, stored[f"{module}.weight_scale_2"])
         codes = codec.unpack_codes(stored[key]).reshape(w.shape[0], -1, 16)
