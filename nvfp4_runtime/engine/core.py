@@ -129,8 +129,10 @@ def build(start: Start, progress: object) -> Engine:
 
 
 def main() -> int:
-    # Ctrl-C reaches the whole process group; the server decides when the engine stops.
+    # Ctrl-C and most supervisors signal the whole process group; the server decides when the engine stops, and the
+    # engine ends on its own as soon as the server's end of the socket is closed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     sock = socket.socket(fileno=int(sys.argv[1]))
     core = EngineCore(sock)

@@ -94,6 +94,14 @@ async def test_killing_the_engine_ends_every_stream_with_an_error() -> None:
     await client.close()
 
 
+async def test_signals_for_the_whole_process_group_leave_the_engine_to_its_server() -> None:
+    client = await EngineClient.launch(make_config())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(client.info.pid, number)
+    assert len(await collect(client.submit([1], GREEDY, request_id="r"))) == 12
+    await client.close()
+
+
 async def test_a_checkpoint_that_does_not_load_raises_its_own_error() -> None:
     with pytest.raises(NVFP4Error) as caught:
         await EngineClient.launch(EngineConfig(model="/does/not/exist"))
