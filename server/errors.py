@@ -34,7 +34,9 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    # Messages may repeat what a client sent, and JSON strings can hold lone surrogates, which UTF-8 cannot.
+    clean = message.encode("utf-8", "replace").decode()
+    return {"error": {"message": clean, "type": kind, "param": param, "code": code}}
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, TokenOutput
 
 ENGINE = "0"  # vLLM numbers its data-parallel engines; we run one
 RATE_WINDOW_SECONDS = 10.0
+
+# Without the creation times that would double the number of series.
+disable_created_metrics()
 
 _TTFT = [
     0.001,

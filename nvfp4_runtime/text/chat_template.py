@@ -135,7 +135,11 @@ def render_to_ids(
         continue_final_message=continue_final_message,
         variables=tokenizer.shield(dict(variables or {})),
     )
-    return tokenizer.unshield(rendered), tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
+    try:
+        token_ids = tokenizer.encode_rendered(rendered, add_special_tokens=add_special_tokens)
+    except InvalidParameterError as error:
+        raise InvalidParameterError(str(error), "messages") from error
+    return tokenizer.unshield(rendered), token_ids
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -1,0 +1,103 @@
+"""/metrics: vLLM's names with vLLM's meanings, and ours."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metrics import one_two_five
+from tests.fakes import FakeEngine
+from tests.server.conftest import Serve, events
+from tests.server.test_disconnect import BODIES, Client, until
+
+VLLM = {
+    "gauge": {
+        "num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc",
+        "cache_config_info",
+    },
+    "counter": {
+        "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "prompt_tokens_cached",
+        "generation_tokens", "request_success",
+    },
+    "histogram": {
+        "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total", "request_params_n",
+        "request_params_max_tokens", "time_to_first_token_seconds", "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
+        "request_inference_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
+    },
+}  # fmt: skip
+OURS = {
+    "nvfp4_weight_bytes", "nvfp4_kv_cache_bytes", "nvfp4_kv_cache_blocks", "nvfp4_kv_cache_used_blocks",
+    "nvfp4_tokens_per_second", "nvfp4_layer_kernel_info", "nvfp4_numerics_info", "nvfp4_startup_seconds",
+}  # fmt: skip
+
+
+async def test_every_name_and_label_is_there_before_the_first_request(serve: Serve) -> None:
+    text = (await (await serve()).http.get("/metrics")).text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for kind, names in VLLM.items():
+        for name in names:
+            family = families[f"vllm:{name}"]
+            assert family.type == kind, name
+            for sample in family.samples:
+                assert (sample.labels["model_name"], sample.labels["engine"]) == ("tiny", "0")
+    assert set(families) >= OURS
+    assert set(families) == OURS | {f"vllm:{name}" for names in VLLM.values() for name in names}
+
+
+async def test_info_metrics_carry_facts_as_labels(serve: Serve) -> None:
+    server = await serve()
+    assert await server.metric("vllm:cache_config_info", block_size="16", num_gpu_blocks="65") == 1
+    assert await server.metric("nvfp4_numerics_info", numerics="w4a16", dtype="bfloat16") == 1
+    assert await server.metric("nvfp4_layer_kernel_info", layer="lm_head", kernel="reference", stored="bf16") == 1
+    assert await server.metric("nvfp4_weight_bytes", stored="nvfp4") == 1000
+    assert await server.metric("nvfp4_startup_seconds", phase="weights") == 0.2
+
+
+async def test_tokens_and_latencies_are_counted_once_per_request(serve: Serve) -> None:
+    server = await serve()
+    await server.complete(prompt="abc", max_tokens=4)
+    events(await server.complete(prompt="abcd", max_tokens=6, n=2, stream=True))
+    assert await server.metric("vllm:prompt_tokens_total") == 3 + 4 + 4
+    assert await server.metric("vllm:generation_tokens_total") == 4 + 6 + 6
+    assert await server.metric("vllm:request_success_total", finished_reason="length") == 3
+    assert await server.metric("vllm:request_generation_tokens_sum") == 16
+    assert await server.metric("vllm:request_params_n_sum") == 1 + 2 + 2
+    assert await server.metric("vllm:inter_token_latency_seconds_count") == 3 + 5 + 5
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_decode_time_seconds"):
+        assert await server.metric(f"vllm:{name}_count") == 3
+    assert await server.metric("nvfp4_tokens_per_second", phase="generation") == pytest.approx(1.6)
+
+
+async def test_stop_string_counts_as_stop_and_not_as_the_abort_that_carries_it_out(serve: Serve) -> None:
+    server = await serve()
+    await server.complete(max_tokens=39, stop="world")
+    assert await server.metric("vllm:request_success_total", finished_reason="stop") == 1
+    assert await server.metric("vllm:request_success_total", finished_reason="abort") == 0
+    assert await server.metric("vllm:request_generation_tokens_sum") == len("Hello world")
+
+
+async def test_client_that_left_counts_as_abort(serve: Serve) -> None:
+    server = await serve(FakeEngine(step_seconds=0.002))
+    client = Client(server, "/v1/completions", BODIES["/v1/completions"] | {"stream": True})
+    await until(lambda: len(client.sent) > 3)
+    assert await server.metric("vllm:num_requests_running") == 1
+    client.left.set()
+    await client.task
+    assert await server.metric("vllm:request_success_total", finished_reason="abort") == 1
+    assert await server.metric("vllm:num_requests_running") == 0
+    assert await server.metric("nvfp4_kv_cache_used_blocks") == 0
+
+
+async def test_engine_death_counts_as_error(serve: Serve) -> None:
+    server = await serve(FakeEngine(step_seconds=0.002))
+    client = Client(server, "/v1/completions", BODIES["/v1/completions"] | {"stream": True})
+    await until(lambda: len(client.sent) > 3)
+    server.engine.die()
+    await client.task
+    assert await server.metric("vllm:request_success_total", finished_reason="error") == 1
+
+
+def test_token_buckets_are_a_1_2_5_series() -> None:
+    assert one_two_five(100) == [1, 2, 5, 10, 20, 50, 100]
+    assert one_two_five(256)[-1] == 200
