@@ -79,10 +79,10 @@ def convert_gguf(source: Path, out: Path, progress: Callable[[str, int, int], No
 def _hf_name(name: str, source: Path) -> str:
     if name in _TOP:
         return _TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     if match is None or match[2] not in _IN_BLOCK:
         raise UnsupportedFormatError(f"{source} holds the tensor {name!r}, which a plain Llama does not have")
-    return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.weight"
 
 
 def _halves_apart(w: Tensor, num_heads: int) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -82,8 +83,15 @@ def _ensure(folder: Path, make: Callable[[Path, bool], None], progress: bool) ->
         return folder
     from nvfp4_runtime.checkpoint.writer import temporary_prefix  # imports torch
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror}); the default model needs about "
+            "0.5 GB there: set XDG_CACHE_HOME to another place"
+        ) from error
+    with lock, _held(lock):
         # We hold the lock, so whatever is half-made here was left by a process that was killed.
         for leftover in folder.parent.glob(f"{temporary_prefix(folder)}*"):
             logger.warning("removing %s, left by an interrupted start", leftover)
@@ -135,12 +143,11 @@ def find_gguf() -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system lets go of it however this process ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is preparing the default model; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _held(file: TextIO) -> Iterator[None]:
+    """Hold an exclusive lock on `file`; the system lets go of it however this process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("another process is preparing the default model; waiting for it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nvfp4_runtime.checkpoint.detect import detect, read_config
+from nvfp4_runtime.checkpoint.detect import detect, is_excluded, read_config
 from nvfp4_runtime.checkpoint.shards import DTYPES, PLAIN, Shards, TensorInfo
 from nvfp4_runtime.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec, new_folder
 from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
@@ -133,6 +133,10 @@ def _choose(shards: Shards, exclude: Sequence[str]) -> tuple[dict[str, TensorInf
             plain[module] = None
             if "multiple" in reason:
                 notes.append(f"{module} stays plain: {reason}")
+    known = [*chosen, *plain]
+    for pattern in exclude:
+        if not any(is_excluded(module, (pattern,)) for module in known):
+            notes.append(f"the exclusion {pattern!r} matches no layer")
     return chosen, list(plain), notes
 
 

@@ -113,6 +113,13 @@ def test_without_the_package_the_error_says_what_to_install(cache, monkeypatch):
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
+def test_a_cache_that_cannot_be_written_is_an_operators_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be written .* set XDG_CACHE_HOME"):
+        module.ensure_default_model(progress=False)
+
+
 def test_a_package_with_other_weights_is_refused(monkeypatch, tmp_path):
     package = tmp_path / "other_smollm2"
     package.mkdir()

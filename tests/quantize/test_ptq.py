@@ -142,6 +142,12 @@ def test_layers_whose_k_is_no_multiple_of_16_stay_plain_and_are_reported(tmp_pat
     assert report.notes[0] == ("model.layers.0.mlp.down_proj stays plain: input features (24) no multiple of 16")
 
 
+def test_an_exclusion_that_matches_nothing_is_reported(source, tmp_path):
+    exclude = ["model.layers.0.self_atn*", "lm_head", "*.down_proj"]
+    report = quantize_checkpoint(source, tmp_path / "out", exclude=exclude, progress=False)
+    assert report.notes == ("the exclusion 'model.layers.0.self_atn*' matches no layer",)
+
+
 def test_biases_and_head_norms_come_along(tmp_path):
     config = tiny.qwen2_config()
     tensors = tiny.random_tensors(config)
