@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import httpx
 
 from loadtest.client import Stream, complete_together
+from loadtest.neighbours import BUSY_CORES, Neighbours
 from loadtest.server_process import serving
 
 Prompts = list[list[int]]
@@ -261,7 +262,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             log = Path(folder) / "transformers.log"
             theirs = Transformers(str(baseline), args.threads, args.baseline_dtype, environment, log)
             try:
+                neighbours = Neighbours()
                 rows = measure([ours, theirs], plan, theirs.facts["vocab_size"])
+                others = neighbours.cores()
             finally:
                 theirs.close()
     summary = summarise(rows, ours.name, theirs.name)
@@ -271,11 +274,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(table(summary, ours.name, theirs.name))
     print("\n".join(["", *bars(summary, ours.name, theirs.name)]))
+    if others is not None and others > BUSY_CORES:
+        print(f"\nNOT A QUIET MACHINE: others used {others:.2f} cores meanwhile; do not quote these figures")
     if args.json:
         report = {
             "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "plan": asdict(plan),
-            "machine": machine(),
+            "machine": machine() | {"cores_used_by_others": others},
             "nvfp4": {key: ours.card.get(key) for key in ("numerics", "dtype", "kv_cache_dtype", "quantization")},
             "transformers": theirs.facts,
             "summary": summary,
