@@ -34,6 +34,17 @@ RESERVED = _SPECIAL_TOKENS | {
     "strftime_now",
 }
 
+# What a template's own code can raise, given messages it was not written for.
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
 
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it is just its content."""
@@ -108,8 +119,9 @@ class ChatTemplate:
                 | {"messages": messages, "tools": tools, "documents": documents}
                 | {"add_generation_prompt": add_generation_prompt},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as e:
-            raise InvalidParameterError(f"the chat template cannot render these messages: {e}", "messages") from e
+        except _TEMPLATE_FAILURES as error:
+            reason = f"the chat template cannot render these messages: {error}"
+            raise InvalidParameterError(reason, "messages") from error
         return _cut_after_final(rendered, messages) if continue_final_message else rendered
 
 
