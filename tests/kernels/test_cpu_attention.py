@@ -53,7 +53,7 @@ def test_attention_agrees_with_fp64(
     spec = PagedAttentionSpec(heads, kv_heads, head_dim, window, NAMES[kv_dtype], NAMES[dtype])
     y = cpu_backend(isa).paged_attention(spec)(q, kv, batch, scale)
     exact = exact_attention(q, kv, batch, scale, window)
-    # scores up to about 6 off by D * 2^-24 of their terms' sum; weights then by that; values up to 5; one final rounding
+    # scores up to about 6 are off by D * 2^-24 of that, weights likewise; values up to 5; one final rounding
     room = head_dim * 2.0**-24 * 6 * 5 + {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}[dtype] * exact.abs()
     assert bool(((y.double() - exact).abs() <= room).all())
 

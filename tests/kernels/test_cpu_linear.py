@@ -1,4 +1,4 @@
-"""Native linear layers against FP64 of the exact operands, and against themselves: a row never depends on its neighbours."""
+"""Native linear layers against FP64 of the exact operands; a row never depends on its neighbours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def spec_of(weight: NVFP4Weight | DenseWeight, dtype: torch.dtype, out: torch.dt
 
 
 def assert_close_to_exact(y: Tensor, x: Tensor, w: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> None:
-    """x, w fp64 operands. Sum error (K/16 + 18) * 2^-24 of sum |x w|, the bound in NativeLinearNVFP4, then one rounding."""
+    """x, w are fp64 operands. The sum may be off by NativeLinearNVFP4's bound; then one rounding."""
     exact = (x @ w.t()) * row_scale
     room = (k / 16 + 18) * 2.0**-24 * (x.abs() @ w.abs().t()) * row_scale
     if bias is not None:

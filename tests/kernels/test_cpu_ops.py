@@ -70,7 +70,7 @@ def test_silu_at_the_ends_of_its_range_is_zero_or_the_gate(isa: str) -> None:
 
 
 def test_exp_is_within_two_ulp_over_its_whole_range(isa: str) -> None:
-    """Seen through silu: gate -x and up -1/x... of large gates give e^-x * x; relative error of e^x is what remains."""
+    """Seen through silu: for a gate of -x it is -x / (1 + e^x), so it carries the relative error of e^x."""
     gate = -torch.linspace(0.01, 87.0, 40000)
     x = torch.cat([gate, torch.ones_like(gate)]).unsqueeze(0)
     y = cpu_backend(isa).silu_mul(ActivationSpec(40000, "float32"))(x)[0]
@@ -120,9 +120,23 @@ def test_rope_agrees_with_the_reference(
 def test_fp8_cache_saturates_and_keeps_nan(isa: str) -> None:
     spec = RopeSpec(1, 1, 16, 0, False, "fp8", "float32")
     special = torch.tensor(
-        [0.0, -0.0, 500.0, -1e9, torch.inf, -torch.inf, torch.nan, 448.0, 464.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10]
-        + [0.0146, 0.0175, 17.0, 19.0]
+        [
+            0.0,
+            -0.0,
+            500.0,
+            -1e9,
+            torch.inf,
+            -torch.inf,
+            torch.nan,
+            448.0,
+            464.0,
+            2.0**-9,
+            2.0**-10,
+            3 * 2.0**-10,
+            0.0146,
+        ]
     )
+    special = torch.cat([special, torch.tensor([0.0175, 17.0, 19.0])])
     qkv = torch.cat([torch.zeros(16), torch.linspace(-2, 2, 16), special]).unsqueeze(0)
     kv = KVLayer(*(torch.zeros(1, 1, 4, 16, dtype=torch.float8_e4m3fn) for _ in range(2)))
     rope_call(cpu_backend(isa), spec, qkv, kv, torch.tensor([0]), torch.tensor([2]))
@@ -199,15 +213,14 @@ def test_wrong_tensors_are_refused() -> None:
     with pytest.raises(KernelError, match="gate_up: expected"):
         backend.silu_mul(ActivationSpec(16, "bfloat16"))(random_tensor(4, 64, seed=1)[:, ::2])
     spec = RopeSpec(2, 1, 16, 16, False, "bfloat16", "bfloat16")
+    qkv, one = random_tensor(1, 64, seed=1), torch.tensor([1])
+    kv, wide = random_cache(2, 1, 16, 16, seed=1), random_cache(2, 1, 16, 16, seed=1, dtype=torch.float32)
     with pytest.raises(KernelError, match=r"kv.k: expected a contiguous torch.bfloat16"):
-        kv = random_cache(2, 1, 16, 16, seed=1, dtype=torch.float32)
-        rope_call(backend, spec, random_tensor(1, 64, seed=1), kv, torch.tensor([1]), torch.tensor([1]))
+        rope_call(backend, spec, qkv, wide, one, one)
+    rope = backend.rope_and_cache(RopeSpec(2, 1, 16, 16, True, "bfloat16", "bfloat16"))
+    cos, sin = tables(16)
     with pytest.raises(KernelError, match="qk_norm=True"):
-        cos, sin = tables(16)
-        with_norm = RopeSpec(2, 1, 16, 16, True, "bfloat16", "bfloat16")
-        one = torch.tensor([1])
-        kv = random_cache(2, 1, 16, 16, seed=1)
-        backend.rope_and_cache(with_norm)(random_tensor(1, 64, seed=1), one, cos, sin, None, None, 1e-6, kv, one)
+        rope(qkv, one, cos, sin, None, None, 1e-6, kv, one)
 
 
 def test_two_python_threads_may_share_one_backend() -> None:

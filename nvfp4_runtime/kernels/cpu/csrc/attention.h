@@ -35,18 +35,18 @@ void stage(const Attention& a, int sequence, int kv_head, Tile& tile) {
 template <int R, int J>
 inline void score(const float* const* q, const Tile& tile, int d, V s[][4]) {
   V acc[R][J];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) acc[r][j] = zero();
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int j = 0; j < J; j++) acc[r][j] = zero();
   for (int i = 0; i < d; i++) {
     V k[J];
-    for (int j = 0; j < J; j++) k[j] = load(tile.keys + i * kTile + 16 * j);
-    for (int r = 0; r < R; r++) {
+    UNROLL for (int j = 0; j < J; j++) k[j] = load(tile.keys + i * kTile + 16 * j);
+    UNROLL for (int r = 0; r < R; r++) {
       const V x = set1(q[r][i]);
-      for (int j = 0; j < J; j++) acc[r][j] = fma(x, k[j], acc[r][j]);
+      UNROLL for (int j = 0; j < J; j++) acc[r][j] = fma(x, k[j], acc[r][j]);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) s[r][j] = acc[r][j];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int j = 0; j < J; j++) s[r][j] = acc[r][j];
 }
 
 // out = out * alpha + p V over keys [first, last), C * 16 columns of R rows.
@@ -54,18 +54,18 @@ template <int R, int C>
 inline void mix_columns(const float* const* p, const float* alpha, const Tile& tile, int d16, int column, int first,
                         int last, float* const* out) {
   V acc[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) acc[r][c] = mul(load(out[r] + column + 16 * c), set1(alpha[r]));
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) acc[r][c] = mul(load(out[r] + column + 16 * c), set1(alpha[r]));
   for (int j = first; j < last; j++) {
     V v[C];
-    for (int c = 0; c < C; c++) v[c] = load(tile.values + j * d16 + column + 16 * c);
-    for (int r = 0; r < R; r++) {
+    UNROLL for (int c = 0; c < C; c++) v[c] = load(tile.values + j * d16 + column + 16 * c);
+    UNROLL for (int r = 0; r < R; r++) {
       const V w = set1(p[r][j]);
-      for (int c = 0; c < C; c++) acc[r][c] = fma(w, v[c], acc[r][c]);
+      UNROLL for (int c = 0; c < C; c++) acc[r][c] = fma(w, v[c], acc[r][c]);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out[r] + column + 16 * c, acc[r][c]);
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) store(out[r] + column + 16 * c, acc[r][c]);
 }
 template <int R>
 void mix(const float* const* p, const float* alpha, const Tile& tile, int d16, int first, int last, float* const* out) {

@@ -11,21 +11,25 @@
 #define NVFP4_STRING2(a) #a
 #define NVFP4_STRING(a) NVFP4_STRING2(a)
 
+// Loops over registers must disappear: an array indexed at run time lives in memory. Compilers stop at 16 by themselves.
+#define UNROLL _Pragma("GCC unroll 32")
+
 namespace nvfp4 {
 namespace {
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
 constexpr int kMaxRows = 24;  // accumulators of the NVFP4 kernel: 24 of 32 registers
-constexpr int kDenseN = 4, kDenseM = 6;
+constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
+constexpr int kDenseFirst = 8;           // rows of its first pass
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 constexpr int kMaxRows = 6;  // each takes two of 16 registers
-constexpr int kDenseN = 2, kDenseM = 2;
+constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"
 constexpr int kMaxRows = 4;
-constexpr int kDenseN = 2, kDenseM = 2;
+constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #endif
 
 #include "simd_math.h"

@@ -105,7 +105,7 @@ void Pool::hire() {
 void Pool::run(Work work, const void* context, int count, int grain) {
   if (count <= 0) return;
   if (threads_ == 1 || count <= grain) {
-    work(context, 0, count, 0);
+    for (int begin = 0; begin < count; begin += grain) work(context, begin, begin + grain < count ? begin + grain : count, 0);
     return;
   }
   hire();
