@@ -15,7 +15,7 @@ ENGINE = "0"  # vLLM numbers its data-parallel engines; we run one
 RATE_WINDOW_SECONDS = 10.0
 
 # Without the creation times that would double the number of series.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client did not annotate it
 
 _TTFT = [
     0.001,

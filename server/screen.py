@@ -37,11 +37,10 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     tokens = blocks * info.block_size
     weights = ", ".join(f"{stored} {megabytes(size)}" for stored, size in info.weight_bytes.items())
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.startup_seconds.items())
-    names = ", ".join(config.served_model_names)
     body = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}]})
     key = ' -H "authorization: Bearer $KEY"' if config.api_key_hashes else ""
     rows = [
-        ("model", f"{names}: {info.architecture}, context {info.max_model_len} tokens"),
+        ("model", f"{config.served_model_names[0]}: {info.architecture}, context {info.max_model_len} tokens"),
         ("", config.model_root or info.model),
         ("numerics", f"{info.numerics} ({info.numerics_reason}); activations {info.dtype}"),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),

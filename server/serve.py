@@ -49,6 +49,7 @@ _SAMPLING_DEFAULTS = {
 def serve(args: argparse.Namespace) -> int:
     """Run the server; returns the process's exit code. Raises NVFP4Error when it cannot start."""
     started = time.monotonic()
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we say ourselves when we start and stop
     model = args.model or environment_flags(["model"]).get("model")
     config = server_config(args, model)
     sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
@@ -227,13 +228,13 @@ async def _run_http(
     stop.then(lambda again: _stop_serving(server, app, again))
     watch = asyncio.create_task(_until_dead(engine))
     await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
+    if not serving.done() and not server.should_exit:
         server.config.timeout_graceful_shutdown = ENGINE_DEATH_GRACE_SECONDS
         server.should_exit = True
         await serving
         raise EngineDeadError(f"the engine died: {engine.death_reason}")
     watch.cancel()
-    serving.result()
+    await serving
     return 0
 
 

@@ -1,0 +1,116 @@
+"""The `nvfp4` command without starting anything heavy."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvfp4_runtime import __version__
+from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
+from server.cli import exit_code, main, parse_bytes
+from server.config import hash_key, read_api_keys
+from server.screen import ready_screen
+from server.serve import resolve_model, sampling_defaults
+from tests.fakes import fake_info
+from tests.server.conftest import TEXT
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 << 20), ("2G", 2 << 30), ("2gb", 2 << 30), ("1073741824", 1 << 30), ("1.5K", 1536), ("64 MiB", 64 << 20)],
+)  # fmt: skip
+def test_sizes_are_powers_of_1024(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1G", "0", "GiB", "nan", "inf", "1e400", "5Q"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="2GiB"):
+        parse_bytes(text)
+
+
+def test_exit_codes_tell_configuration_load_and_engine_death_apart() -> None:
+    assert exit_code(ConfigError("x")) == 1
+    assert exit_code(CheckpointError("x")) == exit_code(KernelError("x")) == 2
+    assert exit_code(EngineDeadError("x")) == 3
+
+
+def test_version_names_torch_and_kernels_without_importing_torch() -> None:
+    script = (
+        "import sys; from server.cli import main; code = main(['version']); print('torch' in sys.modules); exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"nvfp4 {__version__}"
+    assert any(line.startswith("torch 2.") for line in lines)
+    assert any(line.startswith("backend cpu: ") for line in lines)
+    assert lines[-1] == "False"
+
+
+def test_errors_are_one_line_that_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--simulate", "--port", "70000"]) == 1
+    assert capsys.readouterr().err == "nvfp4: the port must be between 0 and 65535, found 70000 [--port]\n"
+
+
+def test_key_file_holds_one_key_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\n\n  two  \n")
+    assert read_api_keys(path) == (hash_key("one"), hash_key("two"))
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_api_keys(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_api_keys(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", ["maybe", "2"])
+def test_switches_in_the_environment_are_0_or_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.setenv("NVFP4_SIMULATE", value)
+    assert main(["serve", "/nowhere"]) == 1
+    assert "NVFP4_SIMULATE must be 0 or 1" in capsys.readouterr().err
+
+
+def test_folder_is_taken_as_it_is_and_nothing_is_fetched_unasked(tmp_path: Path) -> None:
+    assert resolve_model(str(tmp_path), allow_download=False) == tmp_path
+    with pytest.raises(ConfigError, match="--allow-download"):
+        resolve_model("org/name", allow_download=False)
+
+
+def test_sampling_defaults_come_from_the_generation_config(tmp_path: Path) -> None:
+    declared = '{"temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "do_sample": true, "top_p": null}'
+    (tmp_path / "generation_config.json").write_text(declared)
+    auto = argparse.Namespace(generation_config="auto")
+    assert sampling_defaults(tmp_path, auto) == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert sampling_defaults(tmp_path, argparse.Namespace(generation_config="none")) == {}
+
+
+def test_start_up_screen_fits_one_screen_and_names_kernels_with_reasons() -> None:
+    from server.config import ServerConfig
+
+    screen = ready_screen(fake_info(), ServerConfig(served_model_names=("tiny",)), "http://127.0.0.1:8000")
+    assert len(screen.splitlines()) <= 24
+    assert "2 x qkv_proj" in screen
+    assert "nvfp4 4.50 bit" in screen
+    assert "reference dense  (cpu: not built)" in screen
+    assert "1024 tokens fit (4.0 requests of full length)" in screen
+    assert "w4a16 (auto: what cpu runs fastest)" in screen
+
+
+def test_simulated_vocabulary_is_the_tokenizers() -> None:
+    from server.cli import _parser
+    from server.serve import engine_config
+
+    args = _parser()[0].parse_args(["serve", "--simulate", "--simulate-script", "Hé", "--num-kv-blocks", "9"])
+    config = engine_config(args, "")
+    assert config.simulated is not None
+    assert config.simulated.vocab_size == TEXT.tokenizer.vocab_size == 259
+    assert config.simulated.script == tuple("Hé".encode())
+    assert config.cache.num_blocks == 9
