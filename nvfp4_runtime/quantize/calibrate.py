@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.models import load_model
 from nvfp4_runtime.nvfp4.codec import E4M3_MAX, SCALE_2_DENOMINATOR
 
-WINDOW = 512  # tokens per forward pass: long enough for attention to spread, short enough for any memory
+WINDOW = 512  # tokens per sequence: long enough for attention to spread
+STEP_TOKENS = 1024  # tokens per forward pass, whole sequences together: few passes, little memory
 BLOCK_SIZE = 16
 
 
@@ -58,7 +60,8 @@ class _RecordingKernel:
         self._amax = amax
 
     def __call__(self, x: Tensor) -> Tensor:
-        largest = float(x.abs().max())
+        low, high = (float(value) for value in torch.aminmax(x))
+        largest = max(-low, high)  # both are NaN if anything is
         if not math.isfinite(largest):
             raise CheckpointError(f"the input of {', '.join(self._names)} holds NaN or Inf; the model is not sound")
         for name in self._names:
@@ -78,12 +81,13 @@ def calibrate(folder: str | Path, texts: Sequence[str], *, backend: str = "auto"
     recorder = Recorder()
     kernels = Kernels(available_backends(backend), "bfloat16", observe=recorder)
     model = load_model(Checkpoint.open(folder), kernels, kv_dtype="bfloat16", max_positions=WINDOW)
-    num_blocks = 1 + WINDOW // BLOCK_SIZE  # block 0 is the null block
+    steps = _steps(sequences)
+    num_blocks = 1 + max(sum(-(-len(ids) // BLOCK_SIZE) for ids in step) for step in steps)
     kv = allocate(model.kv_specs, "bfloat16", num_blocks, BLOCK_SIZE, torch.device("cpu"))
     kv_amax = [(0.0, 0.0)] * len(kv)
-    for ids in tqdm(sequences, desc="calibrate", unit="window", disable=not progress):
+    for step in tqdm(steps, desc="calibrate", unit="step", disable=not progress):
         with torch.inference_mode():
-            model.forward(_single_sequence(ids, kv))
+            model.forward(_batch(step, kv))
         kv_amax = [
             (max(k, float(layer.k.abs().max())), max(v, float(layer.v.abs().max())))
             for (k, v), layer in zip(kv_amax, kv, strict=True)
@@ -109,16 +113,31 @@ def tokenize(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     return [list(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts if text]
 
 
-def _single_sequence(ids: Sequence[int], kv: tuple[KVLayer, ...]) -> ForwardBatch:
-    count = len(ids)
-    blocks = torch.arange(1, 1 + -(-count // BLOCK_SIZE), dtype=torch.int32)
+def _steps(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Whole sequences dealt into steps of at most STEP_TOKENS tokens."""
+    steps: list[list[list[int]]] = [[]]
+    for ids in sequences:
+        if steps[-1] and sum(map(len, steps[-1])) + len(ids) > STEP_TOKENS:
+            steps.append([])
+        steps[-1].append(ids)
+    return steps
+
+
+def _batch(sequences: Sequence[list[int]], kv: tuple[KVLayer, ...]) -> ForwardBatch:
+    """Prompts from their start, each in blocks of its own; logits of the last token only, since none are wanted."""
+    lengths = [len(ids) for ids in sequences]
+    num_blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+    first_blocks = [1 + sum(num_blocks[:i]) for i in range(len(sequences))]  # block 0 is the null block
+    width = max(num_blocks)
+    tables = [[*range(first, first + n), *[0] * (width - n)] for first, n in zip(first_blocks, num_blocks, strict=True)]
+    starts = zip(first_blocks, lengths, strict=True)
     return ForwardBatch(
-        input_ids=torch.tensor(ids, dtype=torch.int64),
-        positions=torch.arange(count),
-        slot_mapping=torch.arange(BLOCK_SIZE, BLOCK_SIZE + count),
-        block_tables=blocks.unsqueeze(0),
-        seq_lens=torch.tensor([count], dtype=torch.int32),
-        cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32),
-        logits_rows=torch.tensor([count - 1]),
+        input_ids=torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        slot_mapping=torch.cat([torch.arange(first * BLOCK_SIZE, first * BLOCK_SIZE + n) for first, n in starts]),
+        block_tables=torch.tensor(tables, dtype=torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        logits_rows=torch.tensor([sum(lengths) - 1]),
         kv=kv,
     )
