@@ -88,7 +88,8 @@ class _Ranked:
         self._leading_bits = np.right_shift(probs.view(np.int32), _SHIFT, dtype=np.int64)
         in_bins = np.bincount(self._leading_bits, weights=probs, minlength=_NUM_BINS)
         self._mass: npt.NDArray[np.float64] = in_bins[::-1].cumsum()  # up to and including each bin
-        self._cut: tuple[int, int] | None = None  # a bin, and how many of its tokens are kept
+        self._last_bin = _NUM_BINS - 1  # the last that is kept
+        self._sorted: dict[int, tuple[TokenIds, npt.NDArray[np.float64]]] = {}
         self.total = float(self._mass[-1])
 
     def cut_at_count(self, k: int) -> float:
@@ -113,19 +114,19 @@ class _Ranked:
         return int(tokens[min(int(mass.searchsorted(target, side="right")), num_possible - 1)])
 
     def _cut_at(self, b: int, num_kept: int) -> float:
-        self._cut = (b, num_kept)
-        return float(self._sorted_bin(b)[1][-1])
+        tokens, mass = self._sorted_bin(b)
+        self._last_bin, self._sorted[b] = b, (tokens[:num_kept], mass[:num_kept])
+        return float(mass[num_kept - 1])
 
     def _bin_of(self, target: float, side: Literal["left", "right"]) -> int:
-        b = int(self._mass.searchsorted(target, side=side))
-        return b if self._cut is None else min(b, self._cut[0])
+        return min(int(self._mass.searchsorted(target, side=side)), self._last_bin)
 
     def _sorted_bin(self, b: int) -> tuple[TokenIds, npt.NDArray[np.float64]]:
         """Bin `b`'s kept tokens in order, and the mass up to and including each."""
-        tokens = np.flatnonzero(self._leading_bits == _NUM_BINS - 1 - b)  # by id; the stable sort keeps that for equals
-        probs = self._probs[tokens]
-        order = np.argsort(-probs, kind="stable")
-        if self._cut is not None and self._cut[0] == b:
-            order = order[: self._cut[1]]
-        before = self._mass[b - 1] if b else 0.0
-        return tokens[order], before + probs[order].cumsum(dtype=np.float64)
+        if b not in self._sorted:
+            tokens = np.flatnonzero(self._leading_bits == _NUM_BINS - 1 - b)  # by id; a stable sort keeps that in ties
+            probs = self._probs[tokens]
+            order = np.argsort(-probs, kind="stable")
+            before = self._mass[b - 1] if b else 0.0
+            self._sorted[b] = tokens[order], before + probs[order].cumsum(dtype=np.float64)
+        return self._sorted[b]
