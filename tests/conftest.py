@@ -86,7 +86,7 @@ def pytest_make_collect_report(
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend of the registry in turn. A test skips with the reason `backend.refuses(spec)` gives, and its name."""
+    """Each backend of the registry in turn. A test skips with its name and the reason that `refuses(spec)` gives."""
     from nvfp4_runtime.kernels.registry import available_backends
 
     return available_backends(request.param)[0]
