@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -42,16 +42,19 @@ class EventStream(Response):
 
     The status leaves with the first chunk, so an error before it is an ordinary HTTP error. Later errors are an
     error event, then [DONE]. When the client leaves, or takes nothing for `slow_client_seconds`, the generator is
-    closed, which aborts its requests.
+    closed and `close` called, which aborts its requests.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], slow_client_seconds: float) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], close: Callable[[], None], slow_client_seconds: float
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         # Response declares a length of 0; a stream has none.
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
         self._chunks = chunks
+        self._close = close
         self._slow_client_seconds = slow_client_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +70,7 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(pump, watch, return_exceptions=True)
             await self._chunks.aclose()
+            self._close()  # a generator that was never started has nothing to run when it is closed
 
     async def _pump(self, send: Send) -> None:
         started = False

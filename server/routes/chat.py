@@ -68,22 +68,19 @@ class _Chat:
         always = body.logprobs or body.return_token_ids
         echo = self.echo_text()
         begun: set[int] = set()
-        try:
-            async with aclosing(self.generation.pieces()) as pieces:
-                async for piece in pieces:
-                    extra = {"usage": usage_of(self.generation.choices, body.n, details)} if continuous else {}
-                    if piece.index not in begun:
-                        begun.add(piece.index)
-                        first = {"prompt_token_ids": self.prompt_token_ids} if body.return_token_ids else {}
-                        yield chunks.choice(_delta(piece.index, {"role": ROLE, "content": ""}), first | extra)
-                        if echo:
-                            yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
-                    if piece.text or always or piece.finish_reason is not None:
-                        yield chunks.choice(self.write_piece(piece), extra, last=piece.finish_reason is not None)
-            if with_usage:
-                yield chunks.usage(usage_of(self.generation.choices, body.n, details))
-        finally:
-            self.generation.close()
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                extra = {"usage": usage_of(self.generation.choices, body.n, details)} if continuous else {}
+                if piece.index not in begun:
+                    begun.add(piece.index)
+                    first = {"prompt_token_ids": self.prompt_token_ids} if body.return_token_ids else {}
+                    yield chunks.choice(_delta(piece.index, {"role": ROLE, "content": ""}), first | extra)
+                    if echo:
+                        yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
+                if piece.text or always or piece.finish_reason is not None:
+                    yield chunks.choice(self.write_piece(piece), extra, last=piece.finish_reason is not None)
+        if with_usage:
+            yield chunks.usage(usage_of(self.generation.choices, body.n, details))
 
     def write_piece(self, piece: Piece) -> dict[str, Any]:
         written = _delta(piece.index, {"content": piece.text}, self.logprobs(piece.logprobs))
@@ -96,16 +93,13 @@ class _Chat:
     async def whole(self) -> dict[str, Any]:
         """The unstreamed answer: all fields, nulls included."""
         merged = [Piece(i) for i in range(self.body.n)]
-        try:
-            async with aclosing(self.generation.pieces()) as pieces:
-                async for piece in pieces:
-                    into = merged[piece.index]
-                    into.text += piece.text
-                    into.token_ids += piece.token_ids
-                    into.logprobs += piece.logprobs
-                    into.finish_reason, into.stop_reason = piece.finish_reason, piece.stop_reason
-        finally:
-            self.generation.close()
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                into = merged[piece.index]
+                into.text += piece.text
+                into.token_ids += piece.token_ids
+                into.logprobs += piece.logprobs
+                into.finish_reason, into.stop_reason = piece.finish_reason, piece.stop_reason
         body = self.body
         shown = self.generation.choices[0].prompt_logprobs if body.prompt_logprobs is not None else None
         return {
@@ -159,5 +153,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     prompt = await off_loop(size, lambda: encode_chat(body, server.text))
     chat = _Chat(server, body, answer, prompt)
     if body.stream:
-        return EventStream(chat.stream(), server.config.slow_client_seconds)
-    return json_response(await until_disconnect(request.receive, chat.whole()))
+        return EventStream(chat.stream(), chat.generation.close, server.config.slow_client_seconds)
+    try:
+        return json_response(await until_disconnect(request.receive, chat.whole()))
+    finally:
+        chat.generation.close()

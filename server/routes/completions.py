@@ -104,29 +104,26 @@ class _Completion:
         details = self.server.config.enable_prompt_tokens_details
         chunks = ChunkWriter(answer.id, "text_completion", answer.created, answer.model, self.server.fingerprint)
         always = body.logprobs is not None or body.return_token_ids
-        try:
-            async with aclosing(self.generation.pieces()) as pieces:
-                async for piece in pieces:
-                    choice = self.take(piece)
-                    text, entries = piece.text, list[TokenLogprob | None](piece.logprobs)
-                    begins = not choice.begun and (body.echo or body.return_token_ids)
-                    if begins:
-                        text = self.echo_text(choice) + text
-                        entries = self.echo_logprobs(choice) + entries
-                    if not text and not always and not begins and piece.finish_reason is None:
-                        continue
-                    choice.begun = True
-                    written = self.write_choice(choice, piece, text, entries)
-                    if begins and body.return_token_ids:
-                        written["prompt_token_ids"] = choice.prompt.token_ids
-                    extra = {}
-                    if with_usage and options is not None and options.continuous_usage_stats:
-                        extra["usage"] = usage_of(self.generation.choices, body.n, details)
-                    yield chunks.choice(written, extra, last=piece.finish_reason is not None)
-            if with_usage:
-                yield chunks.usage(usage_of(self.generation.choices, body.n, details))
-        finally:
-            self.generation.close()
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                choice = self.take(piece)
+                text, entries = piece.text, list[TokenLogprob | None](piece.logprobs)
+                begins = not choice.begun and (body.echo or body.return_token_ids)
+                if begins:
+                    text = self.echo_text(choice) + text
+                    entries = self.echo_logprobs(choice) + entries
+                if not text and not always and not begins and piece.finish_reason is None:
+                    continue
+                choice.begun = True
+                written = self.write_choice(choice, piece, text, entries)
+                if begins and body.return_token_ids:
+                    written["prompt_token_ids"] = choice.prompt.token_ids
+                extra = {}
+                if with_usage and options is not None and options.continuous_usage_stats:
+                    extra["usage"] = usage_of(self.generation.choices, body.n, details)
+                yield chunks.choice(written, extra, last=piece.finish_reason is not None)
+        if with_usage:
+            yield chunks.usage(usage_of(self.generation.choices, body.n, details))
 
     def write_choice(
         self, choice: _Choice, piece: Piece, text: str, entries: list[TokenLogprob | None]
@@ -142,16 +139,13 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The unstreamed answer: all fields, nulls included."""
-        try:
-            async with aclosing(self.generation.pieces()) as pieces:
-                async for piece in pieces:
-                    choice = self.take(piece)
-                    choice.text.append(piece.text)
-                    choice.token_ids += piece.token_ids
-                    choice.entries += piece.logprobs
-                    choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
-        finally:
-            self.generation.close()
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                choice = self.take(piece)
+                choice.text.append(piece.text)
+                choice.token_ids += piece.token_ids
+                choice.entries += piece.logprobs
+                choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
         details = self.server.config.enable_prompt_tokens_details
         return {
             "id": self.answer.id,
@@ -194,5 +188,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     prompts = await off_loop(size, lambda: encode_completion_prompts(body, server.text))
     completion = _Completion(server, body, answer, prompts)
     if body.stream:
-        return EventStream(completion.stream(), server.config.slow_client_seconds)
-    return json_response(await until_disconnect(request.receive, completion.whole()))
+        return EventStream(completion.stream(), completion.generation.close, server.config.slow_client_seconds)
+    try:
+        return json_response(await until_disconnect(request.receive, completion.whole()))
+    finally:
+        completion.generation.close()
