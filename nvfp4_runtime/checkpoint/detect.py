@@ -49,9 +49,9 @@ def detect(folder: Path, config: dict[str, Any]) -> QuantConfig:
         method = "modelopt"
     return QuantConfig(
         method=method,
-        algo=_merge("algorithm", _text(declared.get("quant_algo")).upper(), _algo(record), bool(record), notes) or None,
+        algo=_merge("algorithm", _text(declared.get("quant_algo")).upper(), record, "quant_algo", notes),
+        kv_algo=_merge("KV cache", _kv_scheme(declared), record, "kv_cache_quant_algo", notes),
         group_size=_group_size(declared, record, notes),
-        kv_algo=_merge("KV cache", _kv_scheme(declared), _kv_record(record), bool(declared and record), notes) or None,
         exclude=_exclude(declared, record, notes),
         producer=_producer(producer),
         notes=tuple(notes),
@@ -96,18 +96,14 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _algo(record: dict[str, Any]) -> str:
-    return _text(record.get("quant_algo")).upper()
-
-
-def _merge(what: str, declared: str, record: str, both: bool, notes: list[str]) -> str:
-    """The fuller record's word, with a note when config.json says otherwise."""
-    if both and declared and declared != record:
-        notes.append(f"{what}: {CONFIG} says {declared or 'none'}, {HF_QUANT} says {record or 'none'}; took the latter")
-        return record
-    if both and record and not declared and what == "KV cache":
-        notes.append(f"{what}: only {HF_QUANT} declares {record}")
-    return record or declared
+def _merge(what: str, declared: str, record: dict[str, Any], key: str, notes: list[str]) -> str | None:
+    """The fuller record's word where it has one (null is a word), with a note when config.json says otherwise."""
+    if key not in record:
+        return declared or None
+    recorded = _text(record[key]).upper()
+    if declared and declared != recorded:
+        notes.append(f"{what}: {CONFIG} says {declared}, {HF_QUANT} says {recorded or 'none'}; took the latter")
+    return recorded or None
 
 
 def _kv_scheme(declared: dict[str, Any]) -> str:
@@ -118,10 +114,6 @@ def _kv_scheme(declared: dict[str, Any]) -> str:
         bits, kind = scheme.get("num_bits"), scheme.get("type")
         return "FP8" if (bits, kind) == (8, "float") else f"{kind} {bits}-bit"
     return _text(declared.get("kv_cache_quant_algo")).upper()
-
-
-def _kv_record(record: dict[str, Any]) -> str:
-    return _text(record.get("kv_cache_quant_algo")).upper()
 
 
 def _group_size(declared: dict[str, Any], record: dict[str, Any], notes: list[str]) -> int:

@@ -64,7 +64,6 @@ def test_both_files_that_agree_leave_no_note(tmp_path):
     [
         ({"quant_algo": "FP8"}, {}, "algo", "NVFP4", "algorithm: config.json says FP8"),
         ({"kv_cache_scheme": FP8_KV}, {}, "kv_algo", None, "KV cache: config.json says FP8"),
-        ({}, {"kv_cache_quant_algo": "FP8"}, "kv_algo", "FP8", "only hf_quant_config.json declares FP8"),
         ({}, {"exclude_modules": ["lm_head", "a.b"]}, "exclude", ("lm_head", "a.b"), "differ in a.b"),
         ({}, {"group_size": 32}, "group_size", 32, r"give [16, 32]"),
     ],
@@ -74,6 +73,14 @@ def test_a_contradiction_is_noted_and_the_fuller_record_taken(tmp_path, config, 
     assert getattr(quant, field) == value
     assert len(quant.notes) == 1
     assert note in quant.notes[0]
+
+
+def test_what_only_one_file_says_is_taken_without_a_note(tmp_path):
+    """Imitations of hf_quant_config.json leave keys out, and old config.json files have no kv_cache_scheme."""
+    quant = folder_with(tmp_path, section(kv_cache_scheme=FP8_KV), {"exclude_modules": ["lm_head"]})
+    assert (quant.algo, quant.kv_algo, quant.group_size, quant.notes) == ("NVFP4", "FP8", 16, ())
+    quant = folder_with(tmp_path, section(), record(kv_cache_quant_algo="FP8"))
+    assert (quant.kv_algo, quant.notes) == ("FP8", ())
 
 
 @pytest.mark.parametrize(
