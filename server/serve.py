@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
 from nvfp4_runtime.engine.client import EngineClient
-from nvfp4_runtime.errors import ConfigError, EngineDeadError
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.config import ServerConfig, environment_flags, read_api_keys
@@ -195,6 +195,8 @@ async def _serve(
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
         beside = asyncio.gather(asyncio.to_thread(_import_web), asyncio.to_thread(_load_text, engine_config))
         await stop.race(asyncio.gather(beside, launch))
+    except EngineDeadError as error:
+        raise NVFP4Error(str(error)) from error  # it never lived: a failure to load
     finally:
         progress.done()
         if not launch.done():
