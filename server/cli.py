@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
@@ -42,8 +43,15 @@ def exit_code(error: NVFP4Error) -> int:
     return EXIT_ENGINE_DEATH if isinstance(error, EngineDeadError) else EXIT_LOAD
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse would exit with 2, which means a load error here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(prog="nvfp4", description="Quantise models to NVFP4 and serve them.")
+    parser = _Parser(prog="nvfp4", description="Quantise models to NVFP4 and serve them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",

@@ -58,6 +58,18 @@ def test_errors_are_one_line_that_names_the_flag(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "nvfp4: the port must be between 0 and 65535, found 70000 [--port]\n"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["serve", "--port", "x"], ["serve", "--numerics", "w8a8"], ["serve", "--nope"], ["nope"], [], ["quantize", "a"]],
+)
+def test_wrong_flags_are_configuration_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("nvfp4: ")
+    assert message.endswith("--help)\n")
+    assert message.count("\n") == 1
+
+
 def test_key_file_holds_one_key_per_line(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("one\n\n  two  \n")
