@@ -1,13 +1,13 @@
 """Temperature, min_p, top_k, top_p and the draw, for one row of logits. Rows are numpy, so that every row's arithmetic
 is the same whatever stands beside it in the batch.
 
-Each filter keeps a *prefix* of the tokens sorted by (probability descending, id ascending): min_p all with at least
-min_p times the largest probability, top_k the first k, top_p the shortest prefix whose share of what the filters before
-it kept reaches top_p. A uniform number then picks a point in the prefix's mass.
+Each filter keeps a *prefix* of the tokens sorted by (logit descending, id ascending): min_p all with at least min_p
+times the largest probability, top_k the first k, top_p the shortest prefix whose share of what the filters before it
+kept reaches top_p. A uniform number then picks a point in the prefix's mass.
 
-Sorting 49,152 tokens costs more than everything else, and is not needed: tokens are binned by the leading bits of their
-probability (for positive floats, bit order is value order), mass and count are summed per bin, and only the one or two
-bins in which a prefix or the drawn point ends are sorted. The result is exact, not a top-n approximation.
+Sorting 49,152 tokens costs more than everything else, and is not needed: tokens are binned by their distance from the
+largest logit, mass and count are summed per bin, and only the one or two bins in which a prefix or the drawn point ends
+are sorted. The result is exact, not a top-n approximation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy.typing as npt
 from nvfp4_runtime.sampling.logits import FloatRow, TokenIds, contenders
 from nvfp4_runtime.sampling.params import SamplingParams
 
-# float32 bits >> 18: exponent and 5 bits of mantissa. Probabilities are relative to the largest, so at most 1.0.
-_SHIFT = 18
-_NUM_BINS = (0x3F800000 >> _SHIFT) + 1
+_FARTHEST = 104  # exp(-104) is 0 in float32
+_BINS_PER_UNIT = 32  # a power of two: the product is exact, so no two tokens are swapped
+_NUM_BINS = _FARTHEST * _BINS_PER_UNIT + 1
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MASK64 = (1 << 64) - 1
 
@@ -52,10 +52,13 @@ def draw(row: FloatRow, largest: np.float32, params: SamplingParams, u: float) -
     """
     num_kept = params.top_k if 0 < params.top_k < len(row) else None
     token_ids = None if num_kept is None else contenders(row, num_kept)  # everything below works on these alone
-    probs = relative_probs(row if token_ids is None else row[token_ids], largest, params.temperature)
+    if token_ids is not None:
+        row = row[token_ids]
+    distances = distances_to(row, largest, params.temperature)
+    probs = np.exp(-distances)
     if params.min_p > 0:
         probs[probs < np.float32(params.min_p)] = 0
-    ranked = _Ranked(probs)
+    ranked = _Ranked(row, distances, probs)
     mass = ranked.total
     if num_kept is not None:
         mass = ranked.cut_at_count(num_kept)
@@ -65,36 +68,39 @@ def draw(row: FloatRow, largest: np.float32, params: SamplingParams, u: float) -
     return index if token_ids is None else int(token_ids[index])
 
 
-def relative_probs(row: FloatRow, largest: np.float32, temperature: float) -> FloatRow:
-    """exp((row - largest) / temperature): probabilities up to a factor, the largest exactly 1. [V]
+def distances_to(row: FloatRow, largest: np.float32, temperature: float) -> FloatRow:
+    """(largest - row) / temperature, at most 104: [V]. exp of its negative is the probability over the largest one.
 
-    Cannot overflow; a tiny temperature leaves 1 for the largest and 0 elsewhere.
+    Cannot overflow, and never swaps two tokens; a tiny temperature leaves 0 for the largest and 104 elsewhere.
     """
     assert temperature > 0
-    probs = row - largest
-    probs *= np.float32(min(1.0 / temperature, _FLOAT32_MAX))
-    np.exp(probs, out=probs)
-    return probs
+    distances = largest - row
+    distances *= np.float32(min(1.0 / temperature, _FLOAT32_MAX))
+    np.minimum(distances, np.float32(_FARTHEST), out=distances)
+    return distances
 
 
 class _Ranked:
-    """Tokens in order of probability, sorted no further than asked. Bin 0 holds the most likely.
+    """Tokens in order of their logits, sorted no further than asked. Bin 0 holds the most likely.
 
-    probs  float32 [n]  in [0, 1], at least one of them 1
+    row        float32 [n]  logits
+    distances  float32 [n]  from the largest, in [0, 104]; rises where `row` falls
+    probs      float32 [n]  probabilities over the largest, or 0
     """
 
-    def __init__(self, probs: FloatRow) -> None:
+    def __init__(self, row: FloatRow, distances: FloatRow, probs: FloatRow) -> None:
+        self._row = row
         self._probs = probs
-        self._leading_bits = np.right_shift(probs.view(np.int32), _SHIFT, dtype=np.int64)
-        in_bins = np.bincount(self._leading_bits, weights=probs, minlength=_NUM_BINS)
-        self._mass: npt.NDArray[np.float64] = in_bins[::-1].cumsum()  # up to and including each bin
+        self._bins = (distances * np.float32(_BINS_PER_UNIT)).astype(np.int32)
+        # up to and including each bin
+        self._mass: npt.NDArray[np.float64] = np.bincount(self._bins, weights=probs, minlength=_NUM_BINS).cumsum()
         self._last_bin = _NUM_BINS - 1  # the last that is kept
         self._sorted: dict[int, tuple[TokenIds, npt.NDArray[np.float64]]] = {}
         self.total = float(self._mass[-1])
 
     def cut_at_count(self, k: int) -> float:
         """Keep the first `k` tokens; returns their mass."""
-        counts = np.bincount(self._leading_bits, minlength=_NUM_BINS)[::-1].cumsum()
+        counts = np.bincount(self._bins, minlength=_NUM_BINS).cumsum()
         b = int(counts.searchsorted(k))
         return self._cut_at(b, k - int(counts[b - 1]) if b else k)
 
@@ -109,9 +115,8 @@ class _Ranked:
         """The first kept token at which the cumulated mass exceeds `target`, which is below the kept mass."""
         b = self._bin_of(target, side="right")
         tokens, mass = self._sorted_bin(b)
-        num_possible = int(np.count_nonzero(self._probs[tokens]))
-        assert num_possible > 0
-        return int(tokens[min(int(mass.searchsorted(target, side="right")), num_possible - 1)])
+        possible = np.flatnonzero(self._probs[tokens])
+        return int(tokens[min(int(mass.searchsorted(target, side="right")), possible[-1])])
 
     def _cut_at(self, b: int, num_kept: int) -> float:
         tokens, mass = self._sorted_bin(b)
@@ -124,9 +129,8 @@ class _Ranked:
     def _sorted_bin(self, b: int) -> tuple[TokenIds, npt.NDArray[np.float64]]:
         """Bin `b`'s kept tokens in order, and the mass up to and including each."""
         if b not in self._sorted:
-            tokens = np.flatnonzero(self._leading_bits == _NUM_BINS - 1 - b)  # by id; a stable sort keeps that in ties
-            probs = self._probs[tokens]
-            order = np.argsort(-probs, kind="stable")
+            tokens = np.flatnonzero(self._bins == b)  # ascending ids, which the stable sort keeps among equals
+            tokens = tokens[np.argsort(-self._row[tokens], kind="stable")]
             before = self._mass[b - 1] if b else 0.0
-            self._sorted[b] = tokens[order], before + probs[order].cumsum(dtype=np.float64)
+            self._sorted[b] = tokens, before + self._probs[tokens].cumsum(dtype=np.float64)
         return self._sorted[b]

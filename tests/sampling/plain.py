@@ -30,9 +30,12 @@ def edited(row: np.ndarray, params: SamplingParams, prompt: list[int], output: l
     return np.array(logits, dtype=np.float32)
 
 
-def kept(probs: np.ndarray, params: SamplingParams) -> list[int]:
-    """Token ids that survive min_p, top_k and top_p, most likely first, lower id first among equals."""
-    tokens = sorted(range(len(probs)), key=lambda t: (-probs[t], t))
+def kept(row: np.ndarray, probs: np.ndarray, params: SamplingParams) -> list[int]:
+    """Token ids that survive min_p, top_k and top_p, largest logit first, lower id first among equals.
+
+    probs  the sampler's float32 exp((row - max(row)) / temperature), which test_draw compares with FP64
+    """
+    tokens = sorted(range(len(probs)), key=lambda t: (-row[t], t))
     tokens = [t for t in tokens if probs[t] > 0 and probs[t] >= np.float32(params.min_p)]
     if params.top_k > 0:
         tokens = tokens[: params.top_k]
@@ -49,9 +52,9 @@ def kept(probs: np.ndarray, params: SamplingParams) -> list[int]:
     return tokens
 
 
-def drawn(probs: np.ndarray, params: SamplingParams, u: float) -> int:
+def drawn(row: np.ndarray, probs: np.ndarray, params: SamplingParams, u: float) -> int:
     """The kept token at share `u` of the kept mass."""
-    tokens = kept(probs, params)
+    tokens = kept(row, probs, params)
     target = Fraction(u) * sum(Fraction(float(probs[t])) for t in tokens)
     mass = Fraction(0)
     for t in tokens:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvfp4_runtime.sampling.draw import draw, relative_probs, uniform
+from nvfp4_runtime.sampling.draw import distances_to, draw, uniform
 from nvfp4_runtime.sampling.params import SamplingParams
 from tests.sampling import plain
 
@@ -21,7 +21,7 @@ def draw_from(row: np.ndarray, params: SamplingParams, u: float) -> int:
 
 def probs_of(row: np.ndarray, params: SamplingParams) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return relative_probs(row, row.max(), params.temperature)
+        return np.exp(-distances_to(row, row.max(), params.temperature))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.8, 1.0, 2.0])
@@ -59,13 +59,14 @@ def test_a_filtered_token_never_appears(values, params, u):
     row = np.array(values, dtype=np.float32)
     probs = probs_of(row, params)
     token = draw_from(row, params, u)
-    allowed = plain.kept(probs, params)
+    allowed = plain.kept(row, probs, params)
     if token not in allowed:
         # Fractions know no rounding. Only a token whose prefix ends within FP64 rounding of top_p may differ.
-        mass = sum(float(probs[t]) for t in plain.kept(probs, SamplingParams(top_k=params.top_k, min_p=params.min_p)))
+        before_top_p = plain.kept(row, probs, SamplingParams(top_k=params.top_k, min_p=params.min_p))
+        mass = sum(float(probs[t]) for t in before_top_p)
         prefix = sum(float(probs[t]) for t in allowed)
         assert abs(prefix - params.top_p * mass) <= 100 * 2**-53 * mass
-        assert probs[token] == max(p for t, p in enumerate(probs) if t not in allowed)
+        assert token == before_top_p[len(allowed)]
     assert probs[token] > 0
 
 
@@ -90,7 +91,7 @@ def test_draws_match_exact_fractions(size, scale, params):
     row = (rng.standard_normal(size) * scale).astype(np.float32)
     probs = probs_of(row, params)
     for u in rng.random(10):
-        assert draw_from(row, params, float(u)) == plain.drawn(probs, params, float(u))
+        assert draw_from(row, params, float(u)) == plain.drawn(row, probs, params, float(u))
 
 
 @pytest.mark.parametrize(("params", "num_kept"), [(SamplingParams(top_k=3), 3), (SamplingParams(top_p=0.25), 100)])
@@ -111,6 +112,13 @@ def test_the_largest_and_smallest_floats_draw():
     big = np.finfo(np.float32).max
     row = np.array([-big, big, 0, -big], dtype=np.float32)
     assert draw_from(row, SamplingParams(temperature=2), 0.9) == 1
+
+
+def test_logits_that_round_to_one_probability_keep_their_order():
+    row = np.array([0, 1e-16, 3e-16, 2e-16], dtype=np.float32)  # top_k 1 has to be what greedy chooses
+    assert draw_from(row, SamplingParams(top_k=1), 0.0) == 2
+    assert {draw_from(row, SamplingParams(top_k=2), u) for u in (0.0, 0.9)} == {2, 3}
+    assert {draw_from(row, SamplingParams(top_p=0.5), u) for u in (0.0, 0.9)} == {2, 3}
 
 
 def test_min_p_is_relative_to_the_largest_probability():
@@ -146,7 +154,7 @@ def chi_square_limit(degrees: int) -> float:
 def test_frequencies_follow_the_filtered_distribution(params, vary):
     row = (np.random.default_rng(5).standard_normal(20) * 1.2).astype(np.float32)
     probs = probs_of(row, params)
-    allowed = plain.kept(probs, params)
+    allowed = plain.kept(row, probs, params)
     num_draws = 6000
     us = [uniform(42, i) if vary == "position" else uniform(i, 3) for i in range(num_draws)]
     counts = np.bincount([draw_from(row, params, u) for u in us], minlength=len(row))

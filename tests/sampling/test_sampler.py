@@ -58,7 +58,7 @@ def expected_token(row: np.ndarray, state: SamplingState) -> int:
         return int(np.argmax(edited))
     # The twin shares the float32 probabilities (test_draw compares those with FP64) and redoes all that follows.
     probs = np.exp((edited - edited.max()) * np.float32(1 / params.temperature))
-    return plain.drawn(probs, params, uniform(state.seed, len(state.output_token_ids)))
+    return plain.drawn(edited, probs, params, uniform(state.seed, len(state.output_token_ids)))
 
 
 def test_mixed_requests_match_the_plain_twin():
