@@ -51,7 +51,7 @@ def test_without_the_extension_every_op_is_refused_with_one_reason(monkeypatch: 
     backend = module.CPUBackend()
     reasons = {backend.refuses(spec) for spec in SPECS}
     assert len(reasons) == 1
-    assert "install a C++17 compiler and run `pip install .` again" in str(reasons.pop())
+    assert "run `pip install .` again" in str(reasons.pop())
     assert backend.describe() == {"status": module.NOT_BUILT}
     assert module.supported_isas() == []
 

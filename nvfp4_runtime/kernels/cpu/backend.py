@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.kernels.cpu.checks import StepMemo
 from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.ops import (
@@ -39,7 +40,7 @@ except ImportError as e:
     _native = None
     _missing = str(e)
 
-NOT_BUILT = "extension not built: install a C++17 compiler and run `pip install .` again"
+NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
 
 
@@ -60,6 +61,7 @@ class CPUBackend:
             raise ConfigError(f"threads must be at least 1, found {threads}", "--threads")
         self.threads = threads or physical_cores()
         self._context: Any = None
+        self._memo = StepMemo()
         if _native is None:
             return
         if isa is not None and isa not in _native.supported_isas():
@@ -101,10 +103,10 @@ class CPUBackend:
         return NativeSiluMul(self._context, spec)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
-        return NativeRope(self._context, spec)
+        return NativeRope(self._context, self._memo, spec)
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
-        return NativePagedAttention(self._context, spec)
+        return NativePagedAttention(self._context, self._memo, spec)
 
     def describe(self) -> dict[str, Any]:
         if self._context is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.errors import ConfigError, KernelError
-from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_tensor
+from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix
 from nvfp4_runtime.kernels.ops import LinearSpec
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
 
@@ -68,8 +68,8 @@ class NativeLinearNVFP4:
         self.weight_bytes: int = self._packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        check_tensor("x", x, self.dtype, (-1, self.k))
-        rows = x.shape[0]
+        check_matrix("x", x, self.dtype, self.k)
+        rows = x.size(0)
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
         self._run(self._packed, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
         return out
@@ -101,8 +101,8 @@ class NativeLinearDense:
         self.weight_bytes = self.weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        check_tensor("x", x, self.dtype, (-1, self.k))
-        rows = x.shape[0]
+        check_matrix("x", x, self.dtype, self.k)
+        rows = x.size(0)
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
         self._run(*self._head, x.data_ptr(), self._type, rows, self.n, self.k, out.data_ptr(), self._out_type)
         return out

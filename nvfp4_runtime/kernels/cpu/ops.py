@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.errors import KernelError
-from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_tensor
+from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix, check_tensor
 from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, RopeSpec
 
 KV_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -23,21 +24,28 @@ class NativeRMSNorm:
         self.hidden = spec.hidden
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self._type = TYPE_CODES[self.dtype]
+        self._weight: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        check_tensor("x", x, self.dtype, (-1, self.hidden))
+        check_matrix("x", x, self.dtype, self.hidden)
+        rows, residual_at = x.size(0), 0
         if residual is not None:
-            check_tensor("residual", residual, self.dtype, (x.shape[0], self.hidden))
-        check_norm_weight("weight", weight, self.hidden)
-        out = torch.empty_like(x)
+            check_matrix("residual", residual, self.dtype, self.hidden)
+            if residual.size(0) != rows:
+                raise KernelError(f"x has {rows} rows and its residual {residual.size(0)}; expected the same number")
+            residual_at = residual.data_ptr()
+        if weight is not self._weight:
+            check_norm_weight("weight", weight, self.hidden)
+            self._weight, self._weight_type = weight, TYPE_CODES[weight.dtype]
+        out = torch.empty((rows, self.hidden), dtype=self.dtype)
         self._run(
             x.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
+            residual_at,
             weight.data_ptr(),
-            TYPE_CODES[weight.dtype],
+            self._weight_type,
             out.data_ptr(),
             self._type,
-            x.shape[0],
+            rows,
             self.hidden,
             eps,
         )
@@ -54,20 +62,45 @@ class NativeSiluMul:
         self._type = TYPE_CODES[self.dtype]
 
     def __call__(self, gate_up: Tensor) -> Tensor:
-        check_tensor("gate_up", gate_up, self.dtype, (-1, 2 * self.width))
-        out = torch.empty((gate_up.shape[0], self.width), dtype=self.dtype)
-        self._run(gate_up.data_ptr(), out.data_ptr(), self._type, gate_up.shape[0], self.width)
+        check_matrix("gate_up", gate_up, self.dtype, 2 * self.width)
+        rows = gate_up.size(0)
+        out = torch.empty((rows, self.width), dtype=self.dtype)
+        self._run(gate_up.data_ptr(), out.data_ptr(), self._type, rows, self.width)
         return out
+
+
+class CheckedCache:
+    """One layer's cache as native arguments, checked when it is first seen. Does not keep the cache alive."""
+
+    def __init__(self, kv_dtype: str, num_kv_heads: int, head_dim: int) -> None:
+        self.dtype = KV_TORCH_DTYPES[kv_dtype]
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        self._seen: weakref.ref[KVLayer] | None = None
+        self._arguments: tuple[int, int, int, float, float] = (0, 0, 0, 0.0, 0.0)
+
+    def arguments(self, kv: KVLayer) -> tuple[int, int, int, float, float]:
+        """Addresses of K and V, their type, k_scale, v_scale."""
+        if self._seen is None or self._seen() is not kv:
+            check_tensor("kv.k", kv.k, self.dtype, (-1, self.num_kv_heads, -1, self.head_dim))
+            check_tensor("kv.v", kv.v, self.dtype, tuple(kv.k.shape))
+            self._seen = weakref.ref(kv)
+            self._arguments = (kv.k.data_ptr(), kv.v.data_ptr(), TYPE_CODES[self.dtype], kv.k_scale, kv.v_scale)
+            self.num_blocks, self.block_size = kv.k.size(0), kv.k.size(2)
+        return self._arguments
 
 
 class NativeRope:
     """See `RopeKernel`. Raises IndexError for a slot outside the cache or a position outside the tables."""
 
-    def __init__(self, context: Any, spec: RopeSpec) -> None:
-        self._run = context.rope
+    def __init__(self, context: Any, memo: StepMemo, spec: RopeSpec) -> None:
+        self._run, self._memo = context.rope, memo
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.kv_dtype = KV_TORCH_DTYPES[spec.kv_dtype]
+        self._type = TYPE_CODES[self.dtype]
+        self._width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        self._cache = CheckedCache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
+        self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim)
+        self._layer: tuple[Tensor | None, ...] = ()
 
     def __call__(
         self,
@@ -81,47 +114,45 @@ class NativeRope:
         kv: KVLayer,
         slot_mapping: Tensor,
     ) -> Tensor:
-        spec, rows = self.spec, qkv.shape[0]
-        dim, half = spec.head_dim, spec.rotary_dim // 2
-        check_tensor("qkv", qkv, self.dtype, (-1, (spec.num_heads + 2 * spec.num_kv_heads) * dim))
-        check_tensor("positions", positions, torch.int64, (rows,))
-        check_tensor("slot_mapping", slot_mapping, torch.int64, (rows,))
-        check_tensor("cos", cos, torch.float32, (-1, half))
-        check_tensor("sin", sin, torch.float32, (cos.shape[0], half))
-        if (q_norm is not None and k_norm is not None) != spec.qk_norm:
-            raise KernelError(f"this layer was built with qk_norm={spec.qk_norm}; q_norm and k_norm must agree with it")
-        if q_norm is not None and k_norm is not None:
-            check_norm_weight("q_norm", q_norm, dim)
-            check_tensor("k_norm", k_norm, q_norm.dtype, (dim,))
-        check_cache(kv, self.kv_dtype, spec.num_kv_heads, dim)
-        q = torch.empty((rows, spec.num_heads, dim), dtype=self.dtype)
+        spec, rows = self.spec, qkv.size(0)
+        check_matrix("qkv", qkv, self.dtype, self._width)
+        self._memo.check_slots(positions, slot_mapping, rows)
+        layer = self._layer
+        if not (layer and cos is layer[0] and sin is layer[1] and q_norm is layer[2] and k_norm is layer[3]):
+            self._check_layer(cos, sin, q_norm, k_norm)
+        cache = self._cache.arguments(kv)
+        q = torch.empty((rows, spec.num_heads, spec.head_dim), dtype=self.dtype)
         self._run(
             qkv.data_ptr(),
-            TYPE_CODES[self.dtype],
+            self._type,
             rows,
             positions.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            0 if q_norm is None else q_norm.data_ptr(),
-            0 if k_norm is None else k_norm.data_ptr(),
-            0 if q_norm is None else TYPE_CODES[q_norm.dtype],
+            *self._tables,
             eps,
             q.data_ptr(),
-            kv.k.data_ptr(),
-            kv.v.data_ptr(),
-            TYPE_CODES[self.kv_dtype],
-            kv.k_scale,
-            kv.v_scale,
+            *cache,
             slot_mapping.data_ptr(),
-            spec.num_heads,
-            spec.num_kv_heads,
-            dim,
-            spec.rotary_dim,
-            kv.block_size,
-            kv.k.shape[0] * kv.block_size,
-            cos.shape[0],
+            *self._shape,
+            self._cache.block_size,
+            self._cache.num_blocks * self._cache.block_size,
+            self._num_positions,
         )
         return q
+
+    def _check_layer(self, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
+        spec, half = self.spec, self.spec.rotary_dim // 2
+        check_tensor("cos", cos, torch.float32, (-1, half))
+        check_tensor("sin", sin, torch.float32, (cos.shape[0], half))
+        if (q_norm is not None) != spec.qk_norm or (k_norm is not None) != spec.qk_norm:
+            raise KernelError(f"this layer was built with qk_norm={spec.qk_norm}; q_norm and k_norm must agree with it")
+        norms = (0, 0, 0)
+        if q_norm is not None and k_norm is not None:
+            check_norm_weight("q_norm", q_norm, spec.head_dim)
+            check_tensor("k_norm", k_norm, q_norm.dtype, (spec.head_dim,))
+            norms = (q_norm.data_ptr(), k_norm.data_ptr(), TYPE_CODES[q_norm.dtype])
+        self._layer = (cos, sin, q_norm, k_norm)
+        self._tables = (cos.data_ptr(), sin.data_ptr(), *norms)
+        self._num_positions = cos.size(0)
 
 
 class NativePagedAttention:
@@ -130,43 +161,38 @@ class NativePagedAttention:
     Raises IndexError when the block tables or lengths point outside the cache.
     """
 
-    def __init__(self, context: Any, spec: PagedAttentionSpec) -> None:
-        self._run = context.attention
+    def __init__(self, context: Any, memo: StepMemo, spec: PagedAttentionSpec) -> None:
+        self._run, self._memo = context.attention, memo
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.kv_dtype = KV_TORCH_DTYPES[spec.kv_dtype]
+        self._type = TYPE_CODES[self.dtype]
+        self._cache = CheckedCache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
+        self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self._width = spec.num_heads * spec.head_dim
 
     def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
         spec = self.spec
         check_tensor("q", q, self.dtype, (-1, spec.num_heads, spec.head_dim))
-        check_cache(kv, self.kv_dtype, spec.num_kv_heads, spec.head_dim)
-        sequences = batch.seq_lens.shape[0]
-        check_tensor("block_tables", batch.block_tables, torch.int32, (sequences, -1))
-        check_tensor("seq_lens", batch.seq_lens, torch.int32, (sequences,))
-        check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (sequences + 1,))
-        out = torch.empty((q.shape[0], spec.num_heads * spec.head_dim), dtype=self.dtype)
+        self._memo.check_batch(batch)
+        cache = self._cache.arguments(kv)
+        rows = q.size(0)
+        out = torch.empty((rows, self._width), dtype=self.dtype)
         self._run(
             q.data_ptr(),
-            TYPE_CODES[self.dtype],
-            q.shape[0],
+            self._type,
+            rows,
             out.data_ptr(),
-            kv.k.data_ptr(),
-            kv.v.data_ptr(),
-            TYPE_CODES[self.kv_dtype],
-            kv.k_scale,
-            kv.v_scale,
+            *cache,
             scale,
             batch.block_tables.data_ptr(),
-            batch.block_tables.shape[1],
+            batch.block_tables.size(1),
             batch.cu_seqlens_q.data_ptr(),
             batch.seq_lens.data_ptr(),
-            sequences,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            kv.block_size,
+            batch.seq_lens.size(0),
+            *self._shape,
+            self._cache.block_size,
             spec.window or 0,
-            kv.k.shape[0],
+            self._cache.num_blocks,
         )
         return out
 
@@ -175,9 +201,3 @@ def check_norm_weight(name: str, weight: Tensor, width: int) -> None:
     """A norm's weight may be stored wider or narrower than the activations; all three float types are read."""
     dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else torch.float32
     check_tensor(name, weight, dtype, (width,))
-
-
-def check_cache(kv: KVLayer, dtype: torch.dtype, num_kv_heads: int, head_dim: int) -> None:
-    """K and V of one layer: same shape, as the layer was built for."""
-    check_tensor("kv.k", kv.k, dtype, (-1, num_kv_heads, -1, head_dim))
-    check_tensor("kv.v", kv.v, dtype, tuple(kv.k.shape))

@@ -4,6 +4,7 @@
 
 struct Tile {
   int start, count;  // positions start .. start + count - 1 are staged
+  int end;           // positions of the whole item
   float* keys;       // [d][kTile]
   float* values;     // [kTile][d16]
 };
@@ -13,18 +14,36 @@ void stage(const Attention& a, int sequence, int kv_head, Tile& tile) {
   const int d = a.head_dim, d16 = round16(d);
   const int32_t* table = a.block_tables + static_cast<size_t>(sequence) * a.table_stride;
   const C* keys[kTile];
-  for (int j = 0; j < tile.count; j++) {
-    const int p = tile.start + j;
-    const size_t at = ((static_cast<size_t>(table[p / a.block_size]) * a.kv_heads + kv_head) * a.block_size +
-                       p % a.block_size) * d;
-    keys[j] = static_cast<const C*>(a.k) + at;
+  const size_t head = static_cast<size_t>(a.block_size) * d, block = head * a.kv_heads;
+  for (int j = 0; j < tile.count;) {  // block by block
+    const int p = tile.start + j, offset = p % a.block_size;
+    const int left = a.block_size - offset, run = left < tile.count - j ? left : tile.count - j;
+    const size_t at = static_cast<size_t>(table[p / a.block_size]) * block + kv_head * head + static_cast<size_t>(offset) * d;
+    const C* key = static_cast<const C*>(a.k) + at;
     const C* value = static_cast<const C*>(a.v) + at;
-    for (int i = 0; i < d; i += 16) store(tile.values + j * d16 + i, load_upto(value + i, d - i));
+    for (int i = 0; i < run; i++, j++, key += d, value += d) {
+      keys[j] = key;
+      for (int c = 0; c < d; c += 16) store(tile.values + j * d16 + c, load_upto(value + c, d - c));
+    }
+  }
+  // the next tile's blocks lie anywhere: ask for them now, they arrive while this one is worked on
+  for (int p = tile.start + kTile; p < tile.end && p < tile.start + 2 * kTile;) {
+    const int offset = p % a.block_size, left = a.block_size - offset, room = tile.start + 2 * kTile - p;
+    const size_t at = static_cast<size_t>(table[p / a.block_size]) * block + kv_head * head + static_cast<size_t>(offset) * d;
+    const size_t bytes = static_cast<size_t>(left < room ? left : room) * d * sizeof(C);
+    for (size_t i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const C*>(a.k) + at) + i);
+      __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const C*>(a.v) + at) + i);
+    }
+    p += left;
   }
   for (int j0 = 0; j0 < tile.count; j0 += 16)
     for (int i = 0; i < d; i += 16) {
       V r[16];
-      for (int j = 0; j < 16; j++) r[j] = j0 + j < tile.count ? load_upto(keys[j0 + j] + i, d - i) : zero();
+      if (j0 + 16 <= tile.count && i + 16 <= d)
+        UNROLL for (int j = 0; j < 16; j++) r[j] = load(keys[j0 + j] + i);
+      else
+        for (int j = 0; j < 16; j++) r[j] = j0 + j < tile.count ? load_upto(keys[j0 + j] + i, d - i) : zero();
       transpose16(r);
       const int n = d - i < 16 ? d - i : 16;
       for (int j = 0; j < n; j++) store(tile.keys + (i + j) * kTile + j0, r[j]);
@@ -154,6 +173,7 @@ void attention_as(const Attention& a, int index, float* scratch) {
 
   const int end = item.position + item.tokens;  // positions visible to the last token
   int begin = a.window && item.position + 1 > a.window ? item.position + 1 - a.window : 0;
+  tile.end = end;
   for (tile.start = begin / kTile * kTile; tile.start < end; tile.start += kTile) {
     tile.count = end - tile.start < kTile ? end - tile.start : kTile;
     stage<C>(a, item.sequence, item.kv_head, tile);

@@ -288,9 +288,9 @@ void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* 
   }
   if (items_.empty()) return;
   a.items = items_.data();
-  std::vector<float*> scratch;
-  for (auto& s : per_thread_) scratch.push_back(s.floats(attention_scratch(most, a.head_dim)));
-  const AttentionCall call{&kernels_, &a, scratch.data()};
+  addresses_.clear();
+  for (auto& s : per_thread_) addresses_.push_back(s.floats(attention_scratch(most, a.head_dim)));
+  const AttentionCall call{&kernels_, &a, addresses_.data()};
   pool_.run(AttentionCall::work, &call, static_cast<int>(items_.size()), 1);
 }
 

@@ -70,6 +70,7 @@ class Context {
   std::mutex mutex_;
   Scratch x_, scales_;
   std::vector<Scratch> per_thread_;
+  std::vector<float*> addresses_;  // of per_thread_
   std::vector<AttentionItem> items_;
 };
 

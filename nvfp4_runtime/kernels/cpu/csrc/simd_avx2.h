@@ -108,6 +108,11 @@ inline float reduce_add(V x) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+inline V reduce16(const V* a) {  // reduce_add of sixteen vectors
+  float t[16];
+  for (int i = 0; i < 16; i++) t[i] = reduce_add(a[i]);
+  return load(t);
+}
 inline float reduce_max(V x) {
   const __m256 h = _mm256_max_ps(x.a, x.b);
   __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

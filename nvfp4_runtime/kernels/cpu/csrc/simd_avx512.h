@@ -69,6 +69,21 @@ inline float reduce_add(V a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+// reduce_add of sixteen vectors at once, the same tree: 45 operations for 16 sums.
+inline V reduce16(const V* a) {
+  __m512 lanes_of[4];  // [e]: lane l holds four partial sums of vector 4 l + e
+  for (int e = 0; e < 4; e++) {
+    const __m512 p = _mm512_add_ps(_mm512_shuffle_f32x4(a[e].v, a[e + 4].v, 0x44), _mm512_shuffle_f32x4(a[e].v, a[e + 4].v, 0xee));
+    const __m512 q = _mm512_add_ps(_mm512_shuffle_f32x4(a[e + 8].v, a[e + 12].v, 0x44), _mm512_shuffle_f32x4(a[e + 8].v, a[e + 12].v, 0xee));
+    lanes_of[e] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+  }
+  __m512 halves[2];
+  for (int i = 0; i < 2; i++) {
+    const __m512d r = _mm512_castps_pd(lanes_of[2 * i]), s = _mm512_castps_pd(lanes_of[2 * i + 1]);
+    halves[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(r, s)), _mm512_castpd_ps(_mm512_unpackhi_pd(r, s)));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(halves[0], halves[1], 0x88), _mm512_shuffle_ps(halves[0], halves[1], 0xdd))};
+}
 inline float reduce_max(V a) { return _mm512_reduce_max_ps(a.v); }
 
 // Codes: one 32-bit lane per row holds 8 codes; vpermps looks at the low 4 bits of each lane only.

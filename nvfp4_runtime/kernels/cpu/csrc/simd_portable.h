@@ -117,6 +117,11 @@ inline float reduce_add(V a) {
   for (int i = 0; i < 4; i++) q[i] = h[i] + h[i + 4];
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
+inline V reduce16(const V* a) {  // reduce_add of sixteen vectors
+  float t[16];
+  for (int i = 0; i < 16; i++) t[i] = reduce_add(a[i]);
+  return load(t);
+}
 inline float reduce_max(V a) {
   float m = a[0];
   for (int i = 1; i < 16; i++) m = m > a[i] ? m : a[i];

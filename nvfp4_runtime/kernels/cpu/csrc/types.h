@@ -26,7 +26,7 @@ enum class Type : int { f32 = 0, bf16 = 1, fp16 = 2, e4m3 = 3 };
 constexpr int kPanel = 16;
 constexpr int kGroup = 16;
 constexpr int kBlockBytes = 576;
-inline constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63) / 64) * kBlockBytes; }
+static constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63) / 64) * kBlockBytes; }
 
 // Activations are handed to the NVFP4 kernel as FP32, `rows` rows at a time: block b covers rows b * max_rows .. and
 // lies at x + b * max_rows * k, stored [k][width] where width >= its rows (padded rows are zero).
@@ -129,9 +129,9 @@ struct Attention {
 
 constexpr int kTile = 64;           // KV positions per softmax step, always starting at a multiple of 64
 constexpr int kAttentionRows = 64;  // query rows (tokens x heads of one group) that share a staged tile
-inline constexpr int round16(int x) { return (x + 15) / 16 * 16; }
+static constexpr int round16(int x) { return (x + 15) / 16 * 16; }
 // floats of scratch one attention item needs
-inline constexpr size_t attention_scratch(int rows, int d) {
+static constexpr size_t attention_scratch(int rows, int d) {
   return static_cast<size_t>(rows) * (2 * round16(d) + kTile + 16) + 2 * static_cast<size_t>(kTile) * round16(d) + 64;
 }
 
