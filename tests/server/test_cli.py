@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512MiB", 512 << 20), ("2G", 2 << 30), ("2gb", 2 << 30), ("1073741824", 1 << 30), ("1.5K", 1536), ("6 MiB", 6 << 20)],
+    [("512MiB", 512 << 20), ("2G", 2 << 30), ("2gb", 2 << 30), ("1073741824", 1 << 30), ("1.5K", 1536)],
 )  # fmt: skip
 def test_sizes_are_powers_of_1024(text: str, size: int) -> None:
     assert parse_bytes(text) == size

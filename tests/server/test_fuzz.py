@@ -1,0 +1,78 @@
+"""Any JSON under any known field name is answered, never with a 5xx, and leaves nothing running."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.config import ServerConfig
+from server.protocol import ChatCompletionRequest, CompletionRequest
+from tests.fakes import FakeEngine
+from tests.server.conftest import running_server
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.integers(-2, 5)
+    | st.floats()
+    | st.floats(-2, 2)
+    | st.text(max_size=5)
+    | st.sampled_from(["auto", "none", "text", "user", "tiny", "\ud800", "1", "true"])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+PARTS = st.fixed_dictionaries({}, optional={"type": st.just("text") | VALUES, "text": VALUES})
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"])},
+        optional={"content": st.text(max_size=9) | st.lists(PARTS, max_size=2) | VALUES, "tool_calls": VALUES},
+    ),
+    max_size=3,
+)
+EXTRAS = [
+    "tools",
+    "tool_choice",
+    "response_format",
+    "suffix",
+    "bad_words",
+    "vllm_xargs",
+    "chat_template",
+    "length_penalty",
+]
+
+
+def bodies(model: type[CompletionRequest] | type[ChatCompletionRequest], **given_fields: Any) -> Any:
+    names = [*model.model_fields, *EXTRAS]
+    some = st.dictionaries(st.sampled_from(names), VALUES, max_size=4)
+    return st.tuples(st.fixed_dictionaries(given_fields), some).map(lambda pair: pair[0] | pair[1])
+
+
+REQUESTS = st.tuples(
+    st.just("/v1/completions"),
+    bodies(CompletionRequest, prompt=st.text(max_size=9) | st.lists(st.integers(0, 258), max_size=5) | VALUES),
+) | st.tuples(st.just("/v1/chat/completions"), bodies(ChatCompletionRequest, messages=MESSAGES | VALUES))
+
+
+async def answer(path: str, body: Any) -> None:
+    engine = FakeEngine()
+    async with running_server(engine, ServerConfig(served_model_names=("tiny",))) as server:
+        response = await server.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["code"] == response.status_code
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        assert response.text.endswith("data: [DONE]\n\n")
+        assert '"error"' not in response.text
+    assert engine.running == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(REQUESTS)
+def test_no_json_body_gets_a_5xx(request: tuple[str, Any]) -> None:
+    asyncio.run(answer(*request))
