@@ -215,7 +215,10 @@ class EngineClient:
                 for payload in frames.feed(data):
                     self._dispatch(payload)
         except ConnectionError as error:
-            logger.warning("the connection to the engine broke: %s", error)
+            # an engine that stops with our last messages unread resets the connection: expected while closing
+            logger.log(
+                logging.DEBUG if self._closing else logging.WARNING, "the connection to the engine broke: %s", error
+            )
         self._die("the engine was closed" if self._closing else "the engine process ended")
 
     def _dispatch(self, payload: bytes) -> None:

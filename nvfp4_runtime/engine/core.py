@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import (
@@ -117,15 +118,20 @@ class EngineCore:
             self._stop = True
 
 
-def build(start: Start, progress: object) -> Engine:
+def build(start: Start, progress: Callable[[str, float], None]) -> Engine:
     """The engine that `start` asks for; torch is imported only for a real model."""
     if start.config.simulated is not None:
         from nvfp4_runtime.engine.simulated import simulated_engine
 
         return simulated_engine(start.config)
+    progress("import", 0.0)
+    started = time.monotonic()
     from nvfp4_runtime.engine.build import build_engine
 
-    return build_engine(start.config, progress)  # type: ignore[arg-type]
+    imported = time.monotonic() - started
+    engine = build_engine(start.config, progress)
+    engine.info.startup_seconds = {"import": imported, **engine.info.startup_seconds}
+    return engine
 
 
 def main() -> int:
