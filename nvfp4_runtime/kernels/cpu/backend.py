@@ -1,6 +1,6 @@
 """The native CPU backend: our own vector kernels, built from csrc/ at install time where a C++ compiler exists.
 
-One binary holds every ISA variant (portable, AVX2, AVX-512); the best one this machine has is chosen at run time. Each
+One binary holds every ISA variant (portable, AVX2, AVX-512, AVX-512 with BF16); the best one this machine has is chosen at run time. Each
 output row depends on its own inputs only, in one fixed order: batch, chunking and threads never change a bit. Between
 ISA variants the last bits differ.
 """
@@ -48,7 +48,7 @@ class CPUBackend:
     """Every op of kernels/ops.py, natively.
 
     threads  worker threads; None: one per physical core this process may use
-    isa      "portable", "avx2" or "avx512"; None: the best this machine has
+    isa      "portable", "avx2", "avx512" or "avx512bf16"; None: the best this machine has
 
     Raises ConfigError when the machine lacks `isa`. Without the extension it refuses every op with one reason.
     """

@@ -19,7 +19,8 @@ class NativeLinearNVFP4:
     Every product is exact (code values are decoded to FP32) and every output is one fixed chain of FP32 operations:
     16 products are summed, multiplied by their block scale and added to the running sum, then once by weight_scale_2.
     Against the exact result the error before the final rounding is at most (K/16 + 18) * 2^-24 * sum |x w|: 16
-    roundings inside a group, K/16 across groups, 2 at the end.
+    roundings inside a group, K/16 across groups, 2 at the end. With bfloat16 activations the avx512bf16 variant
+    multiplies pairs by vdpbf16ps: the same bound, but subnormal activations (below 2^-126) count as zero.
 
     W4A4 quantises x first, bit for bit as codec.quantize_activation does; its group sums are exact.
     weight_bytes  bytes of the panels

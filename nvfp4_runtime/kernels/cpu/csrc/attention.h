@@ -179,7 +179,7 @@ void attention_as(const Attention& a, int index, float* scratch) {
     stage<C>(a, item.sequence, item.kv_head, tile);
     for (int r = 0; r < count;) {
       // the keys of this row within the tile, and how many rows after it see the same ones
-      int first[4], last[4], same = 0;
+      int first[4] = {}, last[4] = {}, same = 0;
       for (; same < 4 && r + same < count; same++) {
         const int p = item.position + (r + same) % item.tokens;
         const int low = a.window && p + 1 > a.window ? p + 1 - a.window - tile.start : 0, high = p + 1 - tile.start;

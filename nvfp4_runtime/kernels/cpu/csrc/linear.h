@@ -29,15 +29,26 @@ inline BlockScale quantize_group(V x, float global_scale, float inverse_global) 
   return r;
 }
 
-constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24};
+// No 2: GCC 12 keeps two accumulators in memory, and three rows take half the time.
+constexpr int kWidths[] = {1, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};
 int block_width(int rows) {
   for (int w : kWidths)
     if (w >= rows && w <= kMaxRows) return w;
   return kMaxRows;
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+inline V as_pairs(V x) { return to_pairs(x); }
+#else
+constexpr bool kPairs = false;
+inline V as_pairs(V x) { return x; }
+#endif
+
 template <class T>
 void pack_block(const PackX& a, int block) {
+  const bool pairs = kPairs && a.type == Type::bf16;
+  const int stored = pairs ? kGroup / 2 : kGroup;  // 32-bit values per group and row
   const int first = block * kMaxRows, rows = a.m - first < kMaxRows ? a.m - first : kMaxRows;
   const int width = block_width(rows), k = a.k;
   const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(first) * k;
@@ -61,13 +72,15 @@ void pack_block(const PackX& a, int block) {
           scales[g * width + r0 + i] = s;
         }
       }
-      float* o = out + static_cast<size_t>(g) * kGroup * width + r0;
+      if (pairs)
+        for (int i = 0; i < n; i++) r[i] = as_pairs(r[i]);
+      float* o = out + static_cast<size_t>(g) * stored * width + r0;
       if (width == 1) {
-        store(o, r[0]);
+        store(o, r[0], stored);
         continue;
       }
       transpose16(r);
-      for (int i = 0; i < 16; i++) store(o + static_cast<size_t>(i) * width, r[i], n);
+      for (int i = 0; i < stored; i++) store(o + static_cast<size_t>(i) * width, r[i], n);
     }
   }
 }
@@ -111,11 +124,41 @@ inline void eight(I codes, V table, const float* x, V* acc) {
   step<M, 7>(codes, table, x, acc);
 }
 
+#if defined(__AVX512BF16__)
+template <int M, int j>
+inline void pair_step(I codes, Pairs table, const float* x, V* acc) {
+  const Pairs w = decode_pair<4 * j>(codes, table);
+  UNROLL for (int m = 0; m < M; m++) acc[m] = dot(acc[m], w, set1_pair(x + j * M + m));
+}
+template <int M>
+inline void eight_pairs(I codes, Pairs table, const float* x, V* acc) {
+  pair_step<M, 0>(codes, table, x, acc);
+  pair_step<M, 1>(codes, table, x, acc);
+  pair_step<M, 2>(codes, table, x, acc);
+  pair_step<M, 3>(codes, table, x, acc);
+}
+#endif
+
+// One group of 16 k of a panel times M rows.
+template <int M, bool pairs>
+inline void group_sums(const uint8_t* codes, const float* x, V* acc) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs) {
+    const Pairs table = pair_table();
+    eight_pairs<M>(load_codes(codes), table, x, acc);
+    eight_pairs<M>(load_codes(codes + 64), table, x + 4 * M, acc);
+    return;
+  }
+#endif
+  const V table = e2m1_table();
+  eight<M>(load_codes(codes), table, x, acc);
+  eight<M>(load_codes(codes + 64), table, x + 8 * M, acc);
+}
+
 constexpr int kPrefetchBytes = 8 * kBlockBytes;
 
-template <int M, bool quantised>
+template <int M, bool quantised, bool pairs>
 void nvfp4_panel(const uint8_t* w, const float* x, const float* scales, int groups, V* total) {
-  const V table = e2m1_table();
   V sum[M];
   UNROLL for (int m = 0; m < M; m++) sum[m] = zero();
   for (int g = 0; g < groups; g++) {
@@ -126,25 +169,23 @@ void nvfp4_panel(const uint8_t* w, const float* x, const float* scales, int grou
     if (g % 4 == 0) __builtin_prefetch(block + kPrefetchBytes);
     V acc[M];
     UNROLL for (int m = 0; m < M; m++) acc[m] = zero();
-    eight<M>(load_codes(codes), table, x, acc);
-    eight<M>(load_codes(codes + 64), table, x + 8 * M, acc);
+    group_sums<M, pairs>(codes, x, acc);
     const V s = load_scales(block + 16 * (g % 4));
     UNROLL for (int m = 0; m < M; m++)
       sum[m] = fma(acc[m], quantised ? mul(s, set1(scales[g * M + m])) : s, sum[m]);
-    x += kGroup * M;
+    x += pairs ? kGroup / 2 * M : kGroup * M;
   }
   UNROLL for (int m = 0; m < M; m++) total[m] = sum[m];
 }
 
-template <bool quantised>
+template <bool quantised, bool pairs>
 void nvfp4_dispatch(int width, const uint8_t* w, const float* x, const float* scales, int groups, V* total) {
 #define NVFP4_WIDTH(M) \
   case M:              \
-    if constexpr (M <= kMaxRows) nvfp4_panel<M, quantised>(w, x, scales, groups, total); \
+    if constexpr (M <= kMaxRows) nvfp4_panel<M, quantised, pairs>(w, x, scales, groups, total); \
     break;
   switch (width) {
     NVFP4_WIDTH(1)
-    NVFP4_WIDTH(2)
     NVFP4_WIDTH(3)
     NVFP4_WIDTH(4)
     NVFP4_WIDTH(5)
@@ -155,8 +196,6 @@ void nvfp4_dispatch(int width, const uint8_t* w, const float* x, const float* sc
     NVFP4_WIDTH(12)
     NVFP4_WIDTH(14)
     NVFP4_WIDTH(16)
-    NVFP4_WIDTH(20)
-    NVFP4_WIDTH(24)
   }
 #undef NVFP4_WIDTH
 }
@@ -171,8 +210,12 @@ void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
     for (int p = begin; p < end; p++) {
       const uint8_t* w = a.weights + p * panel_bytes(a.k);
       V total[kMaxRows];
-      scales ? nvfp4_dispatch<true>(width, w, x, scales, groups, total)
-             : nvfp4_dispatch<false>(width, w, x, scales, groups, total);
+      if (kPairs && a.pairs)
+        scales ? nvfp4_dispatch<true, kPairs>(width, w, x, scales, groups, total)
+               : nvfp4_dispatch<false, kPairs>(width, w, x, scales, groups, total);
+      else
+        scales ? nvfp4_dispatch<true, false>(width, w, x, scales, groups, total)
+               : nvfp4_dispatch<false, false>(width, w, x, scales, groups, total);
       const int column = p * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
       const V row_scale = load(a.row_scale + column);
       for (int m = 0; m < rows; m++) {
@@ -204,6 +247,9 @@ void widen(const Widen& a, int begin, int end) {
   a.type == Type::bf16 ? widen_as<bf16>(a, begin, end) : widen_as<float>(a, begin, end);
 }
 
+constexpr bool is_bf16(const bf16*) { return true; }
+constexpr bool is_bf16(const void*) { return false; }
+
 // Sixteen k of N weight rows times M activation rows.
 template <class W, int N, int M>
 inline void dense_step(const W* w, const float* x, int stride, int k, V (*acc)[M]) {
@@ -232,13 +278,46 @@ inline void dense_tile(const W* w, const float* x, int stride, int k, V (*sums)[
     UNROLL for (int m = 0; m < M; m++) sums[m][n] = acc[n][m];
 }
 
+#if defined(__AVX512BF16__)
+// The same with bfloat16 on both sides: lane l sums the pairs k = 2 l, 2 l + 1, then 32 further on.
+template <int N, int M>
+inline void pair_tile(const bf16* w, const bf16* x, int k, V (*sums)[16]) {
+  V acc[N][M];
+  UNROLL for (int n = 0; n < N; n++)
+    UNROLL for (int m = 0; m < M; m++) acc[n][m] = zero();
+  for (int i = 0; i < k; i += 32) {
+    const bool whole = i + 32 <= k;
+    Pairs v[N];
+    UNROLL for (int n = 0; n < N; n++) {
+      const bf16* p = w + static_cast<size_t>(n) * k + i;
+      v[n] = whole ? load_pairs(p) : load_pairs(p, k - i);
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+      const bf16* p = x + static_cast<size_t>(m) * k + i;
+      const Pairs u = whole ? load_pairs(p) : load_pairs(p, k - i);
+      UNROLL for (int n = 0; n < N; n++) acc[n][m] = dot(acc[n][m], v[n], u);
+    }
+  }
+  UNROLL for (int n = 0; n < N; n++)
+    UNROLL for (int m = 0; m < M; m++) sums[m][n] = acc[n][m];
+}
+#endif
+
+template <class W, int N, int M>
+inline void any_tile(const LinearDense& a, const W* w, int row, V (*sums)[16]) {
+#if defined(__AVX512BF16__)
+  if constexpr (is_bf16(static_cast<const W*>(nullptr)))
+    if (a.pairs) return pair_tile<N, M>(w, a.pairs + static_cast<size_t>(row) * a.k, a.k, sums);
+#endif
+  dense_tile<W, N, M>(w, a.x + static_cast<size_t>(row) * a.stride, a.stride, a.k, sums);
+}
+
 // Sixteen outputs at a time: tiles fill their lane sums, then one fixed tree over lanes gives each output.
 // The first rows of x meet a weight that comes from memory: row after row, one stream, which the hardware prefetches
 // (two rows side by side run at 40 % of that, with or without prefetch instructions). Later rows find it in L2.
 template <class W, class O, int M>
 void dense_rows(const LinearDense& a, int row, int begin, int end) {
   constexpr int N = M > kDenseM ? 1 : kDenseN;
-  const float* x = a.x + static_cast<size_t>(row) * a.stride;
   for (int column = begin; column < end; column += 16) {
     const W* w = static_cast<const W*>(a.weights) + static_cast<size_t>(column) * a.k;
     const int count = end - column < 16 ? end - column : 16;
@@ -246,9 +325,9 @@ void dense_rows(const LinearDense& a, int row, int begin, int end) {
     int n = 0;
     if (row > 0)
       for (; n + N <= count; n += N)
-        dense_tile<W, N, M>(w + static_cast<size_t>(n) * a.k, x, a.stride, a.k, reinterpret_cast<V(*)[16]>(&sums[0][n]));
+        any_tile<W, N, M>(a, w + static_cast<size_t>(n) * a.k, row, reinterpret_cast<V(*)[16]>(&sums[0][n]));
     for (; n < count; n++)
-      dense_tile<W, 1, M>(w + static_cast<size_t>(n) * a.k, x, a.stride, a.k, reinterpret_cast<V(*)[16]>(&sums[0][n]));
+      any_tile<W, 1, M>(a, w + static_cast<size_t>(n) * a.k, row, reinterpret_cast<V(*)[16]>(&sums[0][n]));
     for (; n < 16; n++)
       for (int m = 0; m < M; m++) sums[m][n] = zero();
     for (int m = 0; m < M; m++) {

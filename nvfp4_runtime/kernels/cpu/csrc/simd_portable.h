@@ -1,46 +1,69 @@
-// Sixteen lanes in the compiler's own vector type: SSE2, NEON or plain registers, whatever the baseline has.
+// Sixteen lanes as four 128-bit vectors of the compiler's own type: SSE2, NEON, whatever the baseline has.
 // Multiply and add stay two roundings here (no -ffp-contract), so the bits do not depend on the compiler's mood.
-typedef float V __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef I Mask;
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+struct V {
+  F4 q[4];
+};
+struct I {
+  I4 q[4];
+};
+using Mask = I;
 inline I to_bf16_bits(I x);  // simd_math.h
 
-inline V set1(float x) { return V{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-inline V zero() { return set1(0.f); }
-inline V fma(V a, V b, V c) { return a * b + c; }
-inline V add(V a, V b) { return a + b; }
-inline V sub(V a, V b) { return a - b; }
-inline V mul(V a, V b) { return a * b; }
-inline V div(V a, V b) { return a / b; }
-inline V vmax(V a, V b) { return a > b ? a : b; }  // b where either is NaN
-inline V vmin(V a, V b) { return a < b ? a : b; }
+// r = f of the four quarters; T names the result's type.
+#define NVFP4_QUARTERS(T, expression) \
+  T r;                                \
+  UNROLL for (int i = 0; i < 4; i++) r.q[i] = expression; \
+  return r
 
-inline I bits(V a) { return reinterpret_cast<I>(a); }
-inline V from_bits(I a) { return reinterpret_cast<V>(a); }
-inline I iset1(int32_t x) { return I{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-typedef uint32_t U __attribute__((vector_size(64)));
-inline I iadd(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b)); }
-inline I isub(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) - reinterpret_cast<U>(b)); }
-inline I iand(I a, I b) { return a & b; }
-inline I ior(I a, I b) { return a | b; }
-template <int n>
-inline I shl(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) << n); }
-template <int n>
-inline I shr(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) >> n); }
-template <int n>
-inline I sar(I a) { return a >> n; }
-inline Mask less(V a, V b) { return a < b; }
-inline Mask is_nan(V a) { return a != a; }
-inline Mask below(int n) { return I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < iset1(n); }
-inline Mask mask_and(Mask a, Mask b) { return a & b; }
-inline Mask mask_not(Mask a) { return ~a; }
-inline bool any(Mask m) {
-  int32_t r = 0;
-  for (int i = 0; i < 16; i++) r |= m[i];
-  return r != 0;
+template <class T, class S>
+inline T as(S x) {  // the same 128 bits
+  return reinterpret_cast<T>(x);
 }
-inline V select(Mask m, V a, V b) { return from_bits((bits(a) & m) | (bits(b) & ~m)); }
-inline I select(Mask m, I a, I b) { return (a & m) | (b & ~m); }
+inline V set1(float x) { NVFP4_QUARTERS(V, (F4{x, x, x, x})); }
+inline V zero() { return set1(0.f); }
+inline V fma(V a, V b, V c) { NVFP4_QUARTERS(V, a.q[i] * b.q[i] + c.q[i]); }
+inline V add(V a, V b) { NVFP4_QUARTERS(V, a.q[i] + b.q[i]); }
+inline V sub(V a, V b) { NVFP4_QUARTERS(V, a.q[i] - b.q[i]); }
+inline V mul(V a, V b) { NVFP4_QUARTERS(V, a.q[i] * b.q[i]); }
+inline V div(V a, V b) { NVFP4_QUARTERS(V, a.q[i] / b.q[i]); }
+
+inline I bits(V a) { NVFP4_QUARTERS(I, as<I4>(a.q[i])); }
+inline V from_bits(I a) { NVFP4_QUARTERS(V, as<F4>(a.q[i])); }
+inline I iset1(int32_t x) { NVFP4_QUARTERS(I, (I4{x, x, x, x})); }
+inline I iadd(I a, I b) { NVFP4_QUARTERS(I, as<I4>(as<U4>(a.q[i]) + as<U4>(b.q[i]))); }
+inline I isub(I a, I b) { NVFP4_QUARTERS(I, as<I4>(as<U4>(a.q[i]) - as<U4>(b.q[i]))); }
+inline I iand(I a, I b) { NVFP4_QUARTERS(I, a.q[i] & b.q[i]); }
+inline I ior(I a, I b) { NVFP4_QUARTERS(I, a.q[i] | b.q[i]); }
+template <int n>
+inline I shl(I a) {
+  NVFP4_QUARTERS(I, as<I4>(as<U4>(a.q[i]) << n));
+}
+template <int n>
+inline I shr(I a) {
+  NVFP4_QUARTERS(I, as<I4>(as<U4>(a.q[i]) >> n));
+}
+template <int n>
+inline I sar(I a) {
+  NVFP4_QUARTERS(I, a.q[i] >> n);
+}
+inline Mask less(V a, V b) { NVFP4_QUARTERS(I, as<I4>(a.q[i] < b.q[i])); }
+inline Mask is_nan(V a) { NVFP4_QUARTERS(I, as<I4>(a.q[i] != a.q[i])); }
+inline Mask below(int n) {
+  NVFP4_QUARTERS(I, as<I4>(I4{4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3} < I4{n, n, n, n}));
+}
+inline Mask mask_and(Mask a, Mask b) { return iand(a, b); }
+inline Mask mask_not(Mask a) { NVFP4_QUARTERS(I, ~a.q[i]); }
+inline bool any(Mask m) {
+  const I4 o = (m.q[0] | m.q[1]) | (m.q[2] | m.q[3]);
+  return (o[0] | o[1] | o[2] | o[3]) != 0;
+}
+inline I select(Mask m, I a, I b) { NVFP4_QUARTERS(I, (a.q[i] & m.q[i]) | (b.q[i] & ~m.q[i])); }
+inline V select(Mask m, V a, V b) { return from_bits(select(m, bits(a), bits(b))); }
+inline V vmax(V a, V b) { return select(less(b, a), a, b); }  // b where either is NaN
+inline V vmin(V a, V b) { return select(less(a, b), a, b); }
 
 inline V load(const float* p) {
   V r;
@@ -54,14 +77,22 @@ inline V load(const float* p, int n) {
 }
 inline void store(float* p, V a) { __builtin_memcpy(p, &a, 64); }
 inline void store(float* p, V a, int n) {
-  for (int i = 0; i < n; i++) p[i] = a[i];
+  float t[16];
+  store(t, a);
+  for (int i = 0; i < n; i++) p[i] = t[i];
 }
+inline I load_ints(const int32_t* p) {
+  I r;
+  __builtin_memcpy(&r, p, 64);
+  return r;
+}
+inline void store_ints(int32_t* p, I a) { __builtin_memcpy(p, &a, 64); }
 
-typedef uint16_t H __attribute__((vector_size(32)));
+typedef uint16_t H4 __attribute__((vector_size(8)));
 inline V load(const bf16* p) {
-  H h;
-  __builtin_memcpy(&h, p, 32);
-  return reinterpret_cast<V>(__builtin_convertvector(h, U) << 16);
+  H4 h[4];
+  __builtin_memcpy(h, p, 32);
+  NVFP4_QUARTERS(V, as<F4>(__builtin_convertvector(h[i], U4) << 16));
 }
 inline V load(const bf16* p, int n) {
   bf16 t[16] = {};
@@ -92,29 +123,25 @@ inline V load(const fp16* p, int n) {
 inline V load(const fp16* p) { return load(p, 16); }
 
 inline void store(bf16* p, V a, int n) {
-  const I b = to_bf16_bits(bits(a));
-  for (int i = 0; i < n; i++) p[i].bits = static_cast<uint16_t>(b[i]);
+  int32_t t[16];
+  store_ints(t, to_bf16_bits(bits(a)));
+  for (int i = 0; i < n; i++) p[i].bits = static_cast<uint16_t>(t[i]);
 }
-inline void store(bf16* p, V a) {
-  const H h = __builtin_convertvector(reinterpret_cast<U>(to_bf16_bits(bits(a))), H);
-  __builtin_memcpy(p, &h, 32);
-}
+inline void store(bf16* p, V a) { store(p, a, 16); }
 
 inline I load_bytes(const uint8_t* p, int n) {
   int32_t t[16] = {};
   for (int i = 0; i < n; i++) t[i] = p[i];
-  I r;
-  __builtin_memcpy(&r, t, 64);
-  return r;
+  return load_ints(t);
 }
 inline void store_bytes(uint8_t* p, I a, int n) {
-  for (int i = 0; i < n; i++) p[i] = static_cast<uint8_t>(a[i]);
+  int32_t t[16];
+  store_ints(t, a);
+  for (int i = 0; i < n; i++) p[i] = static_cast<uint8_t>(t[i]);
 }
 
 inline float reduce_add(V a) {
-  float h[8], q[4];
-  for (int i = 0; i < 8; i++) h[i] = a[i] + a[i + 8];
-  for (int i = 0; i < 4; i++) q[i] = h[i] + h[i + 4];
+  const F4 q = (a.q[0] + a.q[2]) + (a.q[1] + a.q[3]);
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 inline V reduce16(const V* a) {  // reduce_add of sixteen vectors
@@ -123,8 +150,10 @@ inline V reduce16(const V* a) {  // reduce_add of sixteen vectors
   return load(t);
 }
 inline float reduce_max(V a) {
-  float m = a[0];
-  for (int i = 1; i < 16; i++) m = m > a[i] ? m : a[i];
+  float t[16];
+  store(t, a);
+  float m = t[0];
+  for (int i = 1; i < 16; i++) m = m > t[i] ? m : t[i];
   return m;
 }
 
@@ -136,22 +165,28 @@ inline I load_codes(const uint8_t* p) {
 }
 inline V e2m1_table() { return zero(); }
 template <int shift>
+inline F4 decode4(I4 codes) {
+  const U4 c = as<U4>(codes) >> shift, m = c & 7u;
+  const U4 normal = (m << 22) + 0x3f000000u, small = (0u - m) & 0x3f000000u;  // codes 0 and 1: 0 and 0.5
+  const U4 is_small = as<U4>(m < 2u);
+  return as<F4>((small & is_small) | (normal & ~is_small) | (c << 28 & 0x80000000u));
+}
+template <int shift>
 inline V decode(I codes, V) {
-  const U c = reinterpret_cast<U>(codes) >> shift, m = c & 7u;
-  const U normal = (m << 22) + 0x3f000000u, small = (0u - m) & 0x3f000000u;  // codes 0 and 1: 0 and 0.5
-  const U is_small = reinterpret_cast<U>(m < 2u);
-  return reinterpret_cast<V>((small & is_small) | (normal & ~is_small) | (c << 28 & 0x80000000u));
+  NVFP4_QUARTERS(V, decode4<shift>(codes.q[i]));
 }
 // Non-negative E4M3 block scales of 16 rows, times 2^-8.
 inline V load_scales(const uint8_t* p) {
   const I m = load_bytes(p, 16);
-  const V small = __builtin_convertvector(m, V) * set1(0x1p-17f);
-  return select(m < 8, small, from_bits((m << 20) + (112 << 23)));
+  NVFP4_QUARTERS(V, as<F4>(m.q[i] < 8 ? as<I4>(__builtin_convertvector(m.q[i], F4) * 0x1p-17f)
+                                      : (m.q[i] << 20) + (112 << 23)));
 }
 
 inline void transpose16(V r[16]) {
-  float t[16][16];
+  float from[16][16], to[16][16];
+  for (int i = 0; i < 16; i++) store(from[i], r[i]);
   for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) t[j][i] = r[i][j];
-  for (int i = 0; i < 16; i++) r[i] = load(t[i]);
+    for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
+  for (int i = 0; i < 16; i++) r[i] = load(to[i]);
 }
+#undef NVFP4_QUARTERS

@@ -29,7 +29,8 @@ constexpr int kBlockBytes = 576;
 static constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63) / 64) * kBlockBytes; }
 
 // Activations are handed to the NVFP4 kernel as FP32, `rows` rows at a time: block b covers rows b * max_rows .. and
-// lies at x + b * max_rows * k, stored [k][width] where width >= its rows (padded rows are zero).
+// lies at x + b * max_rows * k, stored [k][width] where width >= its rows (padded rows are zero). An ISA with `pairs`
+// keeps bfloat16 activations as pairs instead, [k / 2][width] of 32 bits, in the order its decoder gives weights.
 struct PackX {
   const void* x;  // [m][k] of `type`
   Type type;
@@ -44,6 +45,7 @@ struct LinearNVFP4 {
   const float* row_scale;  // fp32 [n padded to 16], weight_scale_2 (and input_scale) times 2^8
   const float* bias;       // fp32 [n padded to 16] or null
   const float* x;          // from PackX
+  bool pairs;              // x holds pairs of bfloat16: PackX's type was bf16 and the ISA multiplies them
   const float* scales;     // from PackX, or null for W4A16
   int m, n, k;
   void* out;  // [m][n]
@@ -55,6 +57,7 @@ struct LinearDense {
   Type weight_type;
   const float* bias;  // fp32 [n] or null
   const float* x;     // fp32 [m][stride], zeros beyond k
+  const bf16* pairs;  // or bf16 [m][k] as it came, with bf16 weights on an ISA that multiplies them; else null
   int stride;
   int m, n, k;
   void* out;
@@ -139,6 +142,7 @@ static constexpr size_t attention_scratch(int rows, int d) {
 // over threads gives the same bits.
 struct Kernels {
   const char* isa;
+  bool pairs;                    // bfloat16 activations are multiplied as such
   int max_rows;                  // rows of x that share one decoded weight
   int (*block_width)(int rows);  // stored width of a block of 1..max_rows rows
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
@@ -156,6 +160,7 @@ extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 #endif
 
 }  // namespace nvfp4
