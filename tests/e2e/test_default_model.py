@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import DefaultModel
 
 from nvfp4_runtime import LLM, SamplingParams
 from nvfp4_runtime.llm import Generation
+from tests.conftest import DefaultModel
 
 pytestmark = [pytest.mark.model]
 
