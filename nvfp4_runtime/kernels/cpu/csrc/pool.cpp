@@ -32,11 +32,15 @@ struct Pool::Crew {
   std::mutex mutex;
   std::condition_variable wake;
   int sleeping = 0;  // under mutex
-  bool closing = false;
+  std::atomic<bool> closing{false};
 
   alignas(64) std::atomic<uint64_t> ticket{0};  // a new piece of work is posted
   alignas(64) std::atomic<int> next{0};
-  alignas(64) std::atomic<int> busy{0};
+  // A worker counts itself in before it looks whether work is open; the caller closes the work before it looks for
+  // workers. Both are sequentially consistent, so either the worker sees "closed" or the caller waits for it. A worker
+  // that the system never ran in time is not waited for: the caller has done its share.
+  alignas(64) std::atomic<int> inside{0};
+  std::atomic<bool> open{false};
   Work work = nullptr;
   const void* context = nullptr;
   int count = 0, grain = 1;
@@ -65,8 +69,9 @@ struct Pool::Crew {
       }
       seen = ticket.load(std::memory_order_acquire);
       if (closing) return;
-      take(thread);
-      busy.fetch_sub(1, std::memory_order_release);
+      inside.fetch_add(1);
+      if (open.load()) take(thread);
+      inside.fetch_sub(1);
     }
   }
 
@@ -115,10 +120,11 @@ void Pool::run(Work work, const void* context, int count, int grain) {
   crew.count = count;
   crew.grain = grain;
   crew.next.store(0, std::memory_order_relaxed);
-  crew.busy.store(threads_ - 1, std::memory_order_relaxed);
+  crew.open.store(true);
   crew.post();
   crew.take(0);
-  for (int spins = 0; crew.busy.load(std::memory_order_acquire) != 0; spins++) {
+  crew.open.store(false);
+  for (int spins = 0; crew.inside.load() != 0; spins++) {
     relax();
     if (spins > kSpins) std::this_thread::yield();  // more threads than cores: let the last one finish
   }
