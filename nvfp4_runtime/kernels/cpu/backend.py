@@ -1,8 +1,8 @@
 """The native CPU backend: our own vector kernels, built from csrc/ at install time where a C++ compiler exists.
 
 One binary holds every ISA variant (portable, AVX2, AVX-512, AVX-512 with BF16); the best one this machine has is chosen
-at run time. Each output row depends on its own inputs only, in one fixed order: batch, chunking and threads never change
-a bit. Between ISA variants the last bits differ.
+at run time. Each output row depends on its own inputs only, in one fixed order: batch, chunking and threads never
+change a bit. Between ISA variants the last bits differ.
 """
 
 from __future__ import annotations
