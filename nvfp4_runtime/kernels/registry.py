@@ -13,6 +13,7 @@ from nvfp4_runtime.config import Dtype, Numerics
 from nvfp4_runtime.errors import ConfigError, NoBackendError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
+    AttentionKernel,
     Backend,
     LinearKernel,
     LinearSpec,
@@ -20,7 +21,6 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     RMSNormKernel,
-    AttentionKernel,
     RopeKernel,
     RopeSpec,
 )
