@@ -5,6 +5,7 @@ Started by the client as `python -m nvfp4_runtime.engine.core FD`, FD being one 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -66,6 +67,7 @@ class EngineCore:
         except NVFP4Error as error:
             self._send(Failed(type(error).__name__, str(error), getattr(error, "flag", None)))
             return None
+        gc.freeze()  # what was loaded stays; the collector need not walk it again in every step
         engine.info.pid = os.getpid()
         engine.info.startup_seconds["engine_total"] = time.monotonic() - started
         self._send(Ready(engine.info))

@@ -75,7 +75,7 @@ def linear_case(name: str, weights: list[Weight], spec: LinearSpec, m: int) -> C
 
 
 def norm_case(m: int) -> Case:
-    spec = NormSpec(HIDDEN, "bfloat16")
+    spec = NormSpec(HIDDEN, "bfloat16", "bfloat16")
     x, residual = torch.randn(2, m, HIDDEN, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16)
     weight = torch.ones(HIDDEN, dtype=torch.bfloat16)
 
@@ -92,7 +92,7 @@ def norm_case(m: int) -> Case:
 
 def attention_case(sequences: int, length: int, new: int) -> Case:
     """`sequences` sequences of `length` tokens, the last `new` of each computed in this step, one layer."""
-    spec = PagedAttentionSpec(HEADS, KV_HEADS, HEAD_DIM, None, "bfloat16", "bfloat16")
+    spec = PagedAttentionSpec(HEADS, KV_HEADS, HEAD_DIM, None, "bfloat16", "bfloat16", "bfloat16")
     width = math.ceil(length / BLOCK_SIZE)
     g = torch.Generator().manual_seed(length)
     blocks = torch.randperm(sequences * width, generator=g).to(torch.int32).view(sequences, width) + 1

@@ -1,7 +1,9 @@
 """The contract of every op: its spec, its signature, its shapes. Backends implement these; layers call them.
 
-Activations are `dtype` (bfloat16 or float32) throughout; arithmetic inside an op is FP32, with one rounding to `dtype`
-at its end. A row of an op's result depends on that row alone wherever a backend says it is `row_invariant`.
+Two types of activation meet here. What enters a multiplication by weights has the model's type (bfloat16, or float32).
+What flows between ops (residual, q/k/v, gate and up) has the type of the stream, float32 on CPUs: rounding it to
+bfloat16 as well would cost ten times the error of rounding inputs alone. Arithmetic inside an op is FP32, with one
+rounding at its end. A row of an op's result depends on that row alone wherever a backend says it is `row_invariant`.
 """
 
 from __future__ import annotations
@@ -38,19 +40,21 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """RMSNorm over the last axis of [T, H]; see `RMSNormKernel`."""
+    """RMSNorm over the last axis of [T, H]: x, residual and sum are `dtype`, normed is `out_dtype`."""
 
     hidden: int
     dtype: Dtype
+    out_dtype: Dtype
     kind: str = "rms_norm"
 
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """silu(gate) * up over [T, 2I], gate in the first I columns; gives [T, I]."""
+    """silu(gate) * up over [T, 2I] of `dtype`, gate in the first I columns; gives [T, I] of `out_dtype`."""
 
     width: int
     dtype: Dtype
+    out_dtype: Dtype
     kind: str = "silu_mul"
 
 
@@ -70,7 +74,10 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class PagedAttentionSpec:
-    """Causal attention of every new token over its sequence's paged KV, grouped-query, one call for the batch."""
+    """Causal attention of every new token over its sequence's paged KV, grouped-query, one call for the batch.
+
+    Queries are `dtype`, the result is `out_dtype`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -78,6 +85,7 @@ class PagedAttentionSpec:
     window: int | None
     kv_dtype: Literal["bfloat16", "float32", "fp8"]
     dtype: Dtype
+    out_dtype: Dtype
     kind: str = "paged_attention"
 
 

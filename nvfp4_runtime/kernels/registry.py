@@ -74,7 +74,8 @@ class Kernels:
 
     backends  by preference
     numerics  "auto" resolves to W4A16, which is what the CPU and plain backends run fastest; see docs/numerics.md
-    dtype     of activations
+    dtype     of activations that enter a multiplication by weights
+    stream    of activations between ops (see kernels/ops.py)
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
@@ -83,6 +84,7 @@ class Kernels:
     backends: Sequence[Backend]
     dtype: Dtype
     numerics: Numerics | Literal["auto"] = "auto"
+    stream: Dtype = "float32"
     observe: Callable[[tuple[str, ...], LinearKernel], LinearKernel] | None = None
     choices: list[Choice] = field(default_factory=list)
     _logged: set[OpSpec] = field(default_factory=set)
@@ -90,9 +92,7 @@ class Kernels:
     def resolved_numerics(self) -> Numerics:
         return "w4a16" if self.numerics == "auto" else self.numerics
 
-    def linear(
-        self, group: str, weight: Weight, out_dtype: Dtype | None = None, names: Sequence[str] = ()
-    ) -> LinearKernel:
+    def linear(self, group: str, weight: Weight, names: Sequence[str] = ()) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
 
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
@@ -105,7 +105,7 @@ class Kernels:
                 "use --numerics w4a16, or quantise with --calib",
                 "--numerics",
             )
-        spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, out_dtype or self.dtype)  # type: ignore[arg-type]
+        spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, self.stream)  # type: ignore[arg-type]
         backend, refusals = self._choose(spec)
         kernel = backend.linear(weight, spec)
         bits = 8 * weight.nbytes / (weight.n * weight.k)
@@ -116,11 +116,11 @@ class Kernels:
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
 
     def rms_norm(self, hidden: int) -> RMSNormKernel:
-        spec = NormSpec(hidden, self.dtype)
+        spec = NormSpec(hidden, self.stream, self.dtype)
         return self._choose(spec)[0].rms_norm(spec)
 
     def silu_mul(self, width: int) -> Callable[[Tensor], Tensor]:
-        spec = ActivationSpec(width, self.dtype)
+        spec = ActivationSpec(width, self.stream, self.dtype)
         return self._choose(spec)[0].silu_mul(spec)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:

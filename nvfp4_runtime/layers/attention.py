@@ -49,10 +49,10 @@ class Attention:
         self.layer_id = layer_id
         window = config.layer_windows[layer_id]
         self._rope = kernels.rope_and_cache(
-            RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.dtype)
+            RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)
         )
         self._attend = kernels.paged_attention(
-            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.dtype)
+            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype)
         )
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:

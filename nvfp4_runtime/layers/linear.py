@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
-from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
 from nvfp4_runtime.kernels.ops import LinearKernel
 from nvfp4_runtime.kernels.registry import Kernels
@@ -37,7 +36,6 @@ class Linear:
         k: int,
         *,
         bias: bool = False,
-        out_dtype: Dtype | None = None,
     ) -> Self:
         """The layers `prefixes`, of n_each[i] outputs each and k inputs, as one layer of sum(n_each) outputs.
 
@@ -48,7 +46,7 @@ class Linear:
         made = []
         for run in _fusable_runs(parts):
             weight = parts[run.start] if len(run) == 1 else fuse([parts[i] for i in run])
-            made.append(kernels.linear(group, weight, out_dtype, names=[prefixes[i] for i in run]))
+            made.append(kernels.linear(group, weight, names=[prefixes[i] for i in run]))
         return cls(made)
 
     @classmethod

@@ -41,7 +41,7 @@ class Decoder:
     ) -> None:
         self.config = config
         self.kv_dtype = kv_dtype
-        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
+        self.stream: torch.dtype = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
         self.embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         cos, sin = rope_tables(config.rope, config.head_dim, self.max_positions)
@@ -54,7 +54,7 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
-        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.dtype)
+        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch)
@@ -119,7 +119,5 @@ def _lm_head(ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, embedding:
                 "(tie_word_embeddings true); set it to false if the head is meant, or delete the tensor"
             )
         head = DenseWeight(embedding)
-        return Linear([kernels.linear("lm_head", head, "float32", names=["lm_head"])])
-    return Linear.fused(
-        ckpt, kernels, "lm_head", ["lm_head"], [config.vocab_size], config.hidden_size, out_dtype="float32"
-    )
+        return Linear([kernels.linear("lm_head", head, names=["lm_head"])])
+    return Linear.fused(ckpt, kernels, "lm_head", ["lm_head"], [config.vocab_size], config.hidden_size)

@@ -50,7 +50,7 @@ def test_attention_agrees_with_fp64(
     kv = random_cache(50, kv_heads, 16, head_dim, seed=2, dtype=kv_dtype)
     q = random_tensor(int(batch.cu_seqlens_q[-1]), heads, head_dim, seed=4, dtype=dtype)
     scale = 1 / math.sqrt(head_dim)
-    spec = PagedAttentionSpec(heads, kv_heads, head_dim, window, NAMES[kv_dtype], NAMES[dtype])
+    spec = PagedAttentionSpec(heads, kv_heads, head_dim, window, NAMES[kv_dtype], NAMES[dtype], NAMES[dtype])
     y = cpu_backend(isa).paged_attention(spec)(q, kv, batch, scale)
     exact = exact_attention(q, kv, batch, scale, window)
     # scores up to about 6 are off by D * 2^-24 of that, weights likewise; values up to 5; one final rounding
@@ -63,7 +63,7 @@ def test_any_block_size_gives_the_reference_result(isa: str, block_size: int) ->
     batch = make_batch(RAGGED, block_size, 700 // block_size + 8, seed=1)
     kv = random_cache(700 // block_size + 8, 2, block_size, 32, seed=2)
     q = random_tensor(int(batch.cu_seqlens_q[-1]), 6, 32, seed=3, dtype=torch.float32)
-    spec = PagedAttentionSpec(6, 2, 32, None, "bfloat16", "float32")
+    spec = PagedAttentionSpec(6, 2, 32, None, "bfloat16", "float32", "float32")
     y = cpu_backend(isa).paged_attention(spec)(q, kv, batch, 0.2)
     want = ReferenceBackend().paged_attention(spec)(q, kv, batch, 0.2)
     torch.testing.assert_close(y, want, rtol=0, atol=32 * 2.0**-24 * 6 * 5 * 2)  # twice the bound above: two results
@@ -77,7 +77,7 @@ def test_a_query_has_the_same_bits_however_the_prompt_is_cut(
     length, heads, kv_heads, dim = 200, 6, 2, 32
     kv = random_cache(40, kv_heads, 16, dim, seed=1, dtype=kv_dtype)
     q = random_tensor(length, heads, dim, seed=3, dtype=torch.float32)  # no last rounding that could hide a bit
-    spec = PagedAttentionSpec(heads, kv_heads, dim, window, NAMES[kv_dtype], "float32")
+    spec = PagedAttentionSpec(heads, kv_heads, dim, window, NAMES[kv_dtype], "float32", "float32")
     whole_batch = make_batch([Sequence(length, length)], 16, 40)
     tables = whole_batch.block_tables
     whole = cpu_backend(isa, 2).paged_attention(spec)(q, kv, whole_batch, 0.17)
@@ -105,7 +105,7 @@ def test_what_lies_beyond_a_sequence_never_shows(isa: str) -> None:
     batch = make_batch([Sequence(70, 70), Sequence(33, 1)], 16, 20, seed=1)
     kv = random_cache(20, 1, 16, 32, seed=2)
     q = random_tensor(71, 2, 32, seed=3)
-    attend = cpu_backend(isa).paged_attention(PagedAttentionSpec(2, 1, 32, None, "bfloat16", "bfloat16"))
+    attend = cpu_backend(isa).paged_attention(PagedAttentionSpec(2, 1, 32, None, "bfloat16", "bfloat16", "bfloat16"))
     clean = attend(q, kv, batch, 0.2)
     used = torch.zeros(20 * 16, dtype=torch.bool)
     for b, length in enumerate((70, 33)):
@@ -126,7 +126,7 @@ def test_extreme_scores_do_not_overflow(isa: str) -> None:
     batch = make_batch([Sequence(150, 2)], 16, 12)
     kv = random_cache(12, 1, 16, 32, seed=2, dtype=torch.float32)
     q = random_tensor(2, 2, 32, seed=3, dtype=torch.float32) * 1e4
-    spec = PagedAttentionSpec(2, 1, 32, None, "float32", "float32")
+    spec = PagedAttentionSpec(2, 1, 32, None, "float32", "float32", "float32")
     y = cpu_backend(isa).paged_attention(spec)(q, kv, batch, 1.0)
     # the best key wins alone: weights are 0 or 1 and the result is one value row, scaled by 1/1
     torch.testing.assert_close(y.double(), exact_attention(q, kv, batch, 1.0, None), rtol=1e-5, atol=1e-5)
@@ -134,7 +134,7 @@ def test_extreme_scores_do_not_overflow(isa: str) -> None:
 
 def test_tables_and_lengths_that_point_outside_are_refused() -> None:
     kv = random_cache(8, 1, 16, 32, seed=1)
-    attend = cpu_backend().paged_attention(PagedAttentionSpec(2, 1, 32, None, "bfloat16", "bfloat16"))
+    attend = cpu_backend().paged_attention(PagedAttentionSpec(2, 1, 32, None, "bfloat16", "bfloat16", "bfloat16"))
     good = make_batch([Sequence(20, 2)], 16, 8)
     q = random_tensor(2, 2, 32, seed=1)
     outside = dataclasses.replace(good, block_tables=torch.tensor([[3, 8]], dtype=torch.int32))

@@ -26,7 +26,7 @@ def test_rms_norm_is_the_formula_and_carries_the_rounded_sum(dtype: Dtype, with_
     total = x if residual is None else (x.double() + residual.double()).to(torch_dtype)
     wide = total.double()
     want = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    normed, carried = BACKEND.rms_norm(NormSpec(96, dtype))(x, residual, weight, 1e-5)
+    normed, carried = BACKEND.rms_norm(NormSpec(96, dtype, dtype))(x, residual, weight, 1e-5)
     assert normed.dtype == carried.dtype == torch_dtype
     assert torch.equal(carried, total)
     torch.testing.assert_close(normed.double(), want, rtol=RTOL[dtype], atol=0)
@@ -35,7 +35,7 @@ def test_rms_norm_is_the_formula_and_carries_the_rounded_sum(dtype: Dtype, with_
 def test_rms_norm_of_zeros_is_zero_and_nan_stays_in_its_row() -> None:
     x = torch.zeros(3, 32)
     x[1] = float("nan")
-    normed, _ = BACKEND.rms_norm(NormSpec(32, "float32"))(x, None, torch.ones(32), 1e-6)
+    normed, _ = BACKEND.rms_norm(NormSpec(32, "float32", "float32"))(x, None, torch.ones(32), 1e-6)
     assert bool(normed[1].isnan().all())
     assert not bool(normed[[0, 2]].any())
 
@@ -45,7 +45,7 @@ def test_silu_mul_takes_the_gate_from_the_first_half(dtype: Dtype) -> None:
     x = (torch.randn(4, 2 * 48, generator=torch.Generator().manual_seed(0)) * 5).to(getattr(torch, dtype))
     gate, up = x.double().chunk(2, dim=-1)
     want = gate / (1 + torch.exp(-gate)) * up
-    y = BACKEND.silu_mul(ActivationSpec(48, dtype))(x)
+    y = BACKEND.silu_mul(ActivationSpec(48, dtype, dtype))(x)
     assert y.shape == (4, 48)
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.double(), want, rtol=RTOL[dtype], atol=1e-30)
@@ -53,5 +53,5 @@ def test_silu_mul_takes_the_gate_from_the_first_half(dtype: Dtype) -> None:
 
 def test_silu_mul_saturates_without_overflow() -> None:
     x = torch.tensor([[-1e4, 1e4, 0.0, 2.0, 2.0, 2.0]])
-    y = BACKEND.silu_mul(ActivationSpec(3, "float32"))(x)
+    y = BACKEND.silu_mul(ActivationSpec(3, "float32", "float32"))(x)
     assert y.tolist() == [[0.0, 2e4, 0.0]]

@@ -72,7 +72,7 @@ def expected(q: Tensor, batch: ForwardBatch, window: int | None, scale: float) -
 
 def run(q: Tensor, batch: ForwardBatch, window: int | None, kv_dtype: KVDtype, scale: float) -> Tensor:
     dtype: Dtype = "bfloat16" if q.dtype == torch.bfloat16 else "float32"
-    spec = PagedAttentionSpec(q.shape[1], batch.kv[0].k.shape[1], q.shape[2], window, kv_dtype, dtype)
+    spec = PagedAttentionSpec(q.shape[1], batch.kv[0].k.shape[1], q.shape[2], window, kv_dtype, dtype, dtype)
     return BACKEND.paged_attention(spec)(q, batch.kv[0], batch, scale)
 
 

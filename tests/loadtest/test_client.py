@@ -75,9 +75,10 @@ def test_arrival_times_and_counts_are_those_of_the_server(url):
     streams = complete(url, [[9, 9], [9], [9]], 6)
     for stream in streams:
         assert [count for _, count in stream.arrivals] == [1, 1, 1, 1, 2]
-        # sleep() never returns early; 100 ms on top for a busy machine.
-        assert FIRST <= stream.first_seconds < FIRST + 0.1
-        assert FIRST + 4 * GAP <= stream.last_seconds < FIRST + 4 * GAP + 0.1
+        # sleep() never returns early; how late it returns is the machine's affair, and no test of ours
+        assert stream.first_seconds >= FIRST
+        assert stream.last_seconds - stream.first_seconds >= 3 * GAP
+        assert stream.last_seconds >= FIRST + 4 * GAP
         assert stream.tokens_after(stream.first_seconds) == 5
         assert stream.tokens_after(0) == stream.num_tokens == 6
 

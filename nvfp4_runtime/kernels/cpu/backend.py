@@ -75,11 +75,10 @@ class CPUBackend:
             return f"{NOT_BUILT} ({_missing})"
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
-        if isinstance(spec, LinearSpec):
-            if spec.out_dtype not in ("bfloat16", "float32"):
-                return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
-            if spec.weight == "nvfp4" and spec.numerics not in ("w4a16", "w4a4"):
-                return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
+        if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
+            return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
+        if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in ("w4a16", "w4a4"):
+            return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             if spec.head_dim > MAX_HEAD_DIM:
                 return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"

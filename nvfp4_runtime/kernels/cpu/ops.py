@@ -23,7 +23,8 @@ class NativeRMSNorm:
         self._run = context.rms_norm
         self.hidden = spec.hidden
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._type = TYPE_CODES[self.dtype]
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._types = (TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype])
         self._weight: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,14 +38,14 @@ class NativeRMSNorm:
         if weight is not self._weight:
             check_norm_weight("weight", weight, self.hidden)
             self._weight, self._weight_type = weight, TYPE_CODES[weight.dtype]
-        out = torch.empty((rows, self.hidden), dtype=self.dtype)
+        out = torch.empty((rows, self.hidden), dtype=self.out_dtype)
         self._run(
             x.data_ptr(),
             residual_at,
             weight.data_ptr(),
             self._weight_type,
             out.data_ptr(),
-            self._type,
+            *self._types,
             rows,
             self.hidden,
             eps,
@@ -59,13 +60,14 @@ class NativeSiluMul:
         self._run = context.silu_mul
         self.width = spec.width
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._type = TYPE_CODES[self.dtype]
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._types = (TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype])
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         check_matrix("gate_up", gate_up, self.dtype, 2 * self.width)
         rows = gate_up.size(0)
-        out = torch.empty((rows, self.width), dtype=self.dtype)
-        self._run(gate_up.data_ptr(), out.data_ptr(), self._type, rows, self.width)
+        out = torch.empty((rows, self.width), dtype=self.out_dtype)
+        self._run(gate_up.data_ptr(), out.data_ptr(), *self._types, rows, self.width)
         return out
 
 
@@ -165,7 +167,8 @@ class NativePagedAttention:
         self._run, self._memo = context.attention, memo
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._type = TYPE_CODES[self.dtype]
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
         self._cache = CheckedCache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self._width = spec.num_heads * spec.head_dim
@@ -176,12 +179,13 @@ class NativePagedAttention:
         self._memo.check_batch(batch)
         cache = self._cache.arguments(kv)
         rows = q.size(0)
-        out = torch.empty((rows, self._width), dtype=self.dtype)
+        out = torch.empty((rows, self._width), dtype=self.out_dtype)
         self._run(
             q.data_ptr(),
             self._type,
             rows,
             out.data_ptr(),
+            self._out_type,
             *cache,
             scale,
             batch.block_tables.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,16 +54,16 @@ class ReferenceBackend:
         return ReferenceLinear(weight, spec)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
-        return rms_norm
+        return functools.partial(rms_norm, out_dtype=getattr(torch, spec.out_dtype))
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
-        return silu_mul
+        return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype))
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return ReferenceRope(spec)
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
-        return ReferencePagedAttention(spec.window)
+        return ReferencePagedAttention(spec)
 
     def describe(self) -> dict[str, Any]:
         return {

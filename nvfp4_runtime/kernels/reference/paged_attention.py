@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.kernels.ops import PagedAttentionSpec
 
 _QUERY_TILE = 128  # queries scored together; bounds the score matrix
 _GATHER_VALUES = 1 << 20  # keys gathered together for decoding: 4 MiB of float32
 
 
 class ReferencePagedAttention:
-    """See `AttentionKernel`. `window` None is full causal attention."""
+    """See `AttentionKernel`. A window of None is full causal attention."""
 
-    def __init__(self, window: int | None) -> None:
-        self.window = window
+    def __init__(self, spec: PagedAttentionSpec) -> None:
+        self.window = spec.window
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
 
     def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
         bounds: list[int] = batch.cu_seqlens_q.tolist()
         lens: list[int] = batch.seq_lens.tolist()
-        out = torch.empty_like(q)
+        out = torch.empty_like(q, dtype=self.out_dtype)
         decoding: list[int] = []
         for b, seq_len in enumerate(lens):
             start, stop = bounds[b], bounds[b + 1]
@@ -37,7 +39,7 @@ class ReferencePagedAttention:
         for group in _groups_of_bounded_size(decoding, lens, kv):
             rows = torch.tensor([bounds[b] for b in group], device=q.device)
             index = torch.tensor(group, device=q.device)
-            out[rows] = self._decode(q[rows], kv, batch.block_tables[index], batch.seq_lens[index], scale)
+            out[rows] = self._decode(q[rows], kv, batch.block_tables[index], batch.seq_lens[index], scale).to(out.dtype)
         return out.flatten(1)
 
     def _decode(self, q: Tensor, kv: KVLayer, tables: Tensor, seq_lens: Tensor, scale: float) -> Tensor:
@@ -88,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     q         [n, t, Hq, D]      any float type
     k, v      fp32 [n, Hkv, S, D]
     visible   bool [n, t, S]     every query sees a key
-    returns   [n, t, Hq, D]      in q's type
+    returns   fp32 [n, t, Hq, D]
     """
     n, t, num_heads, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
@@ -98,7 +100,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     scores = scores.view(n, num_kv_heads, group, t, num_keys).masked_fill_(~visible[:, None, None], -math.inf)
     weights = torch.softmax(scores, dim=-1).view(n, num_kv_heads, group * t, num_keys)
     out = (weights @ v).view(n, num_kv_heads, group, t, head_dim)
-    return out.permute(0, 3, 1, 2, 4).reshape(n, t, num_heads, head_dim).to(q.dtype)
+    return out.permute(0, 3, 1, 2, 4).reshape(n, t, num_heads, head_dim)
 
 
 def gather(cache: Tensor, blocks: Tensor, scale: float) -> Tensor:

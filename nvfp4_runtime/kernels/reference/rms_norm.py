@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """x [T, H] (+ residual [T, H]) -> (normed, sum); see `RMSNormKernel`."""
     total = x if residual is None else (x.to(torch.float32) + residual.to(torch.float32)).to(x.dtype)
-    return normalise(total.to(torch.float32), weight, eps).to(x.dtype), total
+    return normalise(total.to(torch.float32), weight, eps).to(out_dtype), total
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -143,6 +143,18 @@ void advance(const Attention& a, const Rows& rows, int row, const Tile& tile, in
   mix<R>(p, alpha, tile, d16, first, last, out);
 }
 
+// The finished rows: divided by their sums, rounded to the result's type.
+template <class O>
+void write(const Attention& a, const AttentionItem& item, const Rows& rows) {
+  const int group = a.heads / a.kv_heads, d = a.head_dim, d16 = round16(d);
+  for (int r = 0; r < item.tokens * group; r++) {
+    const int g = r / item.tokens, t = r % item.tokens;
+    O* out = static_cast<O*>(a.out) + (static_cast<size_t>(item.row + t) * a.heads + item.kv_head * group + g) * d;
+    const V inverse = set1(a.v_scale / rows.sum[r]);
+    for (int i = 0; i < d; i += 16) store_upto(out + i, mul(load(rows.out + static_cast<size_t>(r) * d16 + i), inverse), d - i);
+  }
+}
+
 template <class T, class C>
 void attention_as(const Attention& a, int index, float* scratch) {
   const AttentionItem item = a.items[index];
@@ -197,12 +209,7 @@ void attention_as(const Attention& a, int index, float* scratch) {
     }
   }
 
-  for (int r = 0; r < count; r++) {
-    const int g = r / item.tokens, t = r % item.tokens;
-    T* out = static_cast<T*>(a.out) + (static_cast<size_t>(item.row + t) * a.heads + item.kv_head * group + g) * d;
-    const V inverse = set1(a.v_scale / rows.sum[r]);
-    for (int i = 0; i < d; i += 16) store_upto(out + i, mul(load(rows.out + static_cast<size_t>(r) * d16 + i), inverse), d - i);
-  }
+  a.out_type == Type::bf16 ? write<bf16>(a, item, rows) : write<float>(a, item, rows);
 }
 
 template <class T>

@@ -57,15 +57,17 @@ NB_MODULE(_native, m) {
           no_gil)
       .def(
           "rms_norm",
-          [](Context& c, Address x, Address residual, Address weight, int weight_type, Address out, int type, int rows,
-             int width, float eps) {
-            c.rms_norm({at(x), at(residual), at(weight), Type(weight_type), at(out), Type(type), width, eps}, rows);
+          [](Context& c, Address x, Address residual, Address weight, int weight_type, Address out, int type,
+             int out_type, int rows, int width, float eps) {
+            c.rms_norm({at(x), at(residual), at(weight), Type(weight_type), at(out), Type(type), Type(out_type), width,
+                        eps},
+                       rows);
           },
           no_gil)
       .def(
           "silu_mul",
-          [](Context& c, Address x, Address out, int type, int rows, int width) {
-            c.silu_mul({at(x), at(out), Type(type), width}, rows);
+          [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
+            c.silu_mul({at(x), at(out), Type(type), Type(out_type), width}, rows);
           },
           no_gil)
       .def(
@@ -82,10 +84,10 @@ NB_MODULE(_native, m) {
           no_gil)
       .def(
           "attention",
-          [](Context& c, Address q, int type, int rows, Address out, Address k, Address v, int kv_type, float k_scale,
-             float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
+          [](Context& c, Address q, int type, int rows, Address out, int out_type, Address k, Address v, int kv_type,
+             float k_scale, float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
              int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks) {
-            Attention a{at(q),    Type(type),   at(out),
+            Attention a{at(q),    Type(type),   at(out), Type(out_type),
                         at(k),    at(v),        Type(kv_type),
                         k_scale,  v_scale,      scale,
                         at<const int32_t>(tables), table_stride, heads,

@@ -22,7 +22,7 @@ inline float inverse_rms(V squares, int width, float eps) {
 inline V as_stored(V v, const float*) { return v; }
 inline V as_stored(V v, const bf16*) { return from_bits(shl<16>(to_bf16_bits(bits(v)))); }
 
-template <class T>
+template <class T, class O>
 void rms_norm_as(const RMSNorm& a, int begin, int end) {
   for (int t = begin; t < end; t++) {
     const size_t row = static_cast<size_t>(t) * a.width;
@@ -40,7 +40,7 @@ void rms_norm_as(const RMSNorm& a, int begin, int end) {
     }
     const V scale = set1(inverse_rms(squares, a.width, a.eps));
     const T* from = sum ? sum : x;
-    T* out = static_cast<T*>(a.out) + row;
+    O* out = static_cast<O*>(a.out) + row;
     for (int i = 0; i < a.width; i += 16) {
       const int left = a.width - i;
       store_upto(out + i, mul(load_weight(a.weight, a.weight_type, i, left), mul(load_upto(from + i, left), scale)), left);
@@ -48,14 +48,18 @@ void rms_norm_as(const RMSNorm& a, int begin, int end) {
   }
 }
 void rms_norm(const RMSNorm& a, int begin, int end) {
-  a.type == Type::bf16 ? rms_norm_as<bf16>(a, begin, end) : rms_norm_as<float>(a, begin, end);
+  const bool wide = a.out_type == Type::f32;
+  if (a.type == Type::bf16)
+    wide ? rms_norm_as<bf16, float>(a, begin, end) : rms_norm_as<bf16, bf16>(a, begin, end);
+  else
+    wide ? rms_norm_as<float, float>(a, begin, end) : rms_norm_as<float, bf16>(a, begin, end);
 }
 
-template <class T>
+template <class T, class O>
 void silu_mul_as(const SiluMul& a, int begin, int end) {
   for (int t = begin; t < end; t++) {
     const T* gate = static_cast<const T*>(a.x) + static_cast<size_t>(t) * 2 * a.width;
-    T* out = static_cast<T*>(a.out) + static_cast<size_t>(t) * a.width;
+    O* out = static_cast<O*>(a.out) + static_cast<size_t>(t) * a.width;
     for (int i = 0; i < a.width; i += 16) {
       const int left = a.width - i;
       const V g = load_upto(gate + i, left), up = load_upto(gate + a.width + i, left);
@@ -65,7 +69,11 @@ void silu_mul_as(const SiluMul& a, int begin, int end) {
   }
 }
 void silu_mul(const SiluMul& a, int begin, int end) {
-  a.type == Type::bf16 ? silu_mul_as<bf16>(a, begin, end) : silu_mul_as<float>(a, begin, end);
+  const bool wide = a.out_type == Type::f32;
+  if (a.type == Type::bf16)
+    wide ? silu_mul_as<bf16, float>(a, begin, end) : silu_mul_as<bf16, bf16>(a, begin, end);
+  else
+    wide ? silu_mul_as<float, float>(a, begin, end) : silu_mul_as<float, bf16>(a, begin, end);
 }
 
 constexpr int kMaxHeadDim = 512;

@@ -77,7 +77,8 @@ struct RMSNorm {
   const void* weight;
   Type weight_type;
   void* out;
-  Type type;
+  Type type;      // of x, residual and sum
+  Type out_type;  // bf16 or f32
   int width;
   float eps;
 };
@@ -86,6 +87,7 @@ struct SiluMul {
   const void* x;  // [t][2 * width]
   void* out;      // [t][width]
   Type type;
+  Type out_type;
   int width;
 };
 
@@ -119,6 +121,7 @@ struct Attention {
   const void* q;  // [t][hq][d]
   Type type;
   void* out;  // [t][hq * d]
+  Type out_type;
   const void* k;
   const void* v;
   Type kv_type;
