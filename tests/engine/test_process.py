@@ -56,9 +56,11 @@ async def test_abort_ends_the_stream_and_frees_every_block() -> None:
         stream = client.submit([1, 2, 3], SamplingParams(max_tokens=200), request_id="r")
         first = await anext(stream)
         assert first.token_ids
+        before = stats[-1].num_steps
         client.abort("r")
         reasons = [output.finish_reason async for output in stream]
         assert reasons[-1] == "abort"
+        assert max(s.num_steps for s in stats) - before <= 2, "an abort takes effect within two steps"
         assert (stats[-1].num_running, stats[-1].num_waiting, stats[-1].num_used_blocks) == (0, 0, 0)
         client.abort("r")  # again: ignored
     finally:
