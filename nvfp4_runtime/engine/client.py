@@ -210,16 +210,20 @@ class EngineClient:
             raise EngineDeadError(self._death)
 
     async def _read(self, reader: asyncio.StreamReader, frames: FrameBuffer) -> None:
+        reason = "the engine process ended"
         try:
             while data := await reader.read(1 << 20):
                 for payload in frames.feed(data):
                     self._dispatch(payload)
         except ConnectionError as error:
             # an engine that stops with our last messages unread resets the connection: expected while closing
-            logger.log(
-                logging.DEBUG if self._closing else logging.WARNING, "the connection to the engine broke: %s", error
-            )
-        self._die("the engine was closed" if self._closing else "the engine process ended")
+            level = logging.DEBUG if self._closing else logging.WARNING
+            logger.log(level, "the connection to the engine broke: %s", error)
+        except Exception:
+            logger.exception("the engine's messages could not be handled")
+            reason = "the engine's messages could not be handled"
+        finally:  # whatever ended the reading: nobody may wait for tokens that will not come
+            self._die("the engine was closed" if self._closing else reason)
 
     def _dispatch(self, payload: bytes) -> None:
         match decode_from_engine(payload):

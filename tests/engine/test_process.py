@@ -104,6 +104,19 @@ async def test_signals_for_the_whole_process_group_leave_the_engine_to_its_serve
     await client.close()
 
 
+async def test_a_failing_callback_ends_streams_instead_of_leaving_them_waiting() -> None:
+    client = await EngineClient.launch(make_config())
+
+    def fail(_: StepStats) -> None:
+        raise ZeroDivisionError
+
+    client.on_step(fail)
+    with pytest.raises(EngineDeadError, match="could not be handled"):
+        async with asyncio.timeout(5.0):
+            await collect(client.submit([1], GREEDY, request_id="r"))
+    await client.close()
+
+
 async def test_a_checkpoint_that_does_not_load_raises_its_own_error() -> None:
     with pytest.raises(NVFP4Error) as caught:
         await EngineClient.launch(EngineConfig(model="/does/not/exist"))
