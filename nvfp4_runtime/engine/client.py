@@ -90,6 +90,8 @@ class AsyncEngine(Protocol):
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None: ...
 
+    def on_output(self, callback: Callable[[TokenOutput], None]) -> None: ...
+
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None: ...
 
     async def close(self) -> None: ...
@@ -107,6 +109,7 @@ class EngineClient:
         self._death: str | None = None
         self._closing = False
         self._on_step: list[Callable[[StepStats], None]] = []
+        self._on_output: list[Callable[[TokenOutput], None]] = []
         self._on_finish: list[Callable[[TokenOutput], None]] = []
         self._reader_task: asyncio.Task[None] | None = None
 
@@ -118,7 +121,8 @@ class EngineClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "nvfp4_runtime.engine.core", str(theirs.fileno())],
+                # -P: modules of the working directory must not take the place of ours
+                [sys.executable, "-P", "-m", "nvfp4_runtime.engine.core", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -153,6 +157,7 @@ class EngineClient:
         self._closing = True
         if self.alive:
             self._send(Shutdown())
+        self._writer.close()  # after what is buffered; a closed socket ends the engine whatever state it is in
         try:
             await asyncio.to_thread(self._process.wait, _SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
@@ -161,7 +166,6 @@ class EngineClient:
             await asyncio.to_thread(self._process.wait)
         if self._reader_task is not None:
             await self._reader_task
-        self._writer.close()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -182,9 +186,8 @@ class EngineClient:
         bound = self.info.max_num_seqs + self.info.max_queued_requests
         if len(self._streams) >= bound:
             raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
-        stream = TokenStream(request_id)
-        self._streams[request_id] = stream
         self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority))
+        stream = self._streams[request_id] = TokenStream(request_id)
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -195,6 +198,10 @@ class EngineClient:
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
         """Call back after each step."""
         self._on_step.append(callback)
+
+    def on_output(self, callback: Callable[[TokenOutput], None]) -> None:
+        """Call back with every output as it arrives, whoever reads its stream and whenever."""
+        self._on_output.append(callback)
 
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None:
         """Call back with each request's last output, which carries its times."""
@@ -243,6 +250,8 @@ class EngineClient:
                 raise AssertionError("the engine reported start-up twice")
 
     def _deliver(self, output: TokenOutput) -> None:
+        for callback in self._on_output:
+            callback(output)
         stream = self._streams.get(output.request_id)
         if output.finish_reason is not None:
             self._streams.pop(output.request_id, None)

@@ -49,7 +49,7 @@ async def test_the_engine_process_imports_no_torch_when_simulated_and_ends_with_
 
 
 async def test_abort_ends_the_stream_and_frees_every_block() -> None:
-    client = await EngineClient.launch(make_config(simulated=SimulatedConfig(vocab_size=97, step_seconds=0.005)))
+    client = await EngineClient.launch(make_config(simulated=SimulatedConfig(vocab_size=97, step_seconds=0.05)))
     try:
         stats: list[StepStats] = []
         client.on_step(stats.append)
