@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from nvfp4_runtime.engine.build import build_engine
-from nvfp4_runtime.engine.engine import Engine
+from nvfp4_runtime.engine.engine import Engine, check_request
 from nvfp4_runtime.engine.messages import EngineInfo, Submit, TokenLogprob, TokenOutput
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ Prompt = str | Sequence[int]
 class Generation:
     """What one prompt became.
 
+    finish_reason    "stop", "length", or "error" with the reason in `error`
     text             output tokens decoded, special tokens left out
     logprobs         one entry per output token, if params.logprobs was set
     prompt_logprobs  one entry per prompt token, None for the first, if params.prompt_logprobs was set
@@ -32,6 +34,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    error: str | None = None
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Generation:
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason
         self.num_cached_tokens = output.num_cached_tokens
+        self.error = output.error
 
 
 class LLM:
@@ -81,27 +85,26 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"{len(batch)} prompts need as many params, got {len(each)}")
-        ids = [f"llm-{next(self._ids)}" for _ in batch]
+        waiting: deque[Submit] = deque()
         results: dict[str, Generation] = {}
-        for request_id, prompt, one in zip(ids, batch, each, strict=True):
+        for prompt, one in zip(batch, each, strict=True):
             tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self._add(Submit(request_id, tokens, one, time.monotonic()), results)
-        while self.engine.has_work:
-            outputs, _stats = self.engine.step()
-            for output in outputs:
-                results[output.request_id].take(output)
-        for result in results.values():
-            result.text = self.tokenizer.decode(result.token_ids)
-        return [results[request_id] for request_id in ids]
-
-    def _add(self, submit: Submit, results: dict[str, Generation]) -> None:
+            check_request(tokens, one, self.info)
+            request_id = f"llm-{next(self._ids)}"
+            waiting.append(Submit(request_id, tokens, one, time.monotonic()))
+            results[request_id] = Generation(tokens)
         try:
-            self.engine.add(submit)
-        except Exception:
+            while waiting or self.engine.has_work:
+                while waiting and self.engine.has_room:
+                    self.engine.add(waiting.popleft())
+                for output in self.engine.step()[0]:
+                    results[output.request_id].take(output)
+        finally:  # interrupted: leave nothing behind that the next call would meet
             for request_id in results:
                 self.engine.abort(request_id)
-            raise
-        results[submit.request_id] = Generation(list(submit.prompt_token_ids))
+        for result in results.values():
+            result.text = self.tokenizer.decode(result.token_ids)
+        return list(results.values())
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

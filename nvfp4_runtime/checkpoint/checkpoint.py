@@ -93,13 +93,13 @@ class Checkpoint:
         raise self._unreadable(prefix)
 
     def kv_scales(self, attn_prefix: str) -> tuple[float, float] | None:
-        """(k_scale, v_scale) of an FP8 KV cache; (1.0, 1.0) where FP8 is declared without tensors; None without FP8."""
+        """(k_scale, v_scale) for an FP8 KV cache; (1.0, 1.0) where FP8 is declared without tensors; None otherwise."""
         stored = modelopt.kv_scales(self._shards, attn_prefix)
-        if self.quant.kv_algo == "FP8":
-            return stored or (1.0, 1.0)
-        if stored is not None:
-            self._disagree("have KV scales although no FP8 KV cache is declared (scales ignored)", attn_prefix)
-        return None
+        if stored is not None and self.quant.kv_algo != "FP8":
+            self._disagree(
+                "have KV scales although no FP8 KV cache is declared (used if FP8 is asked for)", attn_prefix
+            )
+        return stored or ((1.0, 1.0) if self.quant.kv_algo == "FP8" else None)
 
     def excuse(self, pattern: str, reason: str) -> None:
         """Allow tensors matching the fnmatch `pattern` to stay unread, and say why."""
@@ -113,7 +113,8 @@ class Checkpoint:
             if name not in self._shards.used and not any(fnmatch.fnmatchcase(name, p) for p in self._excuses)
         ]
         if unread:
-            raise UnexpectedTensorError(sorted(unread), self._shards.where)
+            files = {info.name: info.file.name for info in self._shards}
+            raise UnexpectedTensorError([f"{name} ({files[name]})" for name in sorted(unread)], self._shards.where)
         self._shards.close()
 
     def nbytes_by_format(self) -> dict[str, int]:

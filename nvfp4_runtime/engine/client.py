@@ -129,7 +129,7 @@ class EngineClient:
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
         frames = FrameBuffer()
         try:
-            writer.write(frame(Start(config)))
+            writer.write(frame(Start(config, logging.getLogger().getEffectiveLevel())))
             info, rest = await _wait_ready(reader, frames, on_progress)
         except BaseException:
             writer.close()

@@ -62,6 +62,7 @@ class EngineCore:
         start = self._receive_start()
         if start is None:
             return None
+        logging.getLogger().setLevel(start.log_level)
         try:
             engine = build(start, lambda phase, fraction: self._send(Progress(phase, fraction)))
         except NVFP4Error as error:

@@ -58,14 +58,19 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `add` would not raise QueueFullError."""
+        return len(self.scheduler.requests) < self.info.max_num_seqs + self.info.max_queued_requests
+
     def add(self, submit: Submit) -> None:
         """Accept a request or raise RequestError / QueueFullError. What is accepted ends with a finish_reason."""
         check_request(submit.prompt_token_ids, submit.params, self.info)
         if submit.request_id in self.scheduler.requests:
             raise InvalidParameterError(f"request id {submit.request_id!r} is in use", "request_id")
-        bound = self.info.max_num_seqs + self.info.max_queued_requests
-        if len(self.scheduler.requests) >= bound:
-            raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
+        if not self.has_room:
+            count = len(self.scheduler.requests)
+            raise QueueFullError(f"{count} requests are running or waiting already; try again later")
         seed = submit.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)

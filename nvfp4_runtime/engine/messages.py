@@ -13,9 +13,10 @@ from nvfp4_runtime.sampling.params import SamplingParams
 
 
 class Start(msgspec.Struct, tag=True):
-    """First message: what to load."""
+    """First message: what to load, and how much to say of it (a level of `logging`)."""
 
     config: EngineConfig
+    log_level: int = 30
 
 
 class Submit(msgspec.Struct, tag=True):

@@ -49,7 +49,6 @@ class Request:
         self.num_published = 0
         self.num_cached_tokens = -1
         self.num_scored = 0
-        self.num_preemptions = 0
         self.times = RequestTimes(submit.arrival_seconds, 0.0, 0.0, 0.0)
 
     @property

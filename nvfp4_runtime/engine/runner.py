@@ -121,7 +121,7 @@ def _prompt_scores(entry: Scheduled, logits: Tensor) -> tuple[list[TokenLogprob]
     """Scores of the prompt tokens this entry predicts, and whether all its logits were finite."""
     request = entry.request
     k = request.params.prompt_logprobs
-    if k is None or entry.start >= request.num_prompt_tokens - 1:
+    if k is None or entry.start >= request.num_prompt_tokens:
         return None, True
     targets = request.tokens[entry.start + 1 : min(entry.start + entry.count + 1, request.num_prompt_tokens)]
     scores = [s for s in prompt_logprobs(logits[: len(targets)], targets, k) if s is not None]

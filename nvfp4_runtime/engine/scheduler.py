@@ -162,7 +162,6 @@ class Scheduler:
         """Give blocks back; the tokens stay and are computed again, or found again by their hashes."""
         self._release(request)
         request.status = Status.WAITING
-        request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 

@@ -14,6 +14,7 @@ from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.config import EngineConfig, SimulatedConfig
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup, TokenLogprob
+from nvfp4_runtime.engine.plan import check_limits
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
 
@@ -64,6 +65,7 @@ def simulated_engine(config: EngineConfig) -> Engine:
     """An Engine over the simulated executor, with the real scheduler and a pool of `cache.num_blocks` blocks."""
     simulated = config.simulated
     assert simulated is not None
+    check_limits(config)
     block_size = config.cache.block_size
     limit = config.scheduler.max_model_len or simulated.max_model_len
     num_blocks = config.cache.num_blocks or 1 + 8 * -(-limit // block_size)

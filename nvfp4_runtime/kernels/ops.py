@@ -142,9 +142,14 @@ class AttentionKernel(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run ops. `refuses` answers None, or why not, for a person to read."""
+    """One way to run ops. `refuses` answers None, or why not, for a person to read.
+
+    fastest_numerics  the arithmetic of NVFP4 layers it runs fastest; what --numerics auto means where it runs
+    row_invariant     a row's result does not depend on the rows beside it
+    """
 
     name: str
+    fastest_numerics: Numerics
     row_invariant: bool
 
     def refuses(self, spec: OpSpec) -> str | None: ...

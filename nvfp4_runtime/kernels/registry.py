@@ -57,7 +57,7 @@ def available_backends(name: str = "auto", threads: int | None = None) -> list[B
 
 @dataclass(frozen=True)
 class Choice:
-    """One linear layer's record for the precision report."""
+    """One op's record for the precision report. Ops without weights have stored "-" and no bytes."""
 
     group: str
     stored: str
@@ -73,7 +73,7 @@ class Kernels:
     """Hands layers their kernels and remembers every choice. One per loaded model.
 
     backends  by preference
-    numerics  "auto" resolves to W4A16, which is what the CPU and plain backends run fastest; see docs/numerics.md
+    numerics  of NVFP4 layers; "auto" is what the first backend that runs them does fastest; see docs/numerics.md
     dtype     of activations that enter a multiplication by weights
     stream    of activations between ops (see kernels/ops.py)
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
@@ -89,8 +89,15 @@ class Kernels:
     choices: list[Choice] = field(default_factory=list)
     _logged: set[OpSpec] = field(default_factory=set)
 
-    def resolved_numerics(self) -> Numerics:
-        return "w4a16" if self.numerics == "auto" else self.numerics
+    def resolved_numerics(self) -> tuple[Numerics, str]:
+        """The arithmetic of NVFP4 layers, and why."""
+        if self.numerics != "auto":
+            return self.numerics, "asked for"
+        for backend in self.backends:
+            numerics = backend.fastest_numerics
+            if backend.refuses(LinearSpec(16, 16, "nvfp4", numerics, self.dtype, self.stream)) is None:
+                return numerics, f"auto: what {backend.name} runs fastest"
+        return "w4a16", "auto: no backend runs NVFP4 layers"
 
     def linear(self, group: str, weight: Weight, names: Sequence[str] = ()) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
@@ -98,7 +105,7 @@ class Kernels:
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
         """
         packed = isinstance(weight, NVFP4Weight)
-        numerics = self.resolved_numerics() if packed else None
+        numerics = self.resolved_numerics()[0] if packed else None
         if isinstance(weight, NVFP4Weight) and numerics == "w4a4" and weight.input_scale is None:
             raise ConfigError(
                 f"w4a4 needs an input_scale for every NVFP4 layer and {group} has none in this checkpoint; "
@@ -106,10 +113,9 @@ class Kernels:
                 "--numerics",
             )
         spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, self.stream)  # type: ignore[arg-type]
-        backend, refusals = self._choose(spec)
+        backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
         bits = 8 * weight.nbytes / (weight.n * weight.k)
-        reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
         self.choices.append(
             Choice(group, weight.format, bits, weight.nbytes, backend.name, numerics or "dense", reason)
         )
@@ -117,22 +123,28 @@ class Kernels:
 
     def rms_norm(self, hidden: int) -> RMSNormKernel:
         spec = NormSpec(hidden, self.stream, self.dtype)
-        return self._choose(spec)[0].rms_norm(spec)
+        return self._record(spec).rms_norm(spec)
 
     def silu_mul(self, width: int) -> Callable[[Tensor], Tensor]:
         spec = ActivationSpec(width, self.stream, self.dtype)
-        return self._choose(spec)[0].silu_mul(spec)
+        return self._record(spec).silu_mul(spec)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
-        return self._choose(spec)[0].rope_and_cache(spec)
+        return self._record(spec).rope_and_cache(spec)
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
-        return self._choose(spec)[0].paged_attention(spec)
+        return self._record(spec).paged_attention(spec)
 
-    def _choose(self, spec: OpSpec) -> tuple[Backend, dict[str, str]]:
+    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec) -> Backend:
+        backend, reason = self._choose(spec)
+        self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))
+        return backend
+
+    def _choose(self, spec: OpSpec) -> tuple[Backend, str]:
+        """The backend for `spec`, and why those before it refused."""
         backend, refusals = choose(spec, self.backends)
+        reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
         if spec not in self._logged:
             self._logged.add(spec)
-            why = f" ({'; '.join(f'{n}: {r}' for n, r in refusals.items())})" if refusals else ""
-            logger.info("%s -> %s%s", spec, backend.name, why)
-        return backend, refusals
+            logger.info("%s -> %s%s", spec, backend.name, f" ({reason})" if reason else "")
+        return backend, reason

@@ -174,11 +174,11 @@ def test_an_unusable_kv_scale_is_refused(tmp_path, bad):
         Checkpoint.open(folder).kv_scales("model.layers.0.self_attn")
 
 
-def test_undeclared_kv_scales_are_ignored_and_noted(packed):
+def test_undeclared_kv_scales_are_noted_and_kept_for_who_asks_for_fp8(packed):
     attn = "model.layers.0.self_attn"
     rewrite(packed, {f"{attn}.k_proj.k_scale": torch.tensor(0.5), f"{attn}.v_proj.v_scale": torch.tensor(0.5)})
     ckpt = Checkpoint.open(packed)
-    assert ckpt.kv_scales(attn) is None
+    assert ckpt.kv_scales(attn) == (0.5, 0.5)
     assert "no FP8 KV cache is declared" in ckpt.notes[0]
 
 
@@ -263,7 +263,7 @@ def test_an_extra_tensor_is_refused_unless_excused(packed):
     ckpt.excuse("rope.*", "computed from config.json")
     with pytest.raises(UnexpectedTensorError) as raised:
         ckpt.finish()
-    assert raised.value.tensors == ("model.layers.7.extra",)
+    assert raised.value.tensors == ("model.layers.7.extra (model.safetensors)",)
     ckpt.excuse("*.extra", "for this test")
     ckpt.finish()
 

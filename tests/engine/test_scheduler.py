@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import TokenOutput
+from nvfp4_runtime.engine.scheduler import Schedule, StepResult
+from nvfp4_runtime.engine.simulated import SimulatedExecutor
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from tests.engine.helpers import make_engine, run_to_end, submit, tokens_of
 
@@ -18,37 +21,43 @@ def alone(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens_of(run_to_end(engine)["r"])
 
 
+SEEN = {"preemptions": 0, "prefix hits": 0, "aborts": 0}
+
+
 @settings(max_examples=150, deadline=None)
 @given(
-    num_blocks=st.integers(18, 40),
+    num_blocks=st.integers(18, 21),
     budget=st.integers(1, 48),
-    max_num_seqs=st.integers(1, 6),
+    max_num_seqs=st.integers(2, 6),
     prefix=st.booleans(),
     data=st.data(),
 )
-def test_any_sequence_of_add_step_abort_keeps_blocks_accounted_and_tokens_unchanged(
-    num_blocks: int, budget: int, max_num_seqs: int, prefix: bool, data: st.DataObject
-) -> None:
+def any_sequence_of_actions(num_blocks: int, budget: int, max_num_seqs: int, prefix: bool, data: st.DataObject) -> None:
     engine = make_engine(
         num_blocks=num_blocks, budget=budget, max_num_seqs=max_num_seqs, prefix=prefix, max_model_len=64
     )
+    executor = RememberingExecutor(engine)
+    engine.executor = executor
     expected: dict[str, list[int]] = {}
     got: dict[str, list[TokenOutput]] = {}
     aborted: set[str] = set()
-    for action in data.draw(st.lists(st.sampled_from(["add", "add", "step", "step", "step", "abort"]), max_size=60)):
+    actions = st.sampled_from(["add", "add", "step", "step", "step", "abort", "preempt"])
+    for action in data.draw(st.lists(actions, min_size=20, max_size=60)):
         if action == "add":
             # few distinct starts, so that prefixes are shared
-            prompt = [data.draw(st.integers(0, 1))] * data.draw(st.integers(1, 30))
-            count = data.draw(st.integers(1, 20))
+            prompt = [data.draw(st.integers(0, 1))] * data.draw(st.integers(10, 36))
+            count = data.draw(st.integers(4, 28))
             name = f"r{len(expected)}"
             engine.add(submit(name, prompt, count))
             expected[name] = alone(prompt, count)
-        elif action == "abort" and engine.scheduler.requests:
+        elif action == "abort" and engine.scheduler.requests and data.draw(st.booleans()):
             name = data.draw(st.sampled_from(sorted(engine.scheduler.requests)))
             output = engine.abort(name)
             assert output is not None
             assert output.finish_reason == "abort"
             aborted.add(name)
+        elif action == "preempt" and engine.scheduler.running:
+            engine.scheduler._preempt(engine.scheduler.running.pop())
         elif action == "step" and engine.has_work:
             for output in engine.step()[0]:
                 got.setdefault(output.request_id, []).append(output)
@@ -64,6 +73,48 @@ def test_any_sequence_of_add_step_abort_keeps_blocks_accounted_and_tokens_unchan
             assert got[name][-1].finish_reason == "length"
     assert engine.scheduler.pool.num_used == 0
     assert engine.scheduler.pool.num_free == num_blocks - 1
+    SEEN["preemptions"] += engine.scheduler.num_preemptions
+    SEEN["prefix hits"] += engine.scheduler.prefix_hits
+    SEEN["aborts"] += len(aborted)
+
+
+def test_any_sequence_of_add_step_abort_preempt_keeps_blocks_accounted_and_tokens_unchanged() -> None:
+    any_sequence_of_actions()
+    assert all(count > 50 for count in SEEN.values()), f"the sequences must meet every case: {SEEN}"
+
+
+class RememberingExecutor(SimulatedExecutor):
+    """Keeps what a KV cache would keep: per slot, the tokens up to there. Asserts that what a step reads was written.
+
+    A wrong prefix hit, a block given to two owners or a lost one shows as a slot with somebody else's tokens.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        assert isinstance(engine.executor, SimulatedExecutor)
+        super().__init__(engine.executor.config)
+        self.block_size = engine.scheduler.block_size
+        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def execute(self, schedule: Schedule) -> list[StepResult]:
+        for entry in schedule.entries:
+            tokens, blocks = entry.request.tokens, entry.request.block_ids
+            for p in range(entry.start, entry.start + entry.count):
+                self.slots[blocks[p // self.block_size], p % self.block_size] = tuple(tokens[: p + 1])
+        for entry in schedule.entries:
+            tokens, blocks = entry.request.tokens, entry.request.block_ids
+            for p in range(entry.start + entry.count):
+                assert self.slots[blocks[p // self.block_size], p % self.block_size] == tuple(tokens[: p + 1])
+        return super().execute(schedule)
+
+
+def test_a_preempted_request_goes_before_those_that_waited() -> None:
+    engine = make_engine(max_num_seqs=2)
+    for name in ("first", "second", "third"):
+        engine.add(submit(name, [1, 2, 3], 6))
+    engine.step()
+    engine.scheduler._preempt(engine.scheduler.running.pop())
+    assert [request.id for request in engine.scheduler.waiting] == ["second", "third"]
+    assert [output.request_id for output in engine.step()[0]] == ["first", "second"]
 
 
 def test_out_of_blocks_the_youngest_is_preempted_and_all_finish_with_the_same_tokens() -> None:

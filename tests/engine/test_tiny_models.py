@@ -123,6 +123,12 @@ def test_prompt_logprobs_equal_log_softmax_of_transformers(tmp_path: Path) -> No
         assert [token for token, _ in score.top] == row.topk(3).indices.tolist()
 
 
+def test_a_prompt_of_one_token_has_no_logprob_and_says_so(tmp_path: Path) -> None:
+    engine = build_engine(EngineConfig(model=str(tiny_llama(tmp_path / "m")), cache=CacheConfig(num_blocks=9)))
+    engine.add(submit("r", [5], 2, prompt_logprobs=1))
+    assert [s for output in run_to_end(engine)["r"] for s in output.prompt_logprobs or []] == [None]
+
+
 def test_sampling_depends_on_the_seed_and_not_on_the_company(tmp_path: Path) -> None:
     config = EngineConfig(model=str(tiny_llama(tmp_path / "m")), dtype="float32", cache=CacheConfig(num_blocks=65))
     engine = build_engine(config)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import StepMemo
 from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
@@ -54,6 +55,7 @@ class CPUBackend:
     """
 
     name = "cpu"
+    fastest_numerics: Numerics = "w4a16"  # W4A4 adds the quantisation of activations to the same products
     row_invariant = True
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
@@ -39,6 +40,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    fastest_numerics: Numerics = "w4a16"  # W4A4 adds the quantisation of activations to the same products
     row_invariant = False
 
     def __init__(self, threads: int | None = None) -> None:

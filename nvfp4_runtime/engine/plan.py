@@ -1,0 +1,104 @@
+"""What the flags allow, what the machine has, and the limits that follow: context length and KV blocks. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+
+from nvfp4_runtime.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from nvfp4_runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Without a flag, the KV cache takes at most this share of the memory that is free after loading, and this much.
+KV_SHARE_OF_FREE = 0.25
+KV_DEFAULT_LIMIT_BYTES = 4 << 30
+
+
+def check_limits(config: EngineConfig) -> None:
+    """Raise ConfigError naming the flag for a count that no engine can work with."""
+    counts = (
+        ("--max-num-seqs", config.scheduler.max_num_seqs, 1),
+        ("--max-num-batched-tokens", config.scheduler.max_num_batched_tokens, 1),
+        ("--max-queued-requests", config.scheduler.max_queued_requests, 0),
+        ("--max-model-len", config.scheduler.max_model_len, 1),
+        ("--threads", config.threads, 1),
+        ("--num-kv-blocks", config.cache.num_blocks, 2),
+        ("block_size", config.cache.block_size, 1),
+    )
+    for flag, value, least in counts:
+        if value is not None and value < least:
+            raise ConfigError(f"{flag} is {value}; expected at least {least}", flag)
+
+
+def context_limit(config: ModelConfig) -> int:
+    """The longest sequence the model's positions allow. Rope scaling reaches further than max_position_embeddings
+    where config.json leaves that at the original length, as Qwen's published YaRN settings do."""
+    rope = config.rope
+    stretched = int(rope.original_max_position_embeddings * rope.factor) if rope.kind == "yarn" else 0
+    return max(config.max_position_embeddings, stretched)
+
+
+def resolve_max_model_len(scheduler: SchedulerConfig, model_limit: int) -> int:
+    """The flag if the model's positions allow it, else the model's own limit."""
+    asked = scheduler.max_model_len
+    if asked is None:
+        return model_limit
+    if not 1 <= asked <= model_limit:
+        raise ConfigError(
+            f"--max-model-len {asked} is outside [1, {model_limit}], the model's limit", "--max-model-len"
+        )
+    return asked
+
+
+def available_memory_bytes() -> int:
+    """MemAvailable of this machine, or of its cgroup if that is less."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            used = int(file.read())
+    except FileNotFoundError:  # cgroup v1, or none: the machine's figure stands
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def plan_blocks(cache: CacheConfig, scheduler: SchedulerConfig, max_len: int, block_bytes: int) -> int:
+    """How many blocks to allocate, the null block included: the flags, else what could be used, within free memory."""
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    per_sequence = -(-max_len // cache.block_size)
+    useful = 1 + scheduler.max_num_seqs * per_sequence
+    free = available_memory_bytes()
+    budget = cache.memory_bytes
+    if budget is None:
+        budget = min(int(free * KV_SHARE_OF_FREE), KV_DEFAULT_LIMIT_BYTES)
+    elif budget > free:
+        raise ConfigError(
+            f"--kv-cache-memory asks for {budget / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",
+            "--kv-cache-memory",
+        )
+    num_blocks = min(useful, budget // block_bytes)
+    if num_blocks < 2:
+        raise ConfigError(
+            f"{budget / 2**20:.1f} MiB of KV cache hold no block ({block_bytes / 2**20:.2f} MiB each); "
+            "give it more memory",
+            "--kv-cache-memory",
+        )
+    return num_blocks
+
+
+def fit_max_model_len(scheduler: SchedulerConfig, max_len: int, num_blocks: int, block_size: int) -> int:
+    """A request must fit alone into the cache: lower the limit if it was not asked for, refuse if it was."""
+    capacity = (num_blocks - 1) * block_size
+    if capacity >= max_len:
+        return max_len
+    if scheduler.max_model_len is not None:
+        raise ConfigError(
+            f"--max-model-len {max_len} does not fit: the KV cache holds {capacity} tokens; give it more memory "
+            "(--kv-cache-memory) or ask for less",
+            "--max-model-len",
+        )
+    logger.warning("max_model_len lowered from %d to %d tokens, which is what the KV cache holds", max_len, capacity)
+    return capacity
