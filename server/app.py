@@ -27,6 +27,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     """The ASGI application over a running engine, which it closes when it ends. Reads no environment, no files."""
     metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
     engine.on_step(metrics.on_step)
+    engine.on_output(metrics.on_output)
     engine.on_finish(metrics.on_finish)
 
     @asynccontextmanager

@@ -94,10 +94,11 @@ class Generation:
                     priority=request.priority,
                 )
                 self._streams.append(stream)
-                metrics.start(stream.request_id, len(job.prompt_token_ids), request.n, job.params.max_tokens or 0)
-        except NVFP4Error:
+                metrics.start(stream.request_id, len(job.prompt_token_ids), job.params.max_tokens or 0)
+        except BaseException:  # whatever it was: none of them may run without somebody to take its tokens
             self.close()
             raise
+        metrics.accepted(request.n)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come, in order within each choice. Close the generator to stop early."""
@@ -177,9 +178,14 @@ class Generation:
                 if detokenizer.stopped_by is not None:
                     piece.finish_reason, piece.stop_reason = "stop", detokenizer.stopped_by
                 choice.num_tokens += len(piece.token_ids)
-                self._metrics.tokens(stream.request_id, len(piece.token_ids), choice.num_cached_tokens)
                 if piece.finish_reason is not None:
-                    self._end(choice, stream, piece.finish_reason, by_engine=output.finish_reason is not None)
+                    choice.finished = True
+                    if detokenizer.stopped_by is not None:
+                        self._metrics.stopped(stream.request_id, choice.num_tokens)
+                    else:
+                        self._metrics.released(stream.request_id)
+                    if output.finish_reason is None:
+                        self._engine.abort(stream.request_id)
                 if piece.token_ids or piece.finish_reason is not None:
                     yield piece
                 if piece.finish_reason is not None:
@@ -188,12 +194,6 @@ class Generation:
         except NVFP4Error:
             self._metrics.failed(stream.request_id)
             raise
-
-    def _end(self, choice: ChoiceState, stream: TokenStream, reason: str, by_engine: bool) -> None:
-        choice.finished = True
-        self._metrics.released(stream.request_id, None if by_engine else reason)
-        if not by_engine:
-            self._engine.abort(stream.request_id)
 
 
 def make_jobs(prompts: Sequence[list[int]], params: Sequence[SamplingParams], n: int) -> list[Job]:

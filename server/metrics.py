@@ -55,14 +55,20 @@ def one_two_five(limit: int) -> list[int]:
 
 @dataclass(slots=True)
 class _Request:
-    """What a request's last observations need; complete when released by the server and finished by the engine."""
+    """What a request's last observations need; complete when released by the server and finished by the engine.
+
+    arrival, last_token   time.monotonic()
+    num_tokens            of those that came from the engine
+    ended_as, num_taken   finish reason and tokens of the answer, where a stop string ended it
+    """
 
     prompt_tokens: int
-    n: int
     max_tokens: int
+    arrival: float
     num_tokens: int = 0
     last_token: float = 0.0
     ended_as: str | None = None
+    num_taken: int | None = None
     released: bool = False
     last_output: TokenOutput | None = None
 
@@ -117,7 +123,7 @@ class Metrics:
         self.request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Generated tokens per request.", tokens
         )
-        self.params_n = self._histogram("vllm:request_params_n", "The n of each request.", _CHOICES)
+        self.params_n = self._histogram("vllm:request_params_n", "The n of each HTTP request.", _CHOICES)
         self.params_max_tokens = self._histogram(
             "vllm:request_params_max_tokens", "The max_tokens of each request.", tokens
         )
@@ -208,23 +214,30 @@ class Metrics:
         self.cache_hits.inc(stats.prefix_cache_hits - last.prefix_cache_hits)
         if stats.step_prompt_tokens or stats.step_generation_tokens:
             self.iteration_tokens.observe(stats.step_prompt_tokens + stats.step_generation_tokens)
-            self.generation_tokens.inc(stats.step_generation_tokens)
             now = time.monotonic()
             self._recent.append((now, stats.step_prompt_tokens, stats.step_generation_tokens))
             self._forget(now)
 
-    def start(self, request_id: str, prompt_tokens: int, n: int, max_tokens: int) -> None:
-        self._requests[request_id] = _Request(prompt_tokens, n, max_tokens)
+    def accepted(self, n: int) -> None:
+        """An HTTP request whose choices have all been submitted."""
+        self.params_n.observe(n)
 
-    def tokens(self, request_id: str, count: int, num_cached_tokens: int) -> None:
-        """`count` tokens of a request have arrived."""
-        request = self._requests.get(request_id)
+    def start(self, request_id: str, prompt_tokens: int, max_tokens: int) -> None:
+        """A choice has been submitted."""
+        self._requests[request_id] = _Request(prompt_tokens, max_tokens, time.monotonic())
+
+    def on_output(self, output: TokenOutput) -> None:
+        """Tokens of a request have arrived from the engine, whoever reads them and however slowly."""
+        count = len(output.token_ids)
+        self.generation_tokens.inc(count)
+        request = self._requests.get(output.request_id)
         if request is None or not count:
             return
         now = time.monotonic()
         if request.num_tokens == 0:
+            self.ttft.observe(now - request.arrival)
             self.prompt_tokens.inc(request.prompt_tokens)
-            self.prompt_tokens_cached.inc(num_cached_tokens)
+            self.prompt_tokens_cached.inc(output.num_cached_tokens)
         else:
             for _ in range(count):
                 self.itl.observe((now - request.last_token) / count)
@@ -235,14 +248,17 @@ class Metrics:
         if self._requests.pop(request_id, None) is not None:
             self.request_success.labels(*self._labels, "error").inc()
 
-    def released(self, request_id: str, ended_as: str | None = None) -> None:
-        """The server has taken a request's last token, or is no longer interested in it.
-
-        ended_as: the finish reason when it was the server that ended it (a stop string).
-        """
+    def released(self, request_id: str) -> None:
+        """The server has taken a request's last token, or is no longer interested in it."""
         if request := self._requests.get(request_id):
-            request.released, request.ended_as = True, ended_as
+            request.released = True
             self._finish_if_complete(request_id, request)
+
+    def stopped(self, request_id: str, num_tokens: int) -> None:
+        """A stop string ended a request's answer after `num_tokens`, whatever the engine did meanwhile."""
+        if request := self._requests.get(request_id):
+            request.ended_as, request.num_taken = "stop", num_tokens
+        self.released(request_id)
 
     def on_finish(self, output: TokenOutput) -> None:
         """The engine's last word on a request; its tokens may still be on their way to the answer."""
@@ -257,8 +273,8 @@ class Metrics:
         del self._requests[request_id]
         self.request_success.labels(*self._labels, request.ended_as or output.finish_reason).inc()
         self.request_prompt_tokens.observe(request.prompt_tokens)
-        self.request_generation_tokens.observe(request.num_tokens)
-        self.params_n.observe(request.n)
+        taken = request.num_tokens if request.num_taken is None else request.num_taken
+        self.request_generation_tokens.observe(taken)
         self.params_max_tokens.observe(request.max_tokens)
         times = output.times
         if times is None:
@@ -268,7 +284,6 @@ class Metrics:
             self.queue.observe(times.scheduled - times.arrival)
             self.inference.observe(times.finished - times.scheduled)
         if times.first_token:
-            self.ttft.observe(times.first_token - times.arrival)
             self.prefill.observe(times.first_token - times.scheduled)
             self.decode.observe(times.finished - times.first_token)
             if request.num_tokens > 1:

@@ -65,6 +65,7 @@ class FakeEngine:
 
     step_seconds   pause before each output
     group          tokens per output
+    num_cached_tokens  prompt tokens that each request is said to have found in the prefix cache
     gate           while cleared, nothing comes out
     """
 
@@ -75,6 +76,7 @@ class FakeEngine:
         info: EngineInfo | None = None,
         step_seconds: float = 0.0,
         group: int = 1,
+        num_cached_tokens: int = 0,
     ) -> None:
         self.info = info or fake_info()
         total = self.info.num_blocks - 1
@@ -88,9 +90,11 @@ class FakeEngine:
         self._script = script
         self._step_seconds = step_seconds
         self._group = group
+        self._num_cached_tokens = num_cached_tokens
         self._streams: dict[str, TokenStream] = {}
         self._started: dict[str, float] = {}
         self._on_step: list[Callable[[StepStats], None]] = []
+        self._on_output: list[Callable[[TokenOutput], None]] = []
         self._on_finish: list[Callable[[TokenOutput], None]] = []
 
     @property
@@ -132,6 +136,9 @@ class FakeEngine:
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
         self._on_step.append(callback)
 
+    def on_output(self, callback: Callable[[TokenOutput], None]) -> None:
+        self._on_output.append(callback)
+
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None:
         self._on_finish.append(callback)
 
@@ -165,7 +172,9 @@ class FakeEngine:
             if entry.request_id not in self._streams:
                 return
             part = tokens[start : start + self._group]
-            output = TokenOutput(entry.request_id, part, prompt_logprobs=scored)
+            output = TokenOutput(
+                entry.request_id, part, prompt_logprobs=scored, num_cached_tokens=self._num_cached_tokens
+            )
             scored = None
             if params.logprobs is not None:
                 output.logprobs = [fake_logprob(token, params.logprobs) for token in part]
@@ -197,12 +206,14 @@ class FakeEngine:
         stream = self._streams.get(output.request_id)
         if stream is None:
             return
+        for callback in self._on_output:
+            callback(output)
         if output.finish_reason is not None:
             del self._streams[output.request_id]
             started = self._started.pop(output.request_id)
             output.times = RequestTimes(started, started, started + 0.001, time.monotonic() + 0.001)
-            for callback in self._on_finish:
-                callback(output)
+            for finished in self._on_finish:
+                finished(output)
         self._report(0, len(output.token_ids))
         stream.put(output)
 

@@ -41,7 +41,7 @@ class Client:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):  # to end a test that hangs; a loaded machine takes its time
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -62,7 +62,7 @@ async def test_leaving_while_tokens_flow_aborts_every_choice(serve: Serve, path:
     client.left.set()
     await until(lambda: server.engine.running == 0)
     assert len(server.engine.aborted) == choices
-    await asyncio.wait_for(client.task, 5)
+    await asyncio.wait_for(client.task, 30)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -73,7 +73,7 @@ async def test_leaving_before_the_first_token_aborts(serve: Serve, stream: bool)
     await until(lambda: server.engine.running == 2)
     client.left.set()
     await until(lambda: server.engine.running == 0)
-    await asyncio.wait_for(client.task, 5)
+    await asyncio.wait_for(client.task, 30)
     assert client.sent == [], "there is nobody to answer"
 
 
@@ -84,7 +84,7 @@ async def test_client_that_stops_reading_is_aborted_and_does_not_hold_up_others(
     slow.reading.clear()
     other = await server.complete(max_tokens=5)
     assert other.status_code == 200
-    await asyncio.wait_for(asyncio.gather(slow.task, return_exceptions=True), 5)
+    await asyncio.wait_for(asyncio.gather(slow.task, return_exceptions=True), 30)
     assert server.engine.running == 0
 
 
@@ -99,6 +99,6 @@ async def test_cancelled_server_task_aborts_too(serve: Serve) -> None:
 async def test_request_that_finished_is_not_aborted(serve: Serve) -> None:
     server = await serve()
     client = Client(server, "/v1/completions", BODIES["/v1/completions"] | {"max_tokens": 3, "stream": True})
-    await asyncio.wait_for(client.task, 5)
+    await asyncio.wait_for(client.task, 30)
     assert server.engine.aborted == []
     assert client.sent[-1]["body"].endswith(b"data: [DONE]\n\n")

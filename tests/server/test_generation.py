@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS
 from server.generation import ClientDisconnected, make_jobs, off_loop, until_disconnect
+from tests.server.conftest import Serve
 
 
 async def test_long_texts_are_worked_on_in_a_thread_and_short_ones_here() -> None:
@@ -32,6 +34,23 @@ def test_seeds_wrap_at_64_bits() -> None:
     jobs = make_jobs([[1]], [SamplingParams(seed=2**63 - 1)], 2)
     assert jobs[1].params.seed == -(2**63)
     jobs[1].params.validate()
+
+
+async def test_whatever_fails_while_submitting_aborts_what_was_submitted(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await serve()
+    submit = server.engine.submit
+
+    def third_fails(*arguments: Any, **options: Any) -> Any:
+        if len(server.engine.submitted) == 2:
+            raise OverflowError("no error of ours")
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(server.engine, "submit", third_fails)
+    assert (await server.complete(n=3)).status_code == 500
+    assert len(server.engine.aborted) == 2
+    assert server.engine.running == 0
 
 
 async def test_work_is_cancelled_when_the_client_leaves_first() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import one_two_five
-from tests.fakes import FakeEngine
+from nvfp4_runtime.engine.messages import StepStats, TokenOutput
+from server.metrics import Metrics, one_two_five
+from tests.fakes import FakeEngine, fake_info
 from tests.server.conftest import Serve, events
 from tests.server.test_disconnect import BODIES, Client, until
 
@@ -62,7 +66,8 @@ async def test_tokens_and_latencies_are_counted_once_per_request(serve: Serve) -
     assert await server.metric("vllm:generation_tokens_total") == 4 + 6 + 6
     assert await server.metric("vllm:request_success_total", finished_reason="length") == 3
     assert await server.metric("vllm:request_generation_tokens_sum") == 16
-    assert await server.metric("vllm:request_params_n_sum") == 1 + 2 + 2
+    assert await server.metric("vllm:request_params_n_sum") == 1 + 2, "once per HTTP request"
+    assert await server.metric("vllm:request_params_n_count") == 2
     assert await server.metric("vllm:inter_token_latency_seconds_count") == 3 + 5 + 5
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_decode_time_seconds"):
         assert await server.metric(f"vllm:{name}_count") == 3
@@ -75,6 +80,77 @@ async def test_stop_string_counts_as_stop_and_not_as_the_abort_that_carries_it_o
     assert await server.metric("vllm:request_success_total", finished_reason="stop") == 1
     assert await server.metric("vllm:request_success_total", finished_reason="abort") == 0
     assert await server.metric("vllm:request_generation_tokens_sum") == len("Hello world")
+
+
+async def test_stop_string_on_the_engines_last_token_counts_as_stop(serve: Serve) -> None:
+    server = await serve()
+    choice = (await server.complete(max_tokens=len("Hello"), stop="Hello")).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert server.engine.aborted == [], "the engine had ended it already, with length"
+    assert await server.metric("vllm:request_success_total", finished_reason="stop") == 1
+    assert await server.metric("vllm:request_success_total", finished_reason="length") == 0
+
+
+async def test_prompt_tokens_found_in_the_prefix_cache_are_counted_once(serve: Serve) -> None:
+    server = await serve(FakeEngine(num_cached_tokens=2))
+    await server.complete(prompt="abc", max_tokens=4)
+    assert await server.metric("vllm:prompt_tokens_cached_total") == 2
+    assert await server.metric("vllm:prompt_tokens_total") == 3
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """Samples by name; for metrics whose only labels are the model's and the engine's."""
+    lines = [line for line in metrics.render().decode().splitlines() if not line.startswith("#")]
+    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def test_step_counters_are_differences_of_the_engines_totals() -> None:
+    def stats(queries: int, hits: int, preemptions: int, used: int) -> StepStats:
+        return StepStats(
+            3, 2, 64 - used, used, 64, prefix_cache_queries=queries, prefix_cache_hits=hits, num_preemptions=preemptions
+        )
+
+    metrics = Metrics("tiny", fake_info(), stats(1000, 100, 10, 0))
+    metrics.on_step(stats(1070, 140, 12, 16))
+    metrics.on_step(stats(1100, 150, 13, 48))
+    found = values(metrics)
+    assert found["vllm:prefix_cache_queries_total"] == 100
+    assert found["vllm:prefix_cache_hits_total"] == 50
+    assert found["vllm:num_preemptions_total"] == 3
+    assert found["vllm:kv_cache_usage_perc"] == 0.75
+    assert found["nvfp4_kv_cache_used_blocks"] == 48
+    assert found["vllm:num_requests_running"] == 3
+    assert found["vllm:num_requests_waiting"] == 2
+
+
+def test_times_between_tokens_are_those_of_their_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("server.metrics.time", SimpleNamespace(monotonic=lambda: clock.now))
+    metrics = Metrics("tiny", fake_info(), StepStats(0, 0, 64, 0, 64))
+    metrics.start("r", prompt_tokens=3, max_tokens=9)
+    for clock.now, tokens in ((100.5, [1]), (101.0, [2]), (104.0, [3, 4])):
+        metrics.on_output(TokenOutput("r", tokens))
+        assert values(metrics)["vllm:time_to_first_token_seconds_sum"] == 0.5, "known while the request still runs"
+    found = values(metrics)
+    assert found["vllm:time_to_first_token_seconds_count"] == 1
+    assert found["vllm:inter_token_latency_seconds_count"] == 3
+    assert found["vllm:inter_token_latency_seconds_sum"] == 0.5 + 1.5 + 1.5
+    assert found["vllm:generation_tokens_total"] == 4
+
+
+async def test_client_that_reads_nothing_distorts_no_latency(serve: Serve) -> None:
+    server = await serve()
+    client = Client(server, "/v1/completions", BODIES["/v1/completions"] | {"max_tokens": 20, "stream": True})
+    client.reading.clear()
+    await until(lambda: server.engine.submitted and server.engine.running == 0)
+    assert client.sent == []
+    assert await server.metric("vllm:time_to_first_token_seconds_count") == 1
+    assert await server.metric("vllm:inter_token_latency_seconds_count") == 19
+    assert await server.metric("vllm:generation_tokens_total") == 20
+    assert await server.metric("vllm:prompt_tokens_total") == 2
+    client.reading.set()
+    await asyncio.wait_for(client.task, 30)
+    assert await server.metric("vllm:request_success_total", finished_reason="length") == 1
 
 
 async def test_client_that_left_counts_as_abort(serve: Serve) -> None:
