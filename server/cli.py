@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, serve = _parser()
         if given[:1] == ["serve"]:
-            given[1:1] = _flags_from_environment(serve)
+            given[1:1] = _flags_from_environment(serve, parser.parse_args(given))
         args = parser.parse_args(given)
         level = getattr(logging, str(getattr(args, "log_level", "warning")).upper())
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -92,7 +92,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     add("--served-model-name", action="append", metavar="NAME", help="name in requests and answers; may repeat")
     add("--numerics", choices=("auto", "w4a16", "w4a4"), default="auto", help="arithmetic of NVFP4 layers")
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="type of activations")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="type of activations")
     add("--backend", default="auto", help="auto, cpu or reference: asking for one runs there or fails")
     add("--threads", type=int, help="compute threads (default: the machine's cores)")
     add("--max-model-len", type=int, help="tokens of prompt and answer together (default: the model's)")
@@ -133,8 +133,8 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _flags_from_environment(parser: argparse.ArgumentParser) -> list[str]:
-    """Environment variables as flags before the given ones, which therefore win."""
+def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """Environment variables as flags before those of the command line (`given`), which therefore win."""
     from server.config import environment_flags
 
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "run")}
@@ -143,6 +143,8 @@ def _flags_from_environment(parser: argparse.ArgumentParser) -> list[str]:
         action = actions[name]
         if not action.option_strings:
             continue  # MODEL: read in _serve, so that one on the command line wins
+        if isinstance(getattr(given, name), list):
+            continue  # may repeat: what the command line gives replaces the environment's, it does not join it
         if action.nargs == 0:
             if value.lower() not in ("0", "1", "false", "true"):
                 raise ConfigError(f"NVFP4_{name.upper()} must be 0 or 1, found {value!r}", action.option_strings[0])

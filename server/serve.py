@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
+import math
 import signal
 import socket
 import subprocess
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
 from nvfp4_runtime.engine.client import EngineClient
-from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
+from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.config import ServerConfig, environment_flags, read_api_keys
@@ -32,17 +35,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 75
+BACKLOG = 2048  # uvicorn's
 ENGINE_WATCH_SECONDS = 0.25
 # Streams of a dead engine get their error event in this time, then the server ends.
 ENGINE_DEATH_GRACE_SECONDS = 2
-# generation_config.json's name -> ours
-_SAMPLING_DEFAULTS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
+# generation_config.json's name -> ours, and its type
+_SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "max_new_tokens": ("max_tokens", int),
 }
 
 
@@ -65,6 +69,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     names = args.served_model_name or ["simulated"]
     if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
+    if not 0 <= args.shutdown_timeout < math.inf:
+        raise ConfigError(f"expected seconds, 0 or more, found {args.shutdown_timeout}", "--shutdown-timeout")
     return ServerConfig(
         served_model_names=tuple(names),
         model_root=model or "",
@@ -80,7 +86,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         tokenizer = TextProcessor.simulated().tokenizer
         simulated = SimulatedConfig(
             vocab_size=tokenizer.vocab_size,
-            max_model_len=args.max_model_len or SimulatedConfig.max_model_len,
+            max_model_len=SimulatedConfig.max_model_len if args.max_model_len is None else args.max_model_len,
             script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
             eos_token_id=tokenizer.eos_token_ids[0],
             step_seconds=args.simulate_step_seconds,
@@ -138,9 +144,9 @@ def default_model() -> Path:
 
     folder = cached_default_model()
     if folder is None:
-        code = subprocess.run(
-            [sys.executable, "-m", "server.cli", "prepare"], stdout=sys.stderr, check=False
-        ).returncode
+        # -P: modules of the working directory must not take the place of ours
+        command = [sys.executable, "-P", "-m", "server.cli", "prepare"]
+        code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
         if code != 0:
             raise SystemExit(code)  # it has said why
         folder = cached_default_model()
@@ -149,16 +155,46 @@ def default_model() -> Path:
 
 
 def sampling_defaults(folder: Path, args: argparse.Namespace) -> dict[str, float | int]:
-    """The checkpoint's own defaults, as vLLM takes them from generation_config.json."""
+    """The checkpoint's own defaults, as vLLM takes them from generation_config.json.
+
+    Raises ConfigError for a value that no request could be served with.
+    """
     if args.generation_config == "none":
         return {}
     declared = read_json(folder / "generation_config.json")
-    found = {ours: declared.get(theirs) for theirs, ours in _SAMPLING_DEFAULTS.items()}
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    found = {
+        ours: _sampling_default(theirs, declared[theirs], kind)
+        for theirs, (ours, kind) in _SAMPLING_DEFAULTS.items()
+        if declared.get(theirs) is not None
+    }
+    try:
+        SamplingParams(**found).validate()  # type: ignore[arg-type]  # each is of its field's type: made so above
+    except InvalidParameterError as error:
+        theirs = next(theirs for theirs, (ours, _) in _SAMPLING_DEFAULTS.items() if ours == error.param)
+        raise _unusable_default(theirs, str(error)) from error
+    return found
+
+
+def _sampling_default(name: str, value: object, kind: type[int] | type[float]) -> float | int:
+    whole = kind is float or (isinstance(value, int | float) and value == value // 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not whole or abs(value) >= 2**63:
+        expected = "a number" if kind is float else "a whole number"
+        raise _unusable_default(name, f"expected {expected}, found {value!r:.64}")
+    return kind(value)
+
+
+def _unusable_default(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"generation_config.json: {name}: {why}; correct the file, or start with --generation-config none",
+        "--generation-config",
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: clients are refused until we are ready, and the port is ours."""
+    """A socket that listens already, which makes the port ours; who connects before we are ready waits until we are.
+
+    Being bound alone would not do: two processes may bind one port with SO_REUSEADDR, and the second to listen fails.
+    """
     if not 0 <= port <= 65535:
         raise ConfigError(f"the port must be between 0 and 65535, found {port}", "--port")
     try:
@@ -166,8 +202,10 @@ def bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(BACKLOG)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}", "--port") from error
+        hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", "--port") from error
     return sock
 
 
@@ -264,7 +302,7 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_seconds)),
+            timeout_graceful_shutdown=math.ceil(config.shutdown_timeout_seconds),
         )
     )
 

@@ -8,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
 from server.cli import exit_code, main, parse_bytes
 from server.config import hash_key, read_api_keys
 from server.screen import ready_screen
-from server.serve import resolve_model, sampling_defaults
+from server.serve import (
+    _make_server,
+    bind,
+    default_model,
+    engine_config,
+    resolve_model,
+    sampling_defaults,
+    server_config,
+)
 from tests.fakes import fake_info
 from tests.server.conftest import TEXT
 
@@ -104,6 +113,104 @@ def test_sampling_defaults_come_from_the_generation_config(tmp_path: Path) -> No
     assert sampling_defaults(tmp_path, argparse.Namespace(generation_config="none")) == {}
 
 
+@pytest.mark.parametrize(("found", "expected"), [("50.0", 50), ("-1", -1)])
+def test_whole_sampling_default_is_an_integer_however_it_is_written(tmp_path: Path, found: str, expected: int) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"top_k": {found}, "temperature": 1}}')
+    defaults = sampling_defaults(tmp_path, argparse.Namespace(generation_config="auto"))
+    assert defaults == {"top_k": expected, "temperature": 1.0}
+    assert [type(value) for value in defaults.values()] == [float, int], "the engine's messages are typed"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_k", "true"), ("top_k", "50.5"), ("top_k", '"50"'), ("top_k", "-2"), ("top_k", "NaN"), ("top_k", "1e400"),
+     ("top_k", "1e30"), ("top_p", "0.0"), ("top_p", "[1]"), ("temperature", "false"), ("temperature", "2.5"),
+     ("temperature", "NaN"), ("min_p", "-0.1"), ("repetition_penalty", "0"), ("max_new_tokens", "0"),
+     ("max_new_tokens", "9.5")],
+)  # fmt: skip
+def test_unusable_sampling_default_ends_the_start_and_names_file_field_and_remedy(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"{name}": {value}}}')
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {name}: .*--generation-config none"):
+        sampling_defaults(tmp_path, argparse.Namespace(generation_config="auto"))
+
+
+def test_port_that_another_start_holds_is_refused_at_once() -> None:
+    with bind("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="--port") as refused:
+        bind("127.0.0.1", first.getsockname()[1])
+    assert refused.value.flag == "--port"
+
+
+def test_working_directory_cannot_shadow_the_process_that_prepares_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "server.py").write_text("raise SystemExit('shadowed')")
+    commands: list[list[str]] = []
+
+    def note(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_runtime.quantize.default_model.cached_default_model", lambda: None)
+        patch.setattr("server.serve.subprocess.run", note)
+        with pytest.raises(SystemExit) as ended:
+            default_model()
+    assert ended.value.code == 7
+    (command,) = commands
+    assert command[-1] == "prepare"
+    version = subprocess.run([*command[:-1], "version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert version.stdout.startswith(f"nvfp4 {__version__}"), version.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"), [([], ["env"]), (["--served-model-name=a", "--served-model-name", "b"], ["a", "b"])]
+)
+def test_repeatable_flag_of_the_command_line_replaces_the_environments(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], names: list[str]
+) -> None:
+    found: list[argparse.Namespace] = []
+
+    def note(args: argparse.Namespace) -> int:
+        found.append(args)
+        return 0
+
+    monkeypatch.setattr("server.serve.serve", note)
+    monkeypatch.setenv("NVFP4_SERVED_MODEL_NAME", "env")
+    assert main(["serve", *flags]) == 0
+    assert found[0].served_model_name == names
+
+
+def serve_arguments(*flags: str) -> argparse.Namespace:
+    from server.cli import _parser
+
+    return _parser()[0].parse_args(["serve", *flags])
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("0", 0), ("0.2", 1), ("30", 30)])
+def test_shutdown_timeout_of_0_is_0_and_parts_of_seconds_round_up(given: str, seconds: int) -> None:
+    config = server_config(serve_arguments("--shutdown-timeout", given), "m")
+    assert _make_server(FastAPI(), config).config.timeout_graceful_shutdown == seconds
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_shutdown_timeout_that_is_no_time_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--simulate", "--port", "0", f"--shutdown-timeout={value}"]) == 1
+    assert "[--shutdown-timeout]" in capsys.readouterr().err
+
+
+def test_zero_as_context_length_is_not_taken_for_the_default() -> None:
+    config = engine_config(serve_arguments("--simulate", "--max-model-len", "0"), "")
+    assert config.simulated is not None
+    assert config.simulated.max_model_len == 0, "the engine refuses it, naming the flag"
+
+
+def test_types_that_no_backend_computes_in_are_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--dtype", "float16"]) == 1
+    assert "float16" in capsys.readouterr().err
+
+
 def test_start_up_screen_fits_one_screen_and_names_kernels_with_reasons() -> None:
     from server.config import ServerConfig
 
@@ -117,11 +224,7 @@ def test_start_up_screen_fits_one_screen_and_names_kernels_with_reasons() -> Non
 
 
 def test_simulated_vocabulary_is_the_tokenizers() -> None:
-    from server.cli import _parser
-    from server.serve import engine_config
-
-    args = _parser()[0].parse_args(["serve", "--simulate", "--simulate-script", "Hé", "--num-kv-blocks", "9"])
-    config = engine_config(args, "")
+    config = engine_config(serve_arguments("--simulate", "--simulate-script", "Hé", "--num-kv-blocks", "9"), "")
     assert config.simulated is not None
     assert config.simulated.vocab_size == TEXT.tokenizer.vocab_size == 259
     assert config.simulated.script == tuple("Hé".encode())

@@ -26,7 +26,7 @@ class Client:
             "raw_path": path.encode(), "query_string": b"", "scheme": "http", "root_path": "",
             "headers": [(b"content-type", b"application/json")], "client": ("test", 1), "server": ("test", 2),
         }  # fmt: skip
-        self.task = asyncio.create_task(server.app(scope, self._receive, self._send))  # type: ignore[arg-type]
+        self.task = asyncio.create_task(server.app(scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
         if self._body is not None:
