@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from nvfp4_runtime.errors import InvalidParameterError
-from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,19 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (),
     "stream_interval": (1,),
 }
+# What older clients of vLLM and OpenAI send, by the name that took its place.
+_STRUCTURED = "structured_outputs took its place (not honoured yet either)"
+_REPLACED = {
+    "best_of": "ask for n answers",
+    "functions": "tools took its place (not honoured yet either)",
+    "function_call": "tool_choice took its place (not honoured yet either)",
+    "guided_json": _STRUCTURED,
+    "guided_regex": _STRUCTURED,
+    "guided_choice": _STRUCTURED,
+    "guided_grammar": _STRUCTURED,
+    "guided_decoding_backend": _STRUCTURED,
+}
+_NOT_HONOURED |= dict.fromkeys(_REPLACED, ()) | {"best_of": (1,)}
 _NOT_HONOURED_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
 _NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
     "tools": (),
@@ -147,10 +160,13 @@ class GenerationRequest(BaseModel):
     def check(self, max_n: int) -> None:
         """Refuse what can be refused without the model. Raises InvalidParameterError naming the field."""
         self._check_extras()
+        if self.stream_options is not None:
+            _note_unknown("stream_options.", self.stream_options)
         if not 1 <= self.n <= max_n:
             raise InvalidParameterError(f"n must be between 1 and {max_n}, got {self.n}", "n")
         if self.stream_options is not None and not self.stream:
             raise InvalidParameterError("stream_options is only allowed when stream is true", "stream_options")
+        _check_num_logprobs("prompt_logprobs", self.prompt_logprobs)
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidParameterError("prompt_logprobs cannot be had with stream: true", "prompt_logprobs")
         if self.priority != 0:
@@ -199,10 +215,10 @@ class GenerationRequest(BaseModel):
     def _check_extras(self) -> None:
         known = self._not_honoured()
         for name, value in (self.model_extra or {}).items():
-            if name not in known:
-                logger.debug("ignoring the unknown request field %.64r", name)
-            elif not any(type(value) is type(allowed) and value == allowed for allowed in known[name]):
-                raise InvalidParameterError(f"{name} is not supported by this server; leave it out", name)
+            if name in known and not any(type(value) is type(allowed) and value == allowed for allowed in known[name]):
+                hint = f"; {_REPLACED[name]}" if name in _REPLACED else ""
+                raise InvalidParameterError(f"{name} is not supported by this server; leave it out{hint}", name)
+        _note_unknown("", self, known)
 
 
 class CompletionRequest(GenerationRequest):
@@ -231,6 +247,13 @@ class ChatMessage(BaseModel):
     reasoning: str | None = None
     reasoning_content: str | None = None
 
+    def check(self, where: str) -> None:
+        """Refuse content that no template here would show to the model."""
+        for name in ("function_call", "audio"):
+            if (self.model_extra or {}).get(name) is not None:
+                raise InvalidParameterError(f"{where}.{name} is not supported by this server; leave it out", "messages")
+        _note_unknown(f"{where}.", self)
+
 
 class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -256,6 +279,14 @@ class ChatCompletionRequest(GenerationRequest):
         super().check(max_n)
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidParameterError("top_logprobs needs logprobs: true", "top_logprobs")
+        _check_num_logprobs("top_logprobs", self.top_logprobs)
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            raise InvalidParameterError(
+                f"max_completion_tokens must be an integer >= 1, got {self.max_completion_tokens}",
+                "max_completion_tokens",
+            )
+        for i, message in enumerate(self.messages):
+            message.check(f"messages.{i}")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidParameterError(
                 "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
@@ -263,6 +294,17 @@ class ChatCompletionRequest(GenerationRequest):
 
     def _not_honoured(self) -> dict[str, tuple[Any, ...]]:
         return _NOT_HONOURED | _NOT_HONOURED_CHAT
+
+
+def _note_unknown(where: str, part: BaseModel, known: Iterable[str] = ()) -> None:
+    for name in set(part.model_extra or ()) - set(known):
+        logger.debug("ignoring the unknown request field %s%.64r", where, name)
+
+
+def _check_num_logprobs(name: str, value: int | None) -> None:
+    """Here rather than by SamplingParams, which has one count where requests have several."""
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise InvalidParameterError(f"{name} must be an integer in [0, {MAX_LOGPROBS}], got {value}", name)
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
