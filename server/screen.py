@@ -6,7 +6,7 @@ import json
 import sys
 
 from nvfp4_runtime import __version__
-from nvfp4_runtime.engine.messages import EngineInfo
+from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
 from server.config import ServerConfig
 
 
@@ -32,7 +32,7 @@ class ProgressLine:
 
 
 def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
-    """Model, precision by layer group with kernel and reason, memory plan, start-up times, address, a curl line."""
+    """Model, backends, precision by layer group with kernel and reason, memory, start-up times, address, a curl line."""
     blocks = info.num_blocks - 1  # block 0 is never handed out
     tokens = blocks * info.block_size
     weights = ", ".join(f"{stored} {megabytes(size)}" for stored, size in info.weight_bytes.items())
@@ -43,7 +43,9 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
         ("model", f"{config.served_model_names[0]}: {info.architecture}, context {info.max_model_len} tokens"),
         ("", config.model_root or info.model),
         ("numerics", f"{info.numerics} ({info.numerics_reason}); activations {info.dtype}"),
+        ("backends", backend_line(info)),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
+        *(("other ops" if i == 0 else "", line) for i, line in enumerate(op_lines(info))),
         ("weights", f"{megabytes(sum(info.weight_bytes.values()))}" + (f": {weights}" if weights else "")),
         (
             "KV cache",
@@ -64,6 +66,15 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     return "\n".join(lines)
 
 
+def backend_line(info: EngineInfo) -> str:
+    """Each backend with its ISA variant and threads; one that cannot run here says why."""
+    shown = []
+    for name, facts in info.backends.items():
+        threads = f", {facts['threads']} threads" if "threads" in facts else ""
+        shown.append(f"{name} ({facts.get('status') or facts.get('isa', 'no ISA variants')}{threads})")
+    return "; ".join(shown) or "none"
+
+
 def layer_lines(info: EngineInfo) -> list[str]:
     """One aligned line per layer group: what is stored, which kernel runs it in which numerics, and why not another."""
     rows = [
@@ -75,11 +86,29 @@ def layer_lines(info: EngineInfo) -> list[str]:
             f"({group.reason})" if group.reason else "",
         )
         for group in info.layers
+        if has_weights(group)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
         for row in rows
+    ]
+
+
+def has_weights(group: LayerGroup) -> bool:
+    """Whether a group of the report is of layers with stored weights, not of an op such as attention."""
+    return group.stored != "-"
+
+
+def op_lines(info: EngineInfo) -> list[str]:
+    """What runs the ops without weights: one line for the ops that one backend runs for one reason."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for group in info.layers:
+        if not has_weights(group):
+            alike = names.setdefault((group.backend, group.reason), [])
+            alike += [group.name] if group.name not in alike else []
+    return [
+        f"{', '.join(ops)}: {backend}" + (f"  ({reason})" if reason else "") for (backend, reason), ops in names.items()
     ]
 
 

@@ -37,10 +37,13 @@ def fake_info(**changes: object) -> EngineInfo:
         "layers": [
             LayerGroup("qkv_proj", 2, "nvfp4", 4.5, 1000, "cpu", "w4a16"),
             LayerGroup("lm_head", 1, "bf16", 16.0, 500, "reference", "dense", "cpu: not built"),
+            LayerGroup("norm", 5, "-", 0.0, 0, "cpu", "bfloat16"),
+            LayerGroup("rope", 2, "-", 0.0, 0, "cpu", "bfloat16"),
+            LayerGroup("attention", 2, "-", 0.0, 0, "reference", "bfloat16", "cpu: D=80 is not built"),
         ],
         "eos_token_ids": [258],
         "startup_seconds": {"checkpoint": 0.1, "weights": 0.2},
-        "backends": {"cpu": {"isa": "avx2"}},
+        "backends": {"cpu": {"isa": "avx2", "threads": "2"}, "reference": {"isa": "AVX512", "threads": "4"}},
         "enable_prefix_caching": True,
     }
     return EngineInfo(**(facts | changes))  # type: ignore[arg-type]

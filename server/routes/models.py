@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.errors import json_response
+from server.screen import has_weights
 from server.state import ServerState
 
 router = APIRouter()
@@ -56,6 +57,7 @@ def model_card(server: ServerState, name: str) -> dict[str, Any]:
                 "reason": group.reason,
             }
             for group in info.layers
+            if has_weights(group)
         ],
     }
 

@@ -11,10 +11,11 @@ import pytest
 from fastapi import FastAPI
 
 from nvfp4_runtime import __version__
+from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
 from server.cli import exit_code, main, parse_bytes
 from server.config import hash_key, read_api_keys
-from server.screen import ready_screen
+from server.screen import backend_line, layer_lines, op_lines, ready_screen
 from server.serve import (
     _make_server,
     bind,
@@ -219,8 +220,18 @@ def test_start_up_screen_fits_one_screen_and_names_kernels_with_reasons() -> Non
     assert "2 x qkv_proj" in screen
     assert "nvfp4 4.50 bit" in screen
     assert "reference dense  (cpu: not built)" in screen
+    assert "\n  backends  cpu (avx2, 2 threads); reference (AVX512, 4 threads)\n" in screen
+    assert "\n  other ops norm, rope: cpu\n            attention: reference  (cpu: D=80 is not built)\n" in screen
     assert "1024 tokens fit (4.0 requests of full length)" in screen
     assert "w4a16 (auto: what cpu runs fastest)" in screen
+
+
+def test_ops_that_one_backend_runs_share_a_line_and_a_backend_that_cannot_run_says_why() -> None:
+    ops = [LayerGroup(name, 1, "-", 0.0, 0, "reference", "float32") for name in ("norm", "rope", "attention")]
+    info = fake_info(layers=ops, backends={"cpu": {"status": "extension not built"}, "reference": {"isa": "AVX2"}})
+    assert op_lines(info) == ["norm, rope, attention: reference"]
+    assert layer_lines(info) == []
+    assert backend_line(info) == "cpu (extension not built); reference (AVX2)"
 
 
 def test_simulated_vocabulary_is_the_tokenizers() -> None:

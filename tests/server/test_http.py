@@ -118,6 +118,7 @@ async def test_models_say_numerics_and_quantisation(serve: Serve) -> None:
     assert (card["max_model_len"], card["root"], card["parent"]) == (256, "/models/fake", None)
     assert card["permission"][0]["object"] == "model_permission"
     assert (card["numerics"], card["numerics_reason"]) == ("w4a16", "auto: what cpu runs fastest")
+    assert len(card["quantization"]) == 2, "only what is stored, not attention or norms"
     assert card["quantization"][1] == {
         "layers": "lm_head", "count": 1, "stored": "bf16", "bits_per_weight": 16.0, "kernel": "reference",
         "numerics": "dense", "reason": "cpu: not built",
