@@ -32,7 +32,7 @@ class ProgressLine:
 
 
 def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
-    """Model, backends, precision by layer group with kernel and reason, memory, start-up times, address, a curl line."""
+    """Model, backends, precision by layer group with kernel and reason, memory, start-up times, address, a curl."""
     blocks = info.num_blocks - 1  # block 0 is never handed out
     tokens = blocks * info.block_size
     weights = ", ".join(f"{stored} {megabytes(size)}" for stored, size in info.weight_bytes.items())

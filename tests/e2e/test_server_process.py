@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from nvfp4_runtime.text.simulated import byte_tokenizer
 from tests.e2e.conftest import REPOSITORY, Launch, LiveServer
@@ -43,7 +44,7 @@ def stream(server: LiveServer, max_tokens: int, started: threading.Event) -> tup
 
 def test_start_up_screen_says_what_runs_where(simulated: LiveServer) -> None:
     screen = simulated.output()
-    for label in ("model", "numerics", "layers", "weights", "KV cache", "limits", "start-up", "address"):
+    for label in ("model", "numerics", "backends", "layers", "weights", "KV cache", "limits", "start-up", "address"):
         assert f"\n  {label} " in screen, screen
     assert "399 blocks of 16, 6384 tokens fit" in screen
     command = next(line for line in screen.splitlines() if line.strip().startswith("curl "))
@@ -74,6 +75,14 @@ def test_sigterm_ends_streams_that_take_longer_than_the_timeout(launch: Launch) 
     started = time.monotonic()
     assert server.terminate() == 0
     assert time.monotonic() - started < 15
+
+
+def test_shutdown_timeout_of_0_ends_streams_at_once(launch: Launch) -> None:
+    server = launch(*SLOW, "--shutdown-timeout", "0")
+    thread, lines = stream(server, 4000, threading.Event())
+    assert server.terminate() == 0
+    thread.join(30)
+    assert not any('"finish_reason":"length"' in line for line in lines), "80 s of tokens were cut short"
 
 
 def test_second_signal_ends_at_once(launch: Launch) -> None:
@@ -129,6 +138,25 @@ def test_port_in_use_is_one_readable_line_and_exit_code_1() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("nvfp4: cannot listen on 127.0.0.1 port")
     assert done.stderr.count("\n") == 1
+
+
+def test_port_of_a_running_server_is_refused_like_any_other(simulated: LiveServer) -> None:
+    done = run("serve", "--simulate", "--port", simulated.url.rsplit(":", 1)[1])
+    assert done.returncode == 1
+    assert done.stderr.startswith("nvfp4: cannot listen on 127.0.0.1 port")
+    assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--max-model-len", "0"), ("--max-num-seqs", "-1"), ("--max-queued-requests", "-1"), ("--num-kv-blocks", "1")],
+)
+def test_count_that_no_engine_can_work_with_is_one_line_and_exit_code_1(flag: str, value: str) -> None:
+    done = run("serve", "--simulate", "--port", "0", flag, value)
+    assert done.returncode == 1
+    # where progress is not a terminal's, phases that began are lines of their own
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("loading: "))
+    assert line.startswith(f"nvfp4: {flag} is {value}; expected at least "), done.stderr
 
 
 def test_missing_model_is_exit_code_1_and_names_the_flag() -> None:
