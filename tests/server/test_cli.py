@@ -161,6 +161,7 @@ def test_working_directory_cannot_shadow_the_process_that_prepares_the_model(
     assert ended.value.code == 7
     (command,) = commands
     assert command[-1] == "prepare"
+    assert "-P" in command, "an editable install may come before the working directory and hide its lack below"
     version = subprocess.run([*command[:-1], "version"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert version.stdout.startswith(f"nvfp4 {__version__}"), version.stderr
 
