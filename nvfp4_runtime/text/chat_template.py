@@ -165,7 +165,11 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def _generate(template: jinja2.Template, context: Mapping[str, Any]) -> str:
-    """Render piece by piece, so that a runaway template ends at a size or a time."""
+    """Render piece by piece, so that a runaway template ends at a size or a time.
+
+    Looked at whenever the template writes: a loop that writes nothing is not ended by this. The template is a file of
+    the operator's checkpoint, never a client's.
+    """
     deadline = time.monotonic() + MAX_RENDER_SECONDS
     pieces: list[str] = []
     size = 0
