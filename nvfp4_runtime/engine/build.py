@@ -27,6 +27,7 @@ from nvfp4_runtime.engine.plan import (
 )
 from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.engine.scheduler import Scheduler
+from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
 from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
 from nvfp4_runtime.models import load_model
@@ -83,6 +84,12 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         config.scheduler, BlockPool(num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
     )
     numerics, numerics_reason = _numerics(kernels)
+    if config.numerics not in ("auto", numerics):
+        raise ConfigError(
+            f"--numerics {config.numerics} was asked for, and no layer of {config.model} is stored as NVFP4; "
+            "leave it out, or quantise the model first: nvfp4 quantize SRC OUT",
+            "--numerics",
+        )
     info = EngineInfo(
         model=config.model,
         architecture=model.config.architecture,

@@ -66,11 +66,17 @@ def available_memory_bytes() -> int:
 
 def plan_blocks(cache: CacheConfig, scheduler: SchedulerConfig, max_len: int, block_bytes: int) -> int:
     """How many blocks to allocate, the null block included: the flags, else what could be used, within free memory."""
+    free = available_memory_bytes()
     if cache.num_blocks is not None:
+        if cache.num_blocks * block_bytes > free:
+            raise ConfigError(
+                f"--num-kv-blocks {cache.num_blocks} take {cache.num_blocks * block_bytes / 2**30:.2f} GiB and "
+                f"{free / 2**30:.2f} GiB are free",
+                "--num-kv-blocks",
+            )
         return cache.num_blocks
     per_sequence = -(-max_len // cache.block_size)
     useful = 1 + scheduler.max_num_seqs * per_sequence
-    free = available_memory_bytes()
     budget = cache.memory_bytes
     if budget is None:
         budget = min(int(free * KV_SHARE_OF_FREE), KV_DEFAULT_LIMIT_BYTES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -35,7 +36,7 @@ RECIPE_VERSION = 1  # raise it when conversion, calibration text or quantiser ch
 def cached_default_model() -> Path | None:
     """The default model's NVFP4 folder if it has been made already. Torch-free: the server's process asks this."""
     folder = cache_folder() / f"{NAME}-NVFP4"
-    return folder if folder.is_dir() else None
+    return folder if _is_whole(folder) else None
 
 
 def default_bf16(progress: bool = True) -> Path:
@@ -79,7 +80,7 @@ def _render(section: str, template: object) -> str:
 
 
 def _ensure(folder: Path, make: Callable[[Path, bool], None], progress: bool) -> Path:
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     from nvfp4_runtime.checkpoint.writer import temporary_prefix  # imports torch
 
@@ -96,9 +97,28 @@ def _ensure(folder: Path, make: Callable[[Path, bool], None], progress: bool) ->
         for leftover in folder.parent.glob(f"{temporary_prefix(folder)}*"):
             logger.warning("removing %s, left by an interrupted start", leftover)
             shutil.rmtree(leftover)
+        if folder.is_dir() and not _is_whole(folder):
+            logger.warning("rebuilding %s: files are missing or cut short", folder)
+            shutil.rmtree(folder)
         if not folder.is_dir():  # else another start finished it while we waited
             make(folder, progress)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached folder has its files, and its weights as many bytes as their header announces."""
+    weights = folder / "model.safetensors"
+    needed = (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json", weights)
+    if not all(path.is_file() for path in needed):
+        return False
+    try:
+        with weights.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, MemoryError, OverflowError):  # not a header: cut short or overwritten
+        return False
+    return weights.stat().st_size == 8 + size + int(end)
 
 
 def _make_bf16(folder: Path, progress: bool) -> None:

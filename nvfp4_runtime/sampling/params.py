@@ -37,7 +37,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
-        """Raise InvalidParameterError naming the first field that is out of range."""
+        """Raise InvalidParameterError naming the first field that has another type or is out of range."""
+        try:  # msgspec looks at types when it decodes, not when a struct is made
+            msgspec.convert(msgspec.to_builtins(self), SamplingParams)
+        except (msgspec.ValidationError, TypeError) as error:
+            reason, _, path = str(error).partition(" - at `$.")
+            param = path.rstrip("`").partition("[")[0] or None
+            raise InvalidParameterError(f"{param or 'sampling parameters'}: {reason}", param) from error
         _check(0 <= self.temperature <= 2, "temperature", self.temperature, "a number in [0, 2]")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or a positive integer")

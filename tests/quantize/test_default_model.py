@@ -19,6 +19,7 @@ from nvfp4_runtime.checkpoint.writer import new_folder, temporary_prefix
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.quantize import default_model as module
 from nvfp4_runtime.quantize.calibrate import tokenize
+from tests.tiny import tiny_llama
 
 VARIED_TEXT = [
     "The capital of France is Paris, and 1234567890 is 12,345.67 + 8e-9.",
@@ -43,7 +44,7 @@ def fake_make(calls: list[Path]):
         calls.append(folder)
         with new_folder(folder) as temporary:
             time.sleep(0.05)
-            (temporary / "config.json").write_text("{}")
+            tiny_llama(temporary)
 
     return make
 
@@ -180,3 +181,26 @@ def test_the_calibration_text_is_long_and_its_dialogues_use_the_chat_template(de
     dialogues = [i for i in ids if i[0] == 1]  # <|im_start|>
     assert len(dialogues) >= 4
     assert not any("USER:" in text or "\n--\n" in text or "====" in text for text in texts)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no tokenizer", "overwritten"])
+def test_a_damaged_cache_is_not_taken_for_whole(tmp_path, damage):
+    folder = tiny_llama(tmp_path / "m")
+    assert module._is_whole(folder)
+    weights = folder / "model.safetensors"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "overwritten":
+        weights.write_bytes(b"\xff" * 100)
+    else:
+        (folder / "tokenizer.json").unlink()
+    assert not module._is_whole(folder)
+    made = []
+
+    def make(path, progress):
+        made.append(path)
+        tiny_llama(path)
+
+    assert module._ensure(folder, make, False) == folder
+    assert made == [folder]
+    assert module._is_whole(folder)
