@@ -112,4 +112,4 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]  # a sequence of ints is one prompt
-    return list(prompts)  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]  # neither text nor ids: many of them

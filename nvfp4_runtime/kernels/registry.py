@@ -112,7 +112,7 @@ class Kernels:
                 "use --numerics w4a16, or quantise with --calib",
                 "--numerics",
             )
-        spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, self.stream)  # type: ignore[arg-type]
+        spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, self.stream)  # type: ignore[arg-type]  # format is one of the four
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
         bits = 8 * weight.nbytes / (weight.n * weight.k)
