@@ -101,7 +101,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SimulatedConfig:
-    """The deterministic stand-in for a model: scripted tokens and step times, no weights, no torch.
+    """The deterministic stand-in for a model: scripted tokens and a step time, no weights, no torch.
 
     Request r's token i is `script[i % len(script)]` if a script is given, else a hash of the tokens so far.
     """
@@ -111,7 +111,6 @@ class SimulatedConfig:
     script: tuple[int, ...] = ()
     eos_token_id: int | None = None
     step_seconds: float = 0.0
-    seconds_per_token: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class GenerationRequest(BaseModel):
     @property
     def num_logprobs(self) -> int | None:
         """How many alternatives beside each sampled token; None for no logprobs."""
-        raise NotImplementedError
+        raise NotImplementedError  # the two endpoints spell it differently: each request class says how
 
     def check(self, max_n: int) -> None:
         """Refuse what can be refused without the model. Raises InvalidParameterError naming the field."""

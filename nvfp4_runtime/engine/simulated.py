@@ -27,9 +27,8 @@ class SimulatedExecutor:
         self._sleep = sleep
 
     def execute(self, schedule: Schedule) -> list[StepResult]:
-        seconds = self.config.step_seconds + self.config.seconds_per_token * schedule.num_tokens
-        if seconds > 0:
-            self._sleep(seconds)
+        if self.config.step_seconds > 0:
+            self._sleep(self.config.step_seconds)
         return [self._result(entry) for entry in schedule.entries]
 
     def _result(self, entry: Scheduled) -> StepResult:
