@@ -79,8 +79,6 @@ struct AttentionCall {
   }
 };
 
-size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
-
 // Rows a thread takes of an op that does little per row: about 16 KiB at a time.
 int row_grain(size_t row_bytes) { return static_cast<int>(std::max<size_t>(1, 16384 / std::max<size_t>(1, row_bytes))); }
 
@@ -121,12 +119,12 @@ const char* Context::sixteen_bit() const {
 
 std::unique_ptr<PackedNVFP4> Context::pack(const std::vector<NVFP4Rows>& parts, const float* row_scale,
                                            const float* bias, int k, Numerics numerics, float input_scale, bool e8m0) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   return std::make_unique<PackedNVFP4>(pool_, parts, row_scale, bias, k, numerics, input_scale, e8m0);
 }
 
 void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const Operand operand = w.numerics == Numerics::w4a4   ? Operand::nvfp4
                           : w.numerics == Numerics::w4a8 ? Operand::int8
                           : type == Type::bf16           ? kernels_.sixteen_bit
@@ -163,7 +161,7 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
 
 void Context::linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
                            void* out, Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   LinearDense a{};
   a.stride = round16(k);
   const bool direct = type == Type::f32 && k % 16 == 0;
@@ -194,12 +192,12 @@ void Context::linear_dense(const void* w, Type w_type, const float* bias, const 
 }
 
 void Context::rms_norm(const RMSNorm& a, int rows) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<RMSNorm, &Kernels::rms_norm>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));
 }
 
 void Context::silu_mul(const SiluMul& a, int rows) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<SiluMul, &Kernels::silu_mul>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));
 }
 
@@ -212,14 +210,14 @@ void Context::rope(const Rope& a, int rows, int64_t num_slots, int64_t num_posit
       throw std::out_of_range("positions[" + std::to_string(t) + "] is " + std::to_string(a.positions[t]) +
                               "; the cos and sin tables hold " + std::to_string(num_positions) + " positions");
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const size_t row = static_cast<size_t>(a.heads + 2 * a.kv_heads) * a.head_dim * 4;
   parallel<Rope, &Kernels::rope>(pool_, kernels_, a, rows, row_grain(row));
 }
 
 void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences, int rows,
                         int num_blocks) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const int group = a.heads / a.kv_heads, tokens_at_once = std::max(1, kAttentionRows / group);
   items_.clear();
   if (cu_seqlens[0] != 0 || cu_seqlens[sequences] != rows)
