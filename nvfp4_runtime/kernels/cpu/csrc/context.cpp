@@ -12,7 +12,7 @@ namespace nvfp4 {
 namespace {
 
 constexpr int kRowsAtOnce = 480;             // prefill rows kept widened: 480 x 1536 x 4 bytes = 2.8 MiB
-constexpr size_t kPieceBytes = 48 * 1024;    // weights a thread takes at a time: they stay in L1/L2 over all row blocks
+constexpr size_t kPieceBytes = 96 * 1024;  // weights a thread takes at a time
 
 // A host may have set flush-to-zero on its own thread; ours have not, and rows must not depend on who computes them.
 class [[maybe_unused]] PlainFloats {
@@ -47,7 +47,7 @@ const Kernels& find_kernels(const std::string& isa) {
 // Pieces of `unit_bytes` items for `threads`: small enough to balance, large enough to be worth a hand-over.
 int grain_of(int count, size_t unit_bytes, int threads) {
   const int by_size = static_cast<int>(std::max<size_t>(1, kPieceBytes / std::max<size_t>(1, unit_bytes)));
-  const int by_balance = std::max(1, count / (2 * threads));
+  const int by_balance = std::max(1, count / (4 * threads));
   return std::min(by_size, by_balance);
 }
 
