@@ -31,6 +31,7 @@ class Context {
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
   void linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
                     void* out, Type out_type);
+  void convert(const void* from, Type type, void* to, Type to_type, int count);  // on the calling thread
   void rms_norm(const RMSNorm& a, int rows);
   void silu_mul(const SiluMul& a, int rows);
   void rope(const Rope& a, int rows, int64_t num_slots, int64_t num_positions);

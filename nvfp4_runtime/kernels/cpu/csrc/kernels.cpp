@@ -59,7 +59,7 @@ int rows_that_share(Operand o) { return max_rows(o); }
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
     NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, widen,
-    linear_dense,            rms_norm, silu_mul, rope, attention, quantize,
+    linear_dense,            convert, rms_norm, silu_mul, rope, attention, quantize,
 };
 
 }  // namespace nvfp4

@@ -163,6 +163,7 @@ struct Kernels {
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
   void (*widen)(const Widen&, int begin, int end);                  // rows
   void (*linear_dense)(const LinearDense&, int begin, int end);     // output features
+  void (*convert)(const void* from, Type, void* to, Type to_type, int count);
   void (*rms_norm)(const RMSNorm&, int begin, int end);             // tokens
   void (*silu_mul)(const SiluMul&, int begin, int end);             // tokens
   void (*rope)(const Rope&, int begin, int end);                    // tokens
