@@ -18,7 +18,7 @@ from torch import Tensor
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import StepMemo
-from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearFP8, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
@@ -32,7 +32,8 @@ from nvfp4_runtime.kernels.ops import (
     RopeKernel,
     RopeSpec,
 )
-from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 _native: Any
 try:
@@ -43,6 +44,7 @@ except ImportError as e:
 
 NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
+FP8_SCALE_STEP = 64  # csrc/types.h: kPlainChunk
 
 
 class CPUBackend:
@@ -81,6 +83,8 @@ class CPUBackend:
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
         if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in ("w4a16", "w4a4"):
             return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
+        if isinstance(spec, LinearSpec) and (reason := _refuses_format(spec)) is not None:
+            return reason
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             if spec.head_dim > MAX_HEAD_DIM:
                 return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"
@@ -95,6 +99,9 @@ class CPUBackend:
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         if isinstance(weight, NVFP4Weight):
             return NativeLinearNVFP4(_native, self._context, weight, spec)
+        if isinstance(weight, FP8Weight):
+            return NativeLinearFP8(_native, self._context, weight, spec)
+        assert isinstance(weight, DenseWeight)  # `refuses` says no to everything else
         return NativeLinearDense(self._context, weight, spec)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
@@ -117,6 +124,19 @@ class CPUBackend:
             "threads": str(self._context.threads),
             "version": metadata.version("nvfp4-runtime"),
         }
+
+
+def _refuses_format(spec: LinearSpec) -> str | None:
+    if spec.weight == "mxfp4":
+        return "mxfp4 weights have no native kernel yet"
+    if spec.weight != "nvfp4" and spec.numerics is not None:
+        return f"{spec.weight} weights have no choice of numerics, asked for {spec.numerics}"
+    if spec.weight == "fp8":
+        if spec.block is None:
+            return "fp8 weights need the block of their scales in the spec, found none"
+        if spec.block[1] < spec.k and spec.block[1] % FP8_SCALE_STEP:
+            return f"fp8 scales change every multiple of {FP8_SCALE_STEP} inputs or never, asked for {spec.block[1]}"
+    return None
 
 
 def supported_isas() -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nvfp4_runtime.errors import ConfigError, KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix
 from nvfp4_runtime.kernels.ops import LinearSpec
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
 
 
@@ -79,7 +80,8 @@ class NativeLinearNVFP4:
 class NativeLinearDense:
     """A plain weight, read from the tensor it came in (a tied embedding is not copied).
 
-    Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree.
+    Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree. With bfloat16 on both
+    sides the avx512bf16 variant multiplies pairs by vdpbf16ps: subnormals (below 2^-126) count as zero.
     Error before the final rounding at most (K/16 + 6) * 2^-24 * sum |x w|.
     weight_bytes  bytes of that tensor
     """
@@ -100,6 +102,53 @@ class NativeLinearDense:
         )
         self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
         self.weight_bytes = self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        check_matrix("x", x, self.dtype, self.k)
+        rows = x.size(0)
+        out = torch.empty((rows, self.n), dtype=self.out_dtype)
+        self._run(*self._head, x.data_ptr(), self._type, rows, self.n, self.k, out.data_ptr(), self._out_type)
+        return out
+
+
+class NativeLinearFP8:
+    """An FP8 weight, read from the tensor it came in, one byte a weight.
+
+    Codes are widened exactly (to FP32, or BF16 pairs in the avx512bf16 variant with bfloat16 activations), products
+    are exact or fused into the addition, sums are the chains of `NativeLinearDense`, 16 over K and a tree. Where a row
+    has one scale it multiplies the finished sum: before the final rounding the error is at most
+    (K/16 + 7) * 2^-24 * sum |x w|. Scales in blocks of K: one such chain per block and lane, multiplied by its scale and
+    added to the lane's total, then the tree: (B/16 + K/B + 6) * 2^-24 * sum |x w| for blocks of B.
+
+    Raises KernelError where a code is NaN, naming its place.
+    weight_bytes  bytes of codes and scales
+    """
+
+    def __init__(self, native: Any, context: Any, weight: FP8Weight, spec: LinearSpec) -> None:
+        self.codes = weight.codes.contiguous()
+        self.scale = weight.scale.contiguous()
+        self.bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
+        for tensor, name in ((self.codes, "weight"), (self.scale, "weight_scale"), (self.bias, "bias")):
+            if tensor is not None and tensor.device.type != "cpu":
+                raise KernelError(f"the cpu backend got {name} on {tensor.device}; load the checkpoint on the CPU")
+        self.n, self.k = weight.n, weight.k
+        if (place := native.find_nan_e4m3(self.codes.data_ptr(), self.codes.numel())) >= 0:
+            raise KernelError(
+                f"FP8 weight [{place // self.k}, {place % self.k}] is NaN; expected finite values: "
+                "quantise the layer again"
+            )
+        self._run = context.linear_fp8
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._head = (
+            self.codes.data_ptr(),
+            self.scale.data_ptr(),
+            min(weight.block[0], max(1, self.n)),
+            min(weight.block[1], self.k),
+            0 if self.bias is None else self.bias.data_ptr(),
+        )
+        self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
+        self.weight_bytes: int = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         check_matrix("x", x, self.dtype, self.k)

@@ -83,6 +83,17 @@ struct AttentionCall {
   }
 };
 
+struct PlainCall {
+  const Kernels* kernels;
+  const LinearPlain* args;
+  float* const* scratch;
+  static void work(const void* context, int begin, int end, int thread) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const PlainCall*>(context);
+    call->kernels->linear_plain(*call->args, begin, end, call->scratch[thread]);
+  }
+};
+
 size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
 
 // Rows a thread takes of an op that does little per row: about 16 KiB at a time.
@@ -147,6 +158,19 @@ PackedNVFP4::PackedNVFP4(const uint8_t* codes, const uint8_t* scales, const floa
   bytes += static_cast<size_t>(panels) * kPanel * sizeof(float) * (has_bias ? 2 : 1);
 }
 
+int64_t find_nan_e4m3(const uint8_t* codes, int64_t count) {
+  constexpr int64_t piece = 4096;  // a loop without an exit, which the compiler vectorises
+  for (int64_t i = 0; i < count; i += piece) {
+    const int64_t end = std::min(count, i + piece);
+    uint8_t found = 0;
+    for (int64_t j = i; j < end; j++) found |= (codes[j] & 0x7f) == 0x7f;
+    if (!found) continue;
+    for (int64_t j = i; j < end; j++)
+      if ((codes[j] & 0x7f) == 0x7f) return j;
+  }
+  return -1;
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> isas;
 #if defined(__x86_64__)
@@ -207,36 +231,40 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
   }
 }
 
-void Context::linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
-                           void* out, Type out_type) {
+void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  LinearDense a{};
-  a.stride = round16(k);
-  const bool direct = type == Type::f32 && k % 16 == 0;
+  a.pairs = kernels_.pairs && type == Type::bf16 && (a.weight_type == Type::bf16 || a.weight_type == Type::e4m3);
+  a.out_type = out_type;
+  const size_t packed_row = static_cast<size_t>(plain_vectors(a.k, a.pairs)) * 64;
+  const int groups = (a.n + 15) / 16;
+  const int grain = grain_of(groups, static_cast<size_t>(a.k) * 16 * type_bytes(a.weight_type), pool_.threads());
   for (int first = 0; first < m; first += kRowsAtOnce) {
-    const int rows = std::min(kRowsAtOnce, m - first);
-    const char* from = static_cast<const char*>(x) + static_cast<size_t>(first) * k * type_bytes(type);
-    if (kernels_.pairs && type == Type::bf16 && w_type == Type::bf16) {
-      a.pairs = reinterpret_cast<const bf16*>(from);
-    } else if (!direct) {
-      Widen widen{from, type, rows, k, a.stride, x_.floats(static_cast<size_t>(rows) * a.stride)};
-      parallel<Widen, &Kernels::widen>(pool_, kernels_, widen, rows, row_grain(static_cast<size_t>(k) * 4));
-      a.x = widen.out;
-    } else {
-      a.x = reinterpret_cast<const float*>(from);
-    }
-    a.weights = w;
-    a.weight_type = w_type;
-    a.bias = bias;
+    const int rows = std::min(kRowsAtOnce, m - first), width = rows <= kernels_.plain_first ? rows : kernels_.plain_width;
+    PackPlain pack{};
+    pack.x = static_cast<const char*>(x) + static_cast<size_t>(first) * a.k * type_bytes(type);
+    pack.type = type;
+    pack.weight_type = a.weight_type;
+    pack.m = rows;
+    pack.k = a.k;
+    pack.width = width;
+    pack.packed = x_.bytes(packed_row * rows);
+    parallel<PackPlain, &Kernels::pack_plain>(pool_, kernels_, pack, (rows + width - 1) / width,
+                                              row_grain(packed_row * width));
+    a.x = pack.packed;
     a.m = rows;
-    a.n = n;
-    a.k = k;
-    a.out = static_cast<char*>(out) + static_cast<size_t>(first) * n * type_bytes(out_type);
-    a.out_type = out_type;
-    int grain = grain_of(n, static_cast<size_t>(k) * type_bytes(w_type), pool_.threads());
-    if (grain > 8) grain = grain / 8 * 8;  // whole tiles
-    parallel<LinearDense, &Kernels::linear_dense>(pool_, kernels_, a, n, grain);
+    a.out = static_cast<char*>(out) + static_cast<size_t>(first) * a.n * type_bytes(out_type);
+    addresses_.clear();
+    const size_t scratch = rows <= kernels_.plain_first ? 0 : plain_scratch(a.k, a.pairs);
+    for (auto& s : per_thread_) addresses_.push_back(static_cast<float*>(s.bytes(scratch)));
+    const PlainCall call{&kernels_, &a, addresses_.data()};
+    pool_.run(PlainCall::work, &call, groups, grain);
   }
+}
+
+void Context::quantize_weight(const QuantizeWeight& a) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  parallel<QuantizeWeight, &Kernels::quantize_weight>(pool_, kernels_, a, a.n,
+                                                      row_grain(static_cast<size_t>(a.k) * type_bytes(a.type)));
 }
 
 void Context::rms_norm(const RMSNorm& a, int rows) {

@@ -45,6 +45,7 @@ struct PackedNVFP4 {
   float *row_scales_, *biases_;
 };
 
+int64_t find_nan_e4m3(const uint8_t* codes, int64_t count);  // index of the first, or -1
 std::vector<std::string> supported_isas();  // best first
 
 class Context {
@@ -55,8 +56,9 @@ class Context {
   int threads() const { return pool_.threads(); }
 
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
-  void linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
-                    void* out, Type out_type);
+  // `a` names the weight: pointers, types, n, k; the rest is filled in here.
+  void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
+  void quantize_weight(const QuantizeWeight& a);
   void rms_norm(const RMSNorm& a, int rows);
   void silu_mul(const SiluMul& a, int rows);
   void rope(const Rope& a, int rows, int64_t num_slots, int64_t num_positions);

@@ -21,7 +21,7 @@ namespace {
 #include "simd_avx512.h"
 constexpr int kMaxRows = 16;  // two registers each: the group and the total (24 spills, and runs 12 % slower)
 constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
-constexpr int kDenseFirst = 8;           // rows of its first pass
+constexpr int kDenseFirst = 8;           // up to so many rows meet weights straight from memory
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 constexpr int kMaxRows = 4;  // each takes two of 16 registers, and decoding five
@@ -38,12 +38,14 @@ constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 
 #include "attention.h"
 #include "linear.h"
+#include "linear_plain.h"
+#include "quantize.h"
 
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
-    NVFP4_STRING(NVFP4_ISA), kPairs, kMaxRows, block_width, pack_x,   linear_nvfp4, widen,
-    linear_dense,            rms_norm, silu_mul, rope, attention, quantize,
+    NVFP4_STRING(NVFP4_ISA), kPairs, kMaxRows, block_width, pack_x,   linear_nvfp4, kDenseFirst, kDenseM, pack_plain,
+    linear_plain,            rms_norm, silu_mul, rope, attention, quantize, quantize_weight,
 };
 
 }  // namespace nvfp4

@@ -25,6 +25,9 @@ NB_MODULE(_native, m) {
   m.def("supported_isas", &supported_isas, "ISA variants this machine can run, best first.");
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
+  m.def(
+      "find_nan_e4m3", [](Address codes, int64_t count) { return find_nan_e4m3(at<const uint8_t>(codes), count); }, no_gil,
+      "Index of the first NaN among E4M3 codes, or -1.");
 
   nb::class_<PackedNVFP4>(m, "PackedNVFP4")
       .def(
@@ -51,8 +54,37 @@ NB_MODULE(_native, m) {
           "linear_dense",
           [](Context& c, Address w, int w_type, Address bias, Address x, int type, int rows, int n, int k, Address out,
              int out_type) {
-            c.linear_dense(at(w), Type(w_type), at<const float>(bias), at(x), Type(type), rows, n, k, at(out),
-                           Type(out_type));
+            LinearPlain a{};
+            a.weights = at(w);
+            a.weight_type = Type(w_type);
+            a.bias = at<const float>(bias);
+            a.n = n;
+            a.k = k;
+            c.linear_plain(a, at(x), Type(type), rows, at(out), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "linear_fp8",
+          [](Context& c, Address codes, Address scale, int scale_rows, int scale_k, Address bias, Address x, int type,
+             int rows, int n, int k, Address out, int out_type) {
+            LinearPlain a{};
+            a.weights = at(codes);
+            a.weight_type = Type::e4m3;
+            a.scale = at<const float>(scale);
+            a.scale_rows = scale_rows;
+            a.scale_k = scale_k;
+            a.bias = at<const float>(bias);
+            a.n = n;
+            a.k = k;
+            c.linear_plain(a, at(x), Type(type), rows, at(out), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "quantize_weight",
+          [](Context& c, Address w, int type, int n, int k, Address codes, Address row_amax, Address block_scales,
+             float scale_2) {
+            c.quantize_weight({at(w), Type(type), n, k, at<uint8_t>(codes), at<float>(row_amax),
+                               at<uint8_t>(block_scales), scale_2});
           },
           no_gil)
       .def(
