@@ -8,7 +8,7 @@ change a bit. Between ISA variants the last bits differ.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,21 @@ from torch import Tensor
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import StepMemo
+from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearFP8, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
+from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    GroupedLinearKernel,
+    GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
+    QuantizeSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -77,13 +82,19 @@ class CPUBackend:
     def refuses(self, spec: OpSpec) -> str | None:
         if self._context is None:
             return f"{NOT_BUILT} ({_missing})"
+        if isinstance(spec, QuantizeSpec):
+            return None
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
-        if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in ("w4a16", "w4a4"):
+        if (
+            isinstance(spec, LinearSpec | GroupedLinearSpec)
+            and spec.weight == "nvfp4"
+            and spec.numerics not in ("w4a16", "w4a4")
+        ):
             return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
-        if isinstance(spec, LinearSpec) and (reason := _refuses_format(spec)) is not None:
+        if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
             return reason
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             if spec.head_dim > MAX_HEAD_DIM:
@@ -103,6 +114,12 @@ class CPUBackend:
             return NativeLinearFP8(_native, self._context, weight, spec)
         assert isinstance(weight, DenseWeight)  # `refuses` says no to everything else
         return NativeLinearDense(self._context, weight, spec)
+
+    def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
+        return NativeGroupedLinear(_native, self._context, [self.linear(weight, spec.each) for weight in weights], spec)
+
+    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight:
+        return quantize_fp8(self._context, weight) if spec.form == "fp8" else quantize_nvfp4(self._context, weight)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return NativeRMSNorm(self._context, spec)
@@ -126,7 +143,7 @@ class CPUBackend:
         }
 
 
-def _refuses_format(spec: LinearSpec) -> str | None:
+def _refuses_format(spec: LinearSpec | GroupedLinearSpec) -> str | None:
     if spec.weight == "mxfp4":
         return "mxfp4 weights have no native kernel yet"
     if spec.weight != "nvfp4" and spec.numerics is not None:

@@ -51,7 +51,7 @@ class NativeLinearNVFP4:
             if tensor is not None and tensor.device.type != "cpu":
                 raise KernelError(f"the cpu backend got {name} on {tensor.device}; load the checkpoint on the CPU")
         try:
-            self._packed = native.PackedNVFP4(
+            self.packed = native.PackedNVFP4(
                 codes.data_ptr(),
                 scales.data_ptr(),
                 row_scale.data_ptr(),
@@ -67,21 +67,21 @@ class NativeLinearNVFP4:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
-        self.weight_bytes: int = self._packed.nbytes
+        self.weight_bytes: int = self.packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         check_matrix("x", x, self.dtype, self.k)
         rows = x.size(0)
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
-        self._run(self._packed, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
+        self._run(self.packed, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
         return out
 
 
 class NativeLinearDense:
     """A plain weight, read from the tensor it came in (a tied embedding is not copied).
 
-    Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree. With bfloat16 on both
-    sides the avx512bf16 variant multiplies pairs by vdpbf16ps: subnormals (below 2^-126) count as zero.
+    Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree. With bfloat16 on
+    both sides the avx512bf16 variant multiplies pairs by vdpbf16ps: subnormals (below 2^-126) count as zero.
     Error before the final rounding at most (K/16 + 6) * 2^-24 * sum |x w|.
     weight_bytes  bytes of that tensor
     """
@@ -110,6 +110,10 @@ class NativeLinearDense:
         self._run(*self._head, x.data_ptr(), self._type, rows, self.n, self.k, out.data_ptr(), self._out_type)
         return out
 
+    def into(self, x_at: int, rows: int, out_at: int) -> None:
+        """The same on addresses that the caller has checked."""
+        self._run(*self._head, x_at, self._type, rows, self.n, self.k, out_at, self._out_type)
+
 
 class NativeLinearFP8:
     """An FP8 weight, read from the tensor it came in, one byte a weight.
@@ -117,8 +121,8 @@ class NativeLinearFP8:
     Codes are widened exactly (to FP32, or BF16 pairs in the avx512bf16 variant with bfloat16 activations), products
     are exact or fused into the addition, sums are the chains of `NativeLinearDense`, 16 over K and a tree. Where a row
     has one scale it multiplies the finished sum: before the final rounding the error is at most
-    (K/16 + 7) * 2^-24 * sum |x w|. Scales in blocks of K: one such chain per block and lane, multiplied by its scale and
-    added to the lane's total, then the tree: (B/16 + K/B + 6) * 2^-24 * sum |x w| for blocks of B.
+    (K/16 + 7) * 2^-24 * sum |x w|. Scales in blocks of K: one such chain per block and lane, multiplied by its scale
+    and added to the lane's total, then the tree: (B/16 + K/B + 6) * 2^-24 * sum |x w| for blocks of B.
 
     Raises KernelError where a code is NaN, naming its place.
     weight_bytes  bytes of codes and scales
@@ -156,3 +160,7 @@ class NativeLinearFP8:
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
         self._run(*self._head, x.data_ptr(), self._type, rows, self.n, self.k, out.data_ptr(), self._out_type)
         return out
+
+    def into(self, x_at: int, rows: int, out_at: int) -> None:
+        """The same on addresses that the caller has checked."""
+        self._run(*self._head, x_at, self._type, rows, self.n, self.k, out_at, self._out_type)

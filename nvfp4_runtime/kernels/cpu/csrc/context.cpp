@@ -15,6 +15,7 @@ namespace nvfp4 {
 namespace {
 
 constexpr int kRowsAtOnce = 480;             // prefill rows kept widened: 480 x 1536 x 4 bytes = 2.8 MiB
+constexpr int kPlainRowsAtOnce = 512;        // the same for plain weights: 512 x 2048 x 2 bytes = 2 MiB
 constexpr size_t kPieceBytes = 48 * 1024;    // weights a thread takes at a time: they stay in L1/L2 over all row blocks
 constexpr size_t kHugePage = size_t{2} << 20;
 
@@ -80,6 +81,29 @@ struct AttentionCall {
     const PlainFloats guard;
     const auto* call = static_cast<const AttentionCall*>(context);
     for (int i = begin; i < end; i++) call->kernels->attention(*call->args, i, call->scratch[thread]);
+  }
+};
+
+struct ExpertsCall {
+  const Kernels* kernels;
+  const PackX* packs;
+  const LinearNVFP4* linears;
+  const std::vector<ExpertPiece>* pieces;
+  static void pack(const void* context, int begin, int end, int) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const ExpertsCall*>(context);
+    for (int i = begin; i < end; i++) {
+      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
+      call->kernels->pack_x(call->packs[piece.expert], piece.begin, piece.end);
+    }
+  }
+  static void multiply(const void* context, int begin, int end, int) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const ExpertsCall*>(context);
+    for (int i = begin; i < end; i++) {
+      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
+      call->kernels->linear_nvfp4(call->linears[piece.expert], piece.begin, piece.end);
+    }
   }
 };
 
@@ -231,6 +255,66 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
   }
 }
 
+ExpertsNVFP4::ExpertsNVFP4(std::vector<const PackedNVFP4*> e) : experts(std::move(e)) {
+  for (const auto* w : experts)
+    if (w->n != experts[0]->n || w->k != experts[0]->k || (w->input_scale == 0.f) != (experts[0]->input_scale == 0.f))
+      throw std::invalid_argument("experts differ in shape or numerics");
+}
+
+void Context::grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
+                            Type out_type) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (rows == 0) return;
+  const int n = w.experts[0]->n, k = w.experts[0]->k, most = kernels_.max_rows;
+  const bool quantised = w.experts[0]->input_scale != 0.f;
+  size_t stored = 0;  // rows of x as packed: every expert begins a block
+  for (size_t e = 0; e < w.experts.size(); e++) stored += (offsets[e + 1] - offsets[e] + most - 1) / most * most;
+  float* packed = x_.floats(stored * k);
+  float* scales = quantised ? scales_.floats(stored * (k / kGroup)) : nullptr;
+  expert_packs_.clear();
+  expert_linears_.clear();
+  expert_pieces_.clear();
+  for (size_t e = 0; e < w.experts.size(); e++) {
+    const int m = offsets[e + 1] - offsets[e], blocks = (m + most - 1) / most;
+    if (m == 0) continue;
+    const PackedNVFP4& weight = *w.experts[e];
+    PackX pack{};
+    pack.x = static_cast<const char*>(x) + static_cast<size_t>(offsets[e]) * k * type_bytes(type);
+    pack.type = type;
+    pack.m = m;
+    pack.k = k;
+    pack.input_scale = weight.input_scale;
+    pack.packed = packed;
+    pack.scales = scales;
+    LinearNVFP4 a{};
+    a.weights = weight.data();
+    a.row_scale = weight.scale_data();
+    a.bias = weight.bias_data();
+    a.x = packed;
+    a.pairs = kernels_.pairs && type == Type::bf16;
+    a.scales = scales;
+    a.m = m;
+    a.n = n;
+    a.k = k;
+    a.out = static_cast<char*>(out) + static_cast<size_t>(offsets[e]) * n * type_bytes(out_type);
+    a.out_type = out_type;
+    for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
+    expert_packs_.push_back(pack);
+    expert_linears_.push_back(a);
+    packed += static_cast<size_t>(blocks) * most * k;
+    if (quantised) scales += static_cast<size_t>(blocks) * most * (k / kGroup);
+  }
+  const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
+  pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);
+  const int panels = (n + kPanel - 1) / kPanel;
+  const int all = panels * static_cast<int>(expert_linears_.size());
+  const int grain = grain_of(all, panel_bytes(k), pool_.threads());
+  expert_pieces_.clear();
+  for (int e = 0; e < static_cast<int>(expert_linears_.size()); e++)
+    for (int p = 0; p < panels; p += grain) expert_pieces_.push_back({e, p, std::min(panels, p + grain)});
+  pool_.run(ExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
+}
+
 void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type) {
   const std::lock_guard<std::mutex> lock(mutex_);
   a.pairs = kernels_.pairs && type == Type::bf16 && (a.weight_type == Type::bf16 || a.weight_type == Type::e4m3);
@@ -238,8 +322,10 @@ void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void*
   const size_t packed_row = static_cast<size_t>(plain_vectors(a.k, a.pairs)) * 64;
   const int groups = (a.n + 15) / 16;
   const int grain = grain_of(groups, static_cast<size_t>(a.k) * 16 * type_bytes(a.weight_type), pool_.threads());
-  for (int first = 0; first < m; first += kRowsAtOnce) {
-    const int rows = std::min(kRowsAtOnce, m - first), width = rows <= kernels_.plain_first ? rows : kernels_.plain_width;
+  for (int first = 0; first < m; first += kPlainRowsAtOnce) {
+    const int rows = std::min(kPlainRowsAtOnce, m - first);
+    const int panels = rows <= kernels_.plain_first ? 1 : (rows + kernels_.plain_width - 1) / kernels_.plain_width;
+    const int width = (rows + panels - 1) / panels;
     PackPlain pack{};
     pack.x = static_cast<const char*>(x) + static_cast<size_t>(first) * a.k * type_bytes(type);
     pack.type = type;
@@ -252,6 +338,7 @@ void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void*
                                               row_grain(packed_row * width));
     a.x = pack.packed;
     a.m = rows;
+    a.width = width;
     a.out = static_cast<char*>(out) + static_cast<size_t>(first) * a.n * type_bytes(out_type);
     addresses_.clear();
     const size_t scratch = rows <= kernels_.plain_first ? 0 : plain_scratch(a.k, a.pairs);

@@ -45,8 +45,18 @@ struct PackedNVFP4 {
   float *row_scales_, *biases_;
 };
 
+// Experts of one layer, alike in n and k. Does not own them.
+struct ExpertsNVFP4 {
+  std::vector<const PackedNVFP4*> experts;
+  explicit ExpertsNVFP4(std::vector<const PackedNVFP4*> e);  // throws when they are not alike
+};
+
 int64_t find_nan_e4m3(const uint8_t* codes, int64_t count);  // index of the first, or -1
 std::vector<std::string> supported_isas();  // best first
+
+struct ExpertPiece {
+  int expert, begin, end;  // of its blocks of rows, or of its panels
+};
 
 class Context {
  public:
@@ -56,6 +66,9 @@ class Context {
   int threads() const { return pool_.threads(); }
 
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
+  // Rows offsets[e] .. offsets[e + 1] of x meet expert e. Offsets run from 0 to `rows` and never fall.
+  void grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
+                     Type out_type);
   // `a` names the weight: pointers, types, n, k; the rest is filled in here.
   void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
   void quantize_weight(const QuantizeWeight& a);
@@ -74,6 +87,9 @@ class Context {
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_
   std::vector<AttentionItem> items_;
+  std::vector<PackX> expert_packs_;         // of the experts that have rows
+  std::vector<LinearNVFP4> expert_linears_;
+  std::vector<ExpertPiece> expert_pieces_;
 };
 
 }  // namespace nvfp4

@@ -21,7 +21,7 @@ namespace {
 #include "simd_avx512.h"
 constexpr int kMaxRows = 16;  // two registers each: the group and the total (24 spills, and runs 12 % slower)
 constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
-constexpr int kDenseFirst = 8;           // up to so many rows meet weights straight from memory
+constexpr int kDenseFirst = 4;           // up to so many rows meet weights straight from memory
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 constexpr int kMaxRows = 4;  // each takes two of 16 registers, and decoding five

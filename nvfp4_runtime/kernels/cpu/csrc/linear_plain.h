@@ -132,13 +132,24 @@ inline void stream_row(const W* w, int k, const char* x, const float* scale, Sum
   add_up<1, M>(acc, scale, sums);
 }
 
+// Weights that will be wanted next: N rows `stride` bytes apart, of which a vector's worth is `bytes`. Null: none.
+struct Ahead {
+  const char* at;
+  size_t stride;
+  int bytes;
+};
+
 // N decoded rows of weights, [vector][N], times M rows of x. `more`: go on with the sums of the vectors before.
 template <class Vec, int N, int M>
-inline void tile(const char* w, const char* x, int vectors, bool more, const float* scale, Sums sums) {
+inline void tile(const char* w, const char* x, int vectors, bool more, const float* scale, Ahead ahead, Sums sums) {
   V acc[N][M];
   UNROLL for (int n = 0; n < N; n++)
     UNROLL for (int m = 0; m < M; m++) acc[n][m] = more ? sums[m][n] : zero();
   for (int i = 0; i < vectors; i++) {
+    if (ahead.at) {
+      UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(ahead.at + n * ahead.stride, 0, 2);
+      ahead.at += ahead.bytes;
+    }
     Vec v[N];
     UNROLL for (int n = 0; n < N; n++) load_vector(w + n * 64, v[n]);
     UNROLL for (int m = 0; m < M; m++) {
@@ -214,7 +225,7 @@ void stream_group(const LinearPlain& a, int group) {
 constexpr int kCacheVectors = 32;  // vectors of K a tile walks before the next tile has its turn: they stay in L1
 
 template <class W, class O, bool pairs, int M>
-void tile_panel(const LinearPlain& a, const Group<W>& g, const char* decoded, int row) {
+void tile_panel(const LinearPlain& a, const Group<W>& g, const char* decoded, int row, bool prefetch) {
   using Vec = typename VectorOf<pairs>::type;
   const int total = plain_vectors(a.k, pairs), per_chunk = pairs ? 2 : 4;
   const int step = g.by_row ? kCacheVectors : g.block / kPlainChunk * per_chunk;
@@ -223,14 +234,18 @@ void tile_panel(const LinearPlain& a, const Group<W>& g, const char* decoded, in
   if (!g.by_row)
     for (int m = 0; m < M; m++)
       for (int n = 0; n < 16; n++) sums[m][n] = zero();
+  const size_t stride = static_cast<size_t>(a.k) * sizeof(W);
+  const int bytes = static_cast<int>(kPlainChunk * sizeof(W)) / per_chunk;
   float scales[16];
   for (int i = 0, b = 0; i < total; i += step, b++) {
     const int vectors = total - i < step ? total - i : step;
     if (!g.by_row) g.scales_at(b, scales);
-    for (int n = 0; n < 16; n += kDenseN)
+    for (int n = 0; n < 16; n += kDenseN) {
+      const char* next = reinterpret_cast<const char*>(g.row(16 + n)) + static_cast<size_t>(i) * bytes;
       tile<Vec, kDenseN, M>(decoded + (static_cast<size_t>(n) * total + static_cast<size_t>(i) * kDenseN) * 64,
                             x + static_cast<size_t>(i) * M * 64, vectors, g.by_row && i > 0, g.by_row ? nullptr : scales + n,
-                            reinterpret_cast<Sums>(&sums[0][n]));
+                            Ahead{prefetch ? next : nullptr, stride, bytes}, reinterpret_cast<Sums>(&sums[0][n]));
+    }
   }
   g.template finish<O, M>(sums, row);
 }
@@ -272,12 +287,12 @@ void plain_groups(const LinearPlain& a, int begin, int end, char* scratch) {
     }
     const Group<W> g(a, group);
     decode_group<W, pairs>(g, scratch);
-    for (int row = 0; row < a.m; row += kDenseM) {
+    for (int row = 0; row < a.m; row += a.width) {
 #define NVFP4_ROWS(M) \
   case M:             \
-    if constexpr (M <= kDenseM) tile_panel<W, O, pairs, M>(a, g, scratch, row); \
+    if constexpr (M <= kDenseM) tile_panel<W, O, pairs, M>(a, g, scratch, row, row == 0 && group + 1 < end); \
     break;
-      switch (a.m - row < kDenseM ? a.m - row : kDenseM) { NVFP4_EACH_M(NVFP4_ROWS) }
+      switch (a.m - row < a.width ? a.m - row : a.width) { NVFP4_EACH_M(NVFP4_ROWS) }
 #undef NVFP4_ROWS
     }
   }

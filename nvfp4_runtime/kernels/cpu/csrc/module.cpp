@@ -40,6 +40,9 @@ NB_MODULE(_native, m) {
           no_gil)
       .def_ro("nbytes", &PackedNVFP4::bytes);
 
+  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
+      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
+
   nb::class_<Context>(m, "Context")
       .def(nb::init<int, const std::string&>())
       .def_prop_ro("isa", &Context::isa)
@@ -61,6 +64,13 @@ NB_MODULE(_native, m) {
             a.n = n;
             a.k = k;
             c.linear_plain(a, at(x), Type(type), rows, at(out), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "grouped_nvfp4",
+          [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
+             int out_type) {
+            c.grouped_nvfp4(w, at(x), Type(type), at<const int32_t>(offsets), rows, at(out), Type(out_type));
           },
           no_gil)
       .def(

@@ -71,6 +71,7 @@ struct LinearPlain {
   const float* bias;  // fp32 [n] or null
   const void* x;      // from PackPlain
   bool pairs;         // x holds bfloat16
+  int width;          // rows of a panel of x
   int m, n, k;
   void* out;  // [m][n]
   Type out_type;
@@ -171,7 +172,7 @@ struct Kernels {
   int (*block_width)(int rows);  // stored width of a block of 1..max_rows rows
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
-  int plain_first, plain_width;  // rows of an activation panel: one panel up to plain_first rows, else of plain_width
+  int plain_first, plain_width;  // up to plain_first rows make one panel, read with weights from memory; else at most plain_width
   void (*pack_plain)(const PackPlain&, int begin, int end);  // panels
   void (*linear_plain)(const LinearPlain&, int begin, int end, void* scratch);  // groups of 16 output features
   void (*rms_norm)(const RMSNorm&, int begin, int end);             // tokens
