@@ -183,9 +183,21 @@ struct Group {
   }
   const W* row(int n) const { return static_cast<const W*>(a.weights) + static_cast<size_t>(column + n) * a.k; }
   void scales_at(int b, float* to) const {  // of block b of K, one per row
-    const int across = a.scale ? (a.k + block - 1) / block : 0;
-    for (int n = 0; n < 16; n++)
-      to[n] = a.scale && n < count ? a.scale[static_cast<size_t>((column + n) / a.scale_rows) * across + b] : 1.f;
+    const int across = a.scale && !by_row ? (a.k + block - 1) / block : 1;
+    for (int n = 0; n < 16; n++) to[n] = 1.f;
+    if (!a.scale) return;
+    if (a.scale_rows == 1) {  // no divisions where they would count
+      for (int n = 0; n < count; n++) to[n] = a.scale[static_cast<size_t>(column + n) * across + b];
+      return;
+    }
+    int row = column / a.scale_rows, left = a.scale_rows - column % a.scale_rows;
+    for (int n = 0; n < count; n++, left--) {
+      if (left == 0) {
+        row++;
+        left = a.scale_rows;
+      }
+      to[n] = a.scale[static_cast<size_t>(row) * across + b];
+    }
   }
   template <class O, int M>
   void finish(Sums sums, int row) const {
@@ -211,13 +223,14 @@ void stream_group(const LinearPlain& a, int group) {
       stream_row<W, pairs, M>(g.row(n), a.k, x, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
   } else {
     const int blocks = (a.k + g.block - 1) / g.block;
-    for (int n = 0; n < g.count; n++)
+    for (int n = 0; n < g.count; n++) {
+      const float* scale = a.scale + static_cast<size_t>((g.column + n) / a.scale_rows) * blocks;
       for (int b = 0; b < blocks; b++) {
         const int k = b * g.block, left = a.k - k < g.block ? a.k - k : g.block;
-        const float* scale = a.scale + static_cast<size_t>((g.column + n) / a.scale_rows) * blocks + b;
         stream_row<W, pairs, M>(g.row(n) + k, left, x + static_cast<size_t>(k / kPlainChunk) * vectors_per_chunk * M * 64,
-                                scale, reinterpret_cast<Sums>(&sums[0][n]));
+                                scale + b, reinterpret_cast<Sums>(&sums[0][n]));
       }
+    }
   }
   g.template finish<O, M>(sums, 0);
 }
