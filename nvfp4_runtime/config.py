@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Numerics = Literal["w4a16", "w4a4"]
+Numerics = Literal["w4a16", "w4a4", "w4a8"]
 HeadDtype = Literal["auto", "bf16", "fp8", "nvfp4"]
-KVDtype = Literal["bfloat16", "float32", "fp8"]
+KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
-from nvfp4_runtime.config import Dtype, Numerics
+from nvfp4_runtime.config import Dtype, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
@@ -28,9 +28,10 @@ class LinearSpec:
     """y = x W^T (+ bias), x [M, K] of `dtype`, y [M, N] of `out_dtype`.
 
     weight    how W is stored: WeightFormat
-    numerics  "w4a16" or "w4a4" for nvfp4; None for the others, which multiply `dtype` activations as they are
+    numerics  "w4a16", "w4a8" or "w4a4" for nvfp4; None for the others, which multiply `dtype` activations as they are
     block     fp8 only: rows and columns under one scale
     W4A16: sum of x * (code * block_scale) in FP32, times weight_scale_2 once, + bias, then one rounding.
+    W4A8: the same with x quantised by codec.quantize_int8.
     W4A4: x quantised by codec.quantize_activation; the FP32 sum is multiplied by (input_scale * weight_scale_2) once.
     FP8 (W8A16): sum of x * code in FP32, times the scale once where a row has one scale; where scales come in blocks of
     K each block's sum is multiplied by its own. + bias, one rounding.
@@ -113,7 +114,7 @@ class RopeSpec:
     head_dim: int
     rotary_dim: int
     qk_norm: bool
-    kv_dtype: Literal["bfloat16", "float32", "fp8"]
+    kv_dtype: KVDtype
     dtype: Dtype
     kind: str = "rope_and_cache"
 
@@ -129,7 +130,7 @@ class PagedAttentionSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    kv_dtype: Literal["bfloat16", "float32", "fp8"]
+    kv_dtype: KVDtype
     dtype: Dtype
     out_dtype: Dtype
     kind: str = "paged_attention"
@@ -201,6 +202,49 @@ class AttentionKernel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NormOp:
+    """A norm with its weight."""
+
+    kernel: RMSNormKernel
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class DecoderLayerOps:
+    """What one pre-norm decoder layer calls, in the order of the fields: rope and attention between qkv and o,
+    silu_mul between gate_up and down; each norm first adds what came before to the residual stream.
+
+    A linear is None where its parts are stored in formats that cannot share a kernel.
+    """
+
+    input_norm: NormOp
+    qkv: LinearKernel | None
+    rope: RopeKernel
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qk_norm_eps: float
+    attention: AttentionKernel
+    scale: float
+    o: LinearKernel | None
+    post_norm: NormOp
+    gate_up: LinearKernel | None
+    silu_mul: Callable[[Tensor], Tensor]
+    down: LinearKernel | None
+
+
+class DecoderKernel(Protocol):
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Embeddings [T, hidden] of the stream's type through all layers -> (x, residual), the input of the last norm.
+
+        The same bits as the layers' ops called one by one. The memory of x is reused.
+        """
+        ...
+
+
 class Backend(Protocol):
     """One way to run ops. `refuses` answers None, or why not, for a person to read.
 
@@ -227,6 +271,10 @@ class Backend(Protocol):
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel: ...
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+        """The whole stack as one call, or why not, for a person to read."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """Facts for `nvfp4 version` and the start-up screen: ISA variant, threads, version."""

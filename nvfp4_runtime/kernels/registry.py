@@ -16,6 +16,8 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     Backend,
+    DecoderKernel,
+    DecoderLayerOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -207,6 +209,18 @@ class Kernels:
         """
         spec = QuantizeSpec(weight.n, weight.k, weight.format, form)
         return self._choose(spec)[0].quantize(weight, spec)
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | None:
+        """All layers as one call where a backend has that; None: call their ops one by one."""
+        refusals: list[str] = []
+        for backend in self.backends:
+            made = backend.decoder(layers)
+            if not isinstance(made, str):
+                self.choices.append(Choice("decoder", "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
+                return made
+            refusals.append(f"{backend.name}: {made}")
+        logger.info("layers run op by op (%s)", "; ".join(refusals))
+        return None
 
     def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec) -> Backend:
         backend, reason = self._choose(spec)

@@ -47,9 +47,7 @@ def assert_within_the_stated_bound(y: Tensor, x: Tensor, w: FP8Weight) -> None:
 @pytest.mark.parametrize("block", [(10**6, 10**6), (1, 10**6), (128, 128), (16, 64), (1, 192)])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 33), (40, 64), (70, 200), (33, 576)])
 @pytest.mark.parametrize("m", [1, 3, 4, 5, 13, 34])
-def test_fp8_agrees_with_fp64_within_the_stated_bound(
-    isa: str, n: int, k: int, m: int, block: tuple[int, int]
-) -> None:
+def test_fp8_agrees_with_fp64_within_the_stated_bound(isa: str, n: int, k: int, m: int, block: tuple[int, int]) -> None:
     block = (min(block[0], n), min(block[1], k)) if block[0] > 1000 or block[1] > 1000 else block
     weight = random_fp8(n, k, block, seed=n + k, bias=m == 5)
     for dtype in DTYPES:

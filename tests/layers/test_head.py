@@ -24,7 +24,9 @@ from tests.tiny import llama_config, random_tensors, write_modelopt, write_plain
 TOKENS = list(range(3, 30))
 
 
-def load(path: Path, backend: str = "reference", head: Any = "auto", numerics: Any = "w4a16") -> tuple[Decoder, Kernels]:
+def load(
+    path: Path, backend: str = "reference", head: Any = "auto", numerics: Any = "w4a16"
+) -> tuple[Decoder, Kernels]:
     kernels = Kernels(available_backends(backend), "float32", numerics)
     try:
         return load_model(Checkpoint.open(path), kernels, "float32", lm_head_dtype=head), kernels

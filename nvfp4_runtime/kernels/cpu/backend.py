@@ -18,13 +18,17 @@ from torch import Tensor
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import StepMemo
+from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
 from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
-from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearFP8, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DecoderKernel,
+    DecoderLayerOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -38,6 +42,7 @@ from nvfp4_runtime.kernels.ops import (
     RopeSpec,
 )
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.mx import MXFP4Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 _native: Any
@@ -88,12 +93,6 @@ class CPUBackend:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
-        if (
-            isinstance(spec, LinearSpec | GroupedLinearSpec)
-            and spec.weight == "nvfp4"
-            and spec.numerics not in ("w4a16", "w4a4")
-        ):
-            return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
         if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
             return reason
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
@@ -109,11 +108,12 @@ class CPUBackend:
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         if isinstance(weight, NVFP4Weight):
-            return NativeLinearNVFP4(_native, self._context, weight, spec)
+            return NativeLinearNVFP4(self._context, weight, spec)
         if isinstance(weight, FP8Weight):
             return NativeLinearFP8(_native, self._context, weight, spec)
-        assert isinstance(weight, DenseWeight)  # `refuses` says no to everything else
-        return NativeLinearDense(self._context, weight, spec)
+        if isinstance(weight, MXFP4Weight):
+            return NativeLinearMXFP4(self._context, weight, spec)
+        return NativeLinearDense(_native, self._context, weight, spec)
 
     def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
         return NativeGroupedLinear(_native, self._context, [self.linear(weight, spec.each) for weight in weights], spec)
@@ -133,19 +133,27 @@ class CPUBackend:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return NativePagedAttention(self._context, self._memo, spec)
 
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+        if self._context is None:
+            return NOT_BUILT
+        if (reason := refuses_decoder(layers)) is not None:
+            return reason
+        return NativeDecoder(_native, self._context, self._memo, layers)
+
     def describe(self) -> dict[str, Any]:
         if self._context is None:
             return {"status": NOT_BUILT}
         return {
             "isa": self._context.isa,
+            "w4a16 operand": self._context.sixteen_bit,
             "threads": str(self._context.threads),
             "version": metadata.version("nvfp4-runtime"),
         }
 
 
 def _refuses_format(spec: LinearSpec | GroupedLinearSpec) -> str | None:
-    if spec.weight == "mxfp4":
-        return "mxfp4 weights have no native kernel yet"
+    if spec.weight == "nvfp4" and spec.numerics not in NUMERICS_CODES:
+        return f"nvfp4 weights need numerics {', '.join(NUMERICS_CODES)}, asked for {spec.numerics}"
     if spec.weight != "nvfp4" and spec.numerics is not None:
         return f"{spec.weight} weights have no choice of numerics, asked for {spec.numerics}"
     if spec.weight == "fp8":

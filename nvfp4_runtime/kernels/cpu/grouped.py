@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix
-from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearFP8, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.offsets import expert_bounds
 from nvfp4_runtime.kernels.ops import GroupedLinearSpec, LinearKernel
 
@@ -18,8 +19,8 @@ from nvfp4_runtime.kernels.ops import GroupedLinearSpec, LinearKernel
 class NativeGroupedLinear:
     """See `GroupedLinearKernel`; a row has the bits its expert's plain kernel gives it.
 
-    NVFP4 experts run in one native call: the rows of all are packed once, then the pieces of all weights are shared by
-    the threads at once, so that experts with few rows do not leave threads idle. Plain and FP8 experts run one by one.
+    NVFP4 and MXFP4 experts run in one native call: the rows of all are packed once, then the threads share the pieces
+    of all weights at once, so that experts with few rows leave no thread idle. Plain and FP8 experts run one by one.
     weight_bytes  of all experts
     """
 
@@ -30,9 +31,14 @@ class NativeGroupedLinear:
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self.weight_bytes = sum(expert.weight_bytes for expert in experts)
         self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
-        packed = [expert.packed for expert in experts if isinstance(expert, NativeLinearNVFP4)]
-        self._together = native.ExpertsNVFP4(packed) if packed else None
-        self._run = context.grouped_nvfp4
+        natives = []
+        for expert in experts:
+            assert isinstance(expert, NativeLinearNVFP4 | NativeLinearMXFP4 | NativeLinearFP8 | NativeLinearDense)
+            natives.append(expert.native)
+        self._natives = tuple(natives)
+        packed = isinstance(experts[0], NativeLinearNVFP4 | NativeLinearMXFP4)
+        self._together = native.ExpertsNVFP4(natives) if packed else None
+        self._run, self._run_together = context.linear, context.grouped_nvfp4
 
     def __call__(self, x: Tensor, offsets: Tensor) -> Tensor:
         check_matrix("x", x, self.dtype, self.k)
@@ -41,13 +47,13 @@ class NativeGroupedLinear:
         bounds = expert_bounds(offsets, len(self.experts), rows)
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
         if self._together is not None:
-            self._run(
+            self._run_together(
                 self._together, x.data_ptr(), self._type, offsets.data_ptr(), rows, out.data_ptr(), self._out_type
             )
             return out
         x_row, out_row = self.k * x.element_size(), self.n * out.element_size()
-        for expert, (start, end) in zip(self.experts, pairwise(bounds), strict=True):
-            assert isinstance(expert, NativeLinearDense | NativeLinearFP8)
+        for expert, (start, end) in zip(self._natives, pairwise(bounds), strict=True):
             if end > start:
-                expert.into(x.data_ptr() + start * x_row, end - start, out.data_ptr() + start * out_row)
+                x_at, out_at = x.data_ptr() + start * x_row, out.data_ptr() + start * out_row
+                self._run(expert, x_at, self._type, end - start, out_at, self._out_type)
         return out

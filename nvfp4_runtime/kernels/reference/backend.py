@@ -13,6 +13,8 @@ from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DecoderKernel,
+    DecoderLayerOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -87,6 +89,9 @@ class ReferenceBackend:
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return ReferencePagedAttention(spec)
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+        return "the plain kernels are called one by one"
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -1,11 +1,8 @@
 #include "context.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,8 +13,7 @@ namespace {
 
 constexpr int kRowsAtOnce = 480;             // prefill rows kept widened: 480 x 1536 x 4 bytes = 2.8 MiB
 constexpr int kPlainRowsAtOnce = 512;        // the same for plain weights: 512 x 2048 x 2 bytes = 2 MiB
-constexpr size_t kPieceBytes = 48 * 1024;    // weights a thread takes at a time: they stay in L1/L2 over all row blocks
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPieceBytes = 96 * 1024;  // weights a thread takes at a time
 
 // A host may have set flush-to-zero on its own thread; ours have not, and rows must not depend on who computes them.
 class [[maybe_unused]] PlainFloats {
@@ -52,7 +48,7 @@ const Kernels& find_kernels(const std::string& isa) {
 // Pieces of `unit_bytes` items for `threads`: small enough to balance, large enough to be worth a hand-over.
 int grain_of(int count, size_t unit_bytes, int threads) {
   const int by_size = static_cast<int>(std::max<size_t>(1, kPieceBytes / std::max<size_t>(1, unit_bytes)));
-  const int by_balance = std::max(1, count / (2 * threads));
+  const int by_balance = std::max(1, count / (4 * threads));
   return std::min(by_size, by_balance);
 }
 
@@ -118,69 +114,10 @@ struct PlainCall {
   }
 };
 
-size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
-
 // Rows a thread takes of an op that does little per row: about 16 KiB at a time.
 int row_grain(size_t row_bytes) { return static_cast<int>(std::max<size_t>(1, 16384 / std::max<size_t>(1, row_bytes))); }
 
 }  // namespace
-
-Scratch::~Scratch() { std::free(data_); }
-
-void* Scratch::bytes(size_t size) {
-  if (size > size_) {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-    const size_t alignment = size >= kHugePage ? kHugePage : 64;
-    const size_t rounded = (size + alignment - 1) / alignment * alignment;
-    data_ = std::aligned_alloc(alignment, rounded);
-    if (!data_) throw std::bad_alloc();
-    size_ = rounded;
-#if defined(MADV_HUGEPAGE)
-    if (alignment == kHugePage) (void)madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-  }
-  return data_;
-}
-
-PackedNVFP4::PackedNVFP4(const uint8_t* codes, const uint8_t* scales, const float* row_scale_in, const float* bias_in,
-                         int n_in, int k_in, float input_scale_in)
-    : n(n_in), k(k_in), input_scale(input_scale_in), has_bias(bias_in != nullptr) {
-  const int panels = (n + kPanel - 1) / kPanel, groups = k / kGroup;
-  const size_t panel = panel_bytes(k);
-  bytes = panel * panels;
-  panels_ = static_cast<uint8_t*>(weights.bytes(bytes));
-  std::memset(panels_, 0, bytes);
-  for (int r = 0; r < n; r++)
-    for (int g = 0; g < groups; g++) {
-      uint8_t* block = panels_ + (r / kPanel) * panel + static_cast<size_t>(g / 4) * kBlockBytes;
-      const uint8_t scale = scales[static_cast<size_t>(r) * groups + g];
-      if ((scale & 0x7f) == 0x7f)
-        throw std::invalid_argument("block scale [" + std::to_string(r) + ", " + std::to_string(g) +
-                                    "] is NaN; expected finite values: quantise the layer again");
-      block[16 * (g % 4) + r % kPanel] = scale & 0x7f;
-      const uint8_t flip = scale & 0x80 ? 0x88 : 0;  // a negative scale: the codes carry the sign
-      const uint8_t* from = codes + static_cast<size_t>(r) * (k / 2) + g * (kGroup / 2);
-      for (int half = 0; half < 2; half++) {
-        uint8_t nibbles[8];
-        for (int i = 0; i < 4; i++) {
-          const uint8_t b = from[4 * half + i] ^ flip;
-          nibbles[2 * i] = b & 15;
-          nibbles[2 * i + 1] = b >> 4;
-        }
-        uint8_t* to = block + 64 + 128 * (g % 4) + 64 * half + 4 * (r % kPanel);
-        for (int i = 0; i < 4; i++) to[i] = static_cast<uint8_t>(nibbles[i] | nibbles[4 + i] << 4);
-      }
-    }
-  row_scales_ = row_scale.floats(static_cast<size_t>(panels) * kPanel);
-  biases_ = has_bias ? bias.floats(static_cast<size_t>(panels) * kPanel) : nullptr;
-  for (int r = 0; r < panels * kPanel; r++) {
-    row_scales_[r] = r < n ? row_scale_in[r] * 256.f : 0.f;  // 2^8: the kernel's block scales are 2^-8 of theirs
-    if (biases_) biases_[r] = r < n ? bias_in[r] : 0.f;
-  }
-  bytes += static_cast<size_t>(panels) * kPanel * sizeof(float) * (has_bias ? 2 : 1);
-}
 
 int64_t find_nan_e4m3(const uint8_t* codes, int64_t count) {
   constexpr int64_t piece = 4096;  // a loop without an exit, which the compiler vectorises
@@ -220,57 +157,80 @@ Context::Context(int threads, const std::string& isa)
   per_thread_.resize(static_cast<size_t>(pool_.threads()));
 }
 
+const char* Context::sixteen_bit() const {
+  switch (kernels_.sixteen_bit) {
+    case Operand::pairs: return "bfloat16 pairs";
+    case Operand::digits: return "two int8 digits";
+    default: return "float32";
+  }
+}
+
+std::unique_ptr<PackedNVFP4> Context::pack(const std::vector<NVFP4Rows>& parts, const float* row_scale,
+                                           const float* bias, int k, Numerics numerics, float input_scale, bool e8m0) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  return std::make_unique<PackedNVFP4>(pool_, parts, row_scale, bias, k, numerics, input_scale, e8m0);
+}
+
+Operand Context::operand_of(const PackedNVFP4& w, Type type) const {
+  return w.numerics == Numerics::w4a4   ? Operand::nvfp4
+         : w.numerics == Numerics::w4a8 ? Operand::int8
+         : type == Type::bf16           ? kernels_.sixteen_bit
+                                        : Operand::floats;
+}
+
 void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const bool quantised = w.input_scale != 0.f;
-  const int whole = kRowsAtOnce / kernels_.max_rows * kernels_.max_rows;
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  const Operand operand = operand_of(w, type);
+  const int most = kernels_.max_rows(operand), whole = kRowsAtOnce / most * most;
   for (int first = 0; first < m; first += whole) {
-    const int rows = std::min(whole, m - first);
-    const int blocks = (rows + kernels_.max_rows - 1) / kernels_.max_rows;
-    const size_t stored = static_cast<size_t>(blocks) * kernels_.max_rows;
+    const int rows = std::min(whole, m - first), blocks = (rows + most - 1) / most;
     PackX pack{};
     pack.x = static_cast<const char*>(x) + static_cast<size_t>(first) * w.k * type_bytes(type);
     pack.type = type;
     pack.m = rows;
     pack.k = w.k;
+    pack.operand = operand;
     pack.input_scale = w.input_scale;
-    pack.packed = x_.floats(stored * w.k);
-    pack.scales = quantised ? scales_.floats(stored * (w.k / kGroup)) : nullptr;
+    pack.packed = static_cast<uint32_t*>(
+        x_.bytes(static_cast<size_t>(blocks) * most * (w.k / kGroup) * words_per_group(operand) * sizeof(uint32_t)));
     parallel<PackX, &Kernels::pack_x>(pool_, kernels_, pack, blocks, 1);
     LinearNVFP4 a{};
     a.weights = w.data();
-    a.row_scale = w.scale_data();
-    a.bias = w.bias_data();
+    a.e8m0 = w.e8m0;
+    a.row_scale = w.row_scale();
+    a.bias = w.bias();
     a.x = pack.packed;
-    a.pairs = kernels_.pairs && type == Type::bf16;
-    a.scales = pack.scales;
+    a.operand = operand;
     a.m = rows;
     a.n = w.n;
     a.k = w.k;
     a.out = static_cast<char*>(out) + static_cast<size_t>(first) * w.n * type_bytes(out_type);
     a.out_type = out_type;
-    const int panels = (w.n + kPanel - 1) / kPanel;
-    parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, panels,
-                                                  grain_of(panels, panel_bytes(w.k), pool_.threads()));
+    parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, w.panels(),
+                                                  grain_of(w.panels(), panel_bytes(w.k), pool_.threads()));
   }
 }
 
 ExpertsNVFP4::ExpertsNVFP4(std::vector<const PackedNVFP4*> e) : experts(std::move(e)) {
   for (const auto* w : experts)
-    if (w->n != experts[0]->n || w->k != experts[0]->k || (w->input_scale == 0.f) != (experts[0]->input_scale == 0.f))
-      throw std::invalid_argument("experts differ in shape or numerics");
+    if (w->n != experts[0]->n || w->k != experts[0]->k || w->numerics != experts[0]->numerics ||
+        w->e8m0 != experts[0]->e8m0)
+      throw std::invalid_argument("experts differ in shape, format or numerics");
 }
 
 void Context::grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
                             Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   if (rows == 0) return;
-  const int n = w.experts[0]->n, k = w.experts[0]->k, most = kernels_.max_rows;
-  const bool quantised = w.experts[0]->input_scale != 0.f;
+  const PackedNVFP4& one = *w.experts[0];
+  const int n = one.n, k = one.k;
+  const Operand operand = operand_of(one, type);
+  const int most = kernels_.max_rows(operand);
+  const size_t row_words = static_cast<size_t>(k / kGroup) * words_per_group(operand);
   size_t stored = 0;  // rows of x as packed: every expert begins a block
-  for (size_t e = 0; e < w.experts.size(); e++) stored += (offsets[e + 1] - offsets[e] + most - 1) / most * most;
-  float* packed = x_.floats(stored * k);
-  float* scales = quantised ? scales_.floats(stored * (k / kGroup)) : nullptr;
+  for (size_t e = 0; e < w.experts.size(); e++)
+    stored += static_cast<size_t>((offsets[e + 1] - offsets[e] + most - 1) / most * most);
+  uint32_t* packed = static_cast<uint32_t*>(x_.bytes(stored * row_words * sizeof(uint32_t)));
   expert_packs_.clear();
   expert_linears_.clear();
   expert_pieces_.clear();
@@ -283,16 +243,16 @@ void Context::grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, con
     pack.type = type;
     pack.m = m;
     pack.k = k;
+    pack.operand = operand;
     pack.input_scale = weight.input_scale;
     pack.packed = packed;
-    pack.scales = scales;
     LinearNVFP4 a{};
     a.weights = weight.data();
-    a.row_scale = weight.scale_data();
-    a.bias = weight.bias_data();
+    a.e8m0 = weight.e8m0;
+    a.row_scale = weight.row_scale();
+    a.bias = weight.bias();
     a.x = packed;
-    a.pairs = kernels_.pairs && type == Type::bf16;
-    a.scales = scales;
+    a.operand = operand;
     a.m = m;
     a.n = n;
     a.k = k;
@@ -301,22 +261,20 @@ void Context::grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, con
     for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
     expert_packs_.push_back(pack);
     expert_linears_.push_back(a);
-    packed += static_cast<size_t>(blocks) * most * k;
-    if (quantised) scales += static_cast<size_t>(blocks) * most * (k / kGroup);
+    packed += static_cast<size_t>(blocks) * most * row_words;
   }
   const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
   pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);
-  const int panels = (n + kPanel - 1) / kPanel;
-  const int all = panels * static_cast<int>(expert_linears_.size());
-  const int grain = grain_of(all, panel_bytes(k), pool_.threads());
+  const int panels = one.panels(), active = static_cast<int>(expert_linears_.size());
+  const int grain = grain_of(panels * active, panel_bytes(k), pool_.threads());
   expert_pieces_.clear();
-  for (int e = 0; e < static_cast<int>(expert_linears_.size()); e++)
+  for (int e = 0; e < active; e++)
     for (int p = 0; p < panels; p += grain) expert_pieces_.push_back({e, p, std::min(panels, p + grain)});
   pool_.run(ExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
 }
 
 void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   a.pairs = kernels_.pairs && type == Type::bf16 && (a.weight_type == Type::bf16 || a.weight_type == Type::e4m3);
   a.out_type = out_type;
   const size_t packed_row = static_cast<size_t>(plain_vectors(a.k, a.pairs)) * 64;
@@ -349,18 +307,18 @@ void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void*
 }
 
 void Context::quantize_weight(const QuantizeWeight& a) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<QuantizeWeight, &Kernels::quantize_weight>(pool_, kernels_, a, a.n,
                                                       row_grain(static_cast<size_t>(a.k) * type_bytes(a.type)));
 }
 
 void Context::rms_norm(const RMSNorm& a, int rows) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<RMSNorm, &Kernels::rms_norm>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));
 }
 
 void Context::silu_mul(const SiluMul& a, int rows) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<SiluMul, &Kernels::silu_mul>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));
 }
 
@@ -373,14 +331,14 @@ void Context::rope(const Rope& a, int rows, int64_t num_slots, int64_t num_posit
       throw std::out_of_range("positions[" + std::to_string(t) + "] is " + std::to_string(a.positions[t]) +
                               "; the cos and sin tables hold " + std::to_string(num_positions) + " positions");
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const size_t row = static_cast<size_t>(a.heads + 2 * a.kv_heads) * a.head_dim * 4;
   parallel<Rope, &Kernels::rope>(pool_, kernels_, a, rows, row_grain(row));
 }
 
 void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences, int rows,
                         int num_blocks) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const int group = a.heads / a.kv_heads, tokens_at_once = std::max(1, kAttentionRows / group);
   items_.clear();
   if (cu_seqlens[0] != 0 || cu_seqlens[sequences] != rows)

@@ -1,58 +1,28 @@
 // The ops as the binding sees them: one context per backend owns the threads, the scratch and the choice of ISA.
 #pragma once
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "packed.h"
 #include "pool.h"
 #include "types.h"
 
 namespace nvfp4 {
 
-// Memory that only grows, aligned to a cache line; what it held is lost when it does.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch(Scratch&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr; }
-  ~Scratch();
-  void* bytes(size_t size);
-  float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+std::vector<std::string> supported_isas();  // best first
 
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// A weight in the panel layout of types.h, with its row multipliers and bias padded to whole panels.
-struct PackedNVFP4 {
-  int n, k;
-  float input_scale;  // W4A4, else 0
-  bool has_bias;
-  Scratch weights, row_scale, bias;
-  size_t bytes;
-
-  // codes uint8 [n][k/2], scales e4m3 [n][k/16], row_scale fp32 [n], bias fp32 [n] or null. Throws on a NaN scale.
-  PackedNVFP4(const uint8_t* codes, const uint8_t* scales, const float* row_scale, const float* bias, int n, int k,
-              float input_scale);
-  const uint8_t* data() const { return panels_; }
-  const float* scale_data() const { return row_scales_; }
-  const float* bias_data() const { return biases_; }
-
- private:
-  uint8_t* panels_;
-  float *row_scales_, *biases_;
-};
-
-// Experts of one layer, alike in n and k. Does not own them.
-struct ExpertsNVFP4 {
-  std::vector<const PackedNVFP4*> experts;
-  explicit ExpertsNVFP4(std::vector<const PackedNVFP4*> e);  // throws when they are not alike
-};
+static inline size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
 
 int64_t find_nan_e4m3(const uint8_t* codes, int64_t count);  // index of the first, or -1
-std::vector<std::string> supported_isas();  // best first
+
+// Experts of one layer, alike in shape, format and numerics. Does not own them.
+struct ExpertsNVFP4 {
+  std::vector<const PackedNVFP4*> experts;
+  explicit ExpertsNVFP4(std::vector<const PackedNVFP4*> e);  // throws std::invalid_argument when they are not alike
+};
 
 struct ExpertPiece {
   int expert, begin, end;  // of its blocks of rows, or of its panels
@@ -64,12 +34,17 @@ class Context {
 
   const char* isa() const { return kernels_.isa; }
   int threads() const { return pool_.threads(); }
+  const char* sixteen_bit() const;
+  std::unique_lock<std::recursive_mutex> lock() { return std::unique_lock(mutex_); }
 
+
+  std::unique_ptr<PackedNVFP4> pack(const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
+                                    int k, Numerics numerics, float input_scale, bool e8m0);
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
   // Rows offsets[e] .. offsets[e + 1] of x meet expert e. Offsets run from 0 to `rows` and never fall.
   void grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
                      Type out_type);
-  // `a` names the weight: pointers, types, n, k; the rest is filled in here.
+  // `a` names the weight: pointers, types, scales, n, k; the rest is filled in here.
   void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
   void quantize_weight(const QuantizeWeight& a);
   void rms_norm(const RMSNorm& a, int rows);
@@ -80,14 +55,16 @@ class Context {
   void quantize(const PackX& a, uint8_t* codes, uint8_t* scales);
 
  private:
+  Operand operand_of(const PackedNVFP4& w, Type type) const;
+
   const Kernels& kernels_;
   Pool pool_;
-  std::mutex mutex_;
-  Scratch x_, scales_;
+  std::recursive_mutex mutex_;  // a decoder holds it over the ops it calls
+  Scratch x_;
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_
   std::vector<AttentionItem> items_;
-  std::vector<PackX> expert_packs_;         // of the experts that have rows
+  std::vector<PackX> expert_packs_;  // of the experts that have rows
   std::vector<LinearNVFP4> expert_linears_;
   std::vector<ExpertPiece> expert_pieces_;
 };

@@ -2,9 +2,12 @@
 // only the GIL is released. Built without torch and without NumPy.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "context.h"
+#include "decoder.h"
 
 namespace nb = nanobind;
 using namespace nvfp4;
@@ -25,45 +28,41 @@ NB_MODULE(_native, m) {
   m.def("supported_isas", &supported_isas, "ISA variants this machine can run, best first.");
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
+
+  nb::class_<Linear>(m, "Linear").def_ro("nbytes", &Linear::bytes);
+  nb::class_<PackedNVFP4, Linear>(m, "PackedNVFP4");
+  nb::class_<PlainWeight, Linear>(m, "PlainWeight")
+      .def("__init__", [](PlainWeight* self, Address weights, int type, Address bias, int n, int k) {
+        new (self) PlainWeight(at(weights), Type(type), at<const float>(bias), n, k);
+      })
+      .def("scale_by", [](PlainWeight& self, Address scale, int rows, int columns) {
+        self.scale_by(at<const float>(scale), rows, columns);
+      });
+  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
+      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
   m.def(
       "find_nan_e4m3", [](Address codes, int64_t count) { return find_nan_e4m3(at<const uint8_t>(codes), count); }, no_gil,
       "Index of the first NaN among E4M3 codes, or -1.");
-
-  nb::class_<PackedNVFP4>(m, "PackedNVFP4")
-      .def(
-          "__init__",
-          [](PackedNVFP4* self, Address codes, Address scales, Address row_scale, Address bias, int n, int k,
-             float input_scale) {
-            new (self) PackedNVFP4(at<const uint8_t>(codes), at<const uint8_t>(scales), at<const float>(row_scale),
-                                   at<const float>(bias), n, k, input_scale);
-          },
-          no_gil)
-      .def_ro("nbytes", &PackedNVFP4::bytes);
-
-  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
-      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
 
   nb::class_<Context>(m, "Context")
       .def(nb::init<int, const std::string&>())
       .def_prop_ro("isa", &Context::isa)
       .def_prop_ro("threads", &Context::threads)
+      .def_prop_ro("sixteen_bit", &Context::sixteen_bit, "What W4A16 makes of bfloat16 activations.")
       .def(
-          "linear_nvfp4",
-          [](Context& c, const PackedNVFP4& w, Address x, int type, int rows, Address out, int out_type) {
-            c.linear_nvfp4(w, at(x), Type(type), rows, at(out), Type(out_type));
+          "pack_nvfp4",
+          [](Context& c, const std::vector<std::tuple<Address, Address, int>>& parts, Address row_scale, Address bias,
+             int k, int numerics, float input_scale, bool e8m0) {
+            std::vector<NVFP4Rows> rows;
+            for (const auto& [codes, scales, n] : parts) rows.push_back({at<const uint8_t>(codes), at<const uint8_t>(scales), n});
+            return c.pack(rows, at<const float>(row_scale), at<const float>(bias), k, Numerics(numerics), input_scale,
+                          e8m0);
           },
-          no_gil)
+          no_gil, "Parts as (codes, block scales, rows); see packed.h.")
       .def(
-          "linear_dense",
-          [](Context& c, Address w, int w_type, Address bias, Address x, int type, int rows, int n, int k, Address out,
-             int out_type) {
-            LinearPlain a{};
-            a.weights = at(w);
-            a.weight_type = Type(w_type);
-            a.bias = at<const float>(bias);
-            a.n = n;
-            a.k = k;
-            c.linear_plain(a, at(x), Type(type), rows, at(out), Type(out_type));
+          "linear",
+          [](Context& c, const Linear& w, Address x, int type, int rows, Address out, int out_type) {
+            w.run(c, at(x), Type(type), rows, at(out), Type(out_type));
           },
           no_gil)
       .def(
@@ -71,22 +70,6 @@ NB_MODULE(_native, m) {
           [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
              int out_type) {
             c.grouped_nvfp4(w, at(x), Type(type), at<const int32_t>(offsets), rows, at(out), Type(out_type));
-          },
-          no_gil)
-      .def(
-          "linear_fp8",
-          [](Context& c, Address codes, Address scale, int scale_rows, int scale_k, Address bias, Address x, int type,
-             int rows, int n, int k, Address out, int out_type) {
-            LinearPlain a{};
-            a.weights = at(codes);
-            a.weight_type = Type::e4m3;
-            a.scale = at<const float>(scale);
-            a.scale_rows = scale_rows;
-            a.scale_k = scale_k;
-            a.bias = at<const float>(bias);
-            a.n = n;
-            a.k = k;
-            c.linear_plain(a, at(x), Type(type), rows, at(out), Type(out_type));
           },
           no_gil)
       .def(
@@ -150,4 +133,75 @@ NB_MODULE(_native, m) {
             c.quantize(a, at<uint8_t>(codes), at<uint8_t>(scales));
           },
           no_gil, "For tests: uint8 [rows, k] codes and e4m3 [rows, k / 16] scales.");
+
+  nb::class_<Decoder>(m, "Decoder")
+      .def(
+          "__init__",
+          [](Decoder* self, Context& context, int hidden, int stream, int input) {
+            new (self) Decoder(context, hidden, Type(stream), Type(input));
+          },
+          nb::keep_alive<1, 2>())
+      .def(
+          "add",
+          [](Decoder& d, std::tuple<Address, int, float> input_norm, std::tuple<Address, int, float> post_norm,
+             const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, int stream, int input,
+             Address cos, Address sin, int64_t num_positions, Address q_norm, Address k_norm, int norm_type, float eps,
+             int heads, int kv_heads, int head_dim, int rotary_dim, float scale, int window) {
+            DecoderLayer layer{};
+            const auto norm = [](const auto& w) {
+              return NormWeight{at<const void>(std::get<0>(w)), Type(std::get<1>(w)), std::get<2>(w)};
+            };
+            layer.input_norm = norm(input_norm);
+            layer.post_norm = norm(post_norm);
+            layer.qkv = &qkv;
+            layer.o = &o;
+            layer.gate_up = &gate_up;
+            layer.down = &down;
+            Rope& rope = layer.rope;
+            rope.type = Type(stream);
+            rope.cos = at<const float>(cos);
+            rope.sin = at<const float>(sin);
+            rope.q_norm = at(q_norm);
+            rope.k_norm = at(k_norm);
+            rope.norm_type = Type(norm_type);
+            rope.eps = eps;
+            rope.heads = heads;
+            rope.kv_heads = kv_heads;
+            rope.head_dim = head_dim;
+            rope.rotary_dim = rotary_dim;
+            Attention& a = layer.attention;
+            a.type = Type(stream);
+            a.out_type = Type(input);
+            a.scale = scale;
+            a.heads = heads;
+            a.kv_heads = kv_heads;
+            a.head_dim = head_dim;
+            a.window = window;
+            layer.num_positions = num_positions;
+            d.add(layer);
+          },
+          nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+      .def("set_cache",
+           [](Decoder& d, int i, Address k, Address v, int type, float k_scale, float v_scale, int num_blocks,
+              int block_size) {
+             DecoderLayer& layer = d.layer(i);
+             layer.rope.k = at(k);
+             layer.rope.v = at(v);
+             layer.attention.k = at(k);
+             layer.attention.v = at(v);
+             layer.rope.kv_type = layer.attention.kv_type = Type(type);
+             layer.rope.k_scale = layer.attention.k_scale = k_scale;
+             layer.rope.v_scale = layer.attention.v_scale = v_scale;
+             layer.rope.block_size = layer.attention.block_size = block_size;
+             layer.num_blocks = num_blocks;
+           })
+      .def(
+          "run",
+          [](Decoder& d, Address x, Address out, int rows, Address positions, Address slots, Address tables,
+             int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
+            d.run({at(x), at(out), rows, at<const int64_t>(positions), at<const int64_t>(slots),
+                   at<const int32_t>(tables), at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride,
+                   sequences});
+          },
+          no_gil);
 }
