@@ -8,7 +8,7 @@ change a bit. Between ISA variants the last bits differ.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,31 @@ from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import StepMemo
 from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
+from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
+from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     DecoderKernel,
     DecoderOps,
+    GroupedLinearKernel,
+    GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
+    QuantizeSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
 )
-from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.mx import MXFP4Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 _native: Any
 try:
@@ -46,6 +54,7 @@ except ImportError as e:
 
 NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
+FP8_SCALE_STEP = 64  # csrc/types.h: kPlainChunk
 
 
 class CPUBackend:
@@ -78,12 +87,14 @@ class CPUBackend:
     def refuses(self, spec: OpSpec) -> str | None:
         if self._context is None:
             return f"{NOT_BUILT} ({_missing})"
+        if isinstance(spec, QuantizeSpec):
+            return None
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
-        if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in NUMERICS_CODES:
-            return f"nvfp4 weights need numerics {', '.join(NUMERICS_CODES)}, asked for {spec.numerics}"
+        if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
+            return reason
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             if spec.head_dim > MAX_HEAD_DIM:
                 return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"
@@ -98,7 +109,17 @@ class CPUBackend:
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         if isinstance(weight, NVFP4Weight):
             return NativeLinearNVFP4(self._context, weight, spec)
+        if isinstance(weight, FP8Weight):
+            return NativeLinearFP8(_native, self._context, weight, spec)
+        if isinstance(weight, MXFP4Weight):
+            return NativeLinearMXFP4(self._context, weight, spec)
         return NativeLinearDense(_native, self._context, weight, spec)
+
+    def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
+        return NativeGroupedLinear(_native, self._context, [self.linear(weight, spec.each) for weight in weights], spec)
+
+    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight:
+        return quantize_fp8(self._context, weight) if spec.form == "fp8" else quantize_nvfp4(self._context, weight)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return NativeRMSNorm(self._context, spec)
@@ -128,6 +149,19 @@ class CPUBackend:
             "threads": str(self._context.threads),
             "version": metadata.version("nvfp4-runtime"),
         }
+
+
+def _refuses_format(spec: LinearSpec | GroupedLinearSpec) -> str | None:
+    if spec.weight == "nvfp4" and spec.numerics not in NUMERICS_CODES:
+        return f"nvfp4 weights need numerics {', '.join(NUMERICS_CODES)}, asked for {spec.numerics}"
+    if spec.weight != "nvfp4" and spec.numerics is not None:
+        return f"{spec.weight} weights have no choice of numerics, asked for {spec.numerics}"
+    if spec.weight == "fp8":
+        if spec.block is None:
+            return "fp8 weights need the block of their scales in the spec, found none"
+        if spec.block[1] < spec.k and spec.block[1] % FP8_SCALE_STEP:
+            return f"fp8 scales change every multiple of {FP8_SCALE_STEP} inputs or never, asked for {spec.block[1]}"
+    return None
 
 
 def supported_isas() -> list[str]:

@@ -11,6 +11,7 @@ from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_tensor
 from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import (
     NativePagedAttention,
     NativeRMSNorm,
@@ -20,7 +21,8 @@ from nvfp4_runtime.kernels.cpu.ops import (
 )
 from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps, NormOp
 
-NATIVE_LINEARS = (NativeLinearNVFP4, NativeLinearDense)
+NativeLinear = NativeLinearNVFP4 | NativeLinearDense | NativeLinearFP8 | NativeLinearMXFP4
+NATIVE_LINEARS = (NativeLinearNVFP4, NativeLinearDense, NativeLinearFP8, NativeLinearMXFP4)
 
 
 def refuses_decoder(ops: DecoderOps) -> str | None:
@@ -102,12 +104,12 @@ class NativeDecoder:
         check_norm_weight("weight", norm.weight, self.hidden)
         return norm.weight.data_ptr(), TYPE_CODES[norm.weight.dtype], norm.eps
 
-    def _linears(self, layer: DecoderLayerOps) -> list[NativeLinearNVFP4 | NativeLinearDense]:
+    def _linears(self, layer: DecoderLayerOps) -> list[NativeLinear]:
         """qkv, o, gate_up and down, whose shapes must follow one another."""
         assert isinstance(layer.rope, NativeRope)
         spec = layer.rope.spec
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        found = []
+        found: list[NativeLinear] = []
         assert isinstance(layer.down, NATIVE_LINEARS)
         inner = layer.down.k
         for name, linear, n, k in (

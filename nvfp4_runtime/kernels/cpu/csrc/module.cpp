@@ -38,7 +38,15 @@ NB_MODULE(_native, m) {
   nb::class_<PlainWeight, Linear>(m, "PlainWeight")
       .def("__init__", [](PlainWeight* self, Address weights, int type, Address bias, int n, int k) {
         new (self) PlainWeight(at(weights), Type(type), at<const float>(bias), n, k);
+      })
+      .def("scale_by", [](PlainWeight& self, Address scale, int rows, int columns) {
+        self.scale_by(at<const float>(scale), rows, columns);
       });
+  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
+      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
+  m.def(
+      "find_nan_e4m3", [](Address codes, int64_t count) { return find_nan_e4m3(at<const uint8_t>(codes), count); }, no_gil,
+      "Index of the first NaN among E4M3 codes, or -1.");
 
   nb::class_<Context>(m, "Context")
       .def(nb::init<int, const std::string&>())
@@ -59,6 +67,21 @@ NB_MODULE(_native, m) {
           "linear",
           [](Context& c, const Linear& w, Address x, int type, int rows, Address out, int out_type) {
             w.run(c, at(x), Type(type), rows, at(out), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "grouped_nvfp4",
+          [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
+             int out_type) {
+            c.grouped_nvfp4(w, at(x), Type(type), at<const int32_t>(offsets), rows, at(out), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "quantize_weight",
+          [](Context& c, Address w, int type, int n, int k, Address codes, Address row_amax, Address block_scales,
+             float scale_2) {
+            c.quantize_weight({at(w), Type(type), n, k, at<uint8_t>(codes), at<float>(row_amax),
+                               at<uint8_t>(block_scales), scale_2});
           },
           no_gil)
       .def(
