@@ -31,19 +31,32 @@ class [[maybe_unused]] PlainFloats {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  PlainFloats() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (saved_ & kFlush) set(saved_ & ~kFlush);
+  }
+  ~PlainFloats() {
+    if (saved_ & kFlush) set(saved_);
+  }
+
+ private:
+  static constexpr uint64_t kFlush = 1u << 24;
+  static void set(uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr)); }
+  uint64_t saved_;
 #endif
 };
 
 const Kernels& find_kernels(const std::string& isa) {
-#if defined(__x86_64__)
   const auto isas = supported_isas();
   if (std::find(isas.begin(), isas.end(), isa) == isas.end())
     throw std::invalid_argument("this machine cannot run ISA variant '" + isa + "'");
+#if defined(__x86_64__)
   if (isa == "avx512bf16") return kernels_avx512bf16;
   if (isa == "avx512") return kernels_avx512;
   if (isa == "avx2") return kernels_avx2;
-#else
-  if (isa != "portable") throw std::invalid_argument("this build has no ISA variant '" + isa + "'");
+#elif defined(__aarch64__)
+  if (isa == "neon") return kernels_neon;
 #endif
   return kernels_portable;
 }
@@ -162,6 +175,8 @@ std::vector<std::string> supported_isas() {
       isas.insert(__builtin_cpu_is("amd") ? isas.begin() : isas.end(), "avx512bf16");
   }
   if (avx2) isas.push_back("avx2");
+#elif defined(__aarch64__)
+  isas.push_back("neon");
 #endif
   isas.push_back("portable");
   return isas;
