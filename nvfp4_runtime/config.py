@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Numerics = Literal["w4a16", "w4a4"]
-KVDtype = Literal["bfloat16", "float32", "fp8"]
+Numerics = Literal["w4a16", "w4a4", "w4a8"]
+KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
 
 
 @dataclass(frozen=True)

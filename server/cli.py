@@ -91,7 +91,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     add("--served-model-name", action="append", metavar="NAME", help="name in requests and answers; may repeat")
-    add("--numerics", choices=("auto", "w4a16", "w4a4"), default="auto", help="arithmetic of NVFP4 layers")
+    add("--numerics", choices=("auto", "w4a16", "w4a8", "w4a4"), default="auto", help="arithmetic of NVFP4 layers")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="type of activations")
     add("--backend", default="auto", help="auto, cpu or reference: asking for one runs there or fails")
     add("--threads", type=int, help="compute threads (default: the machine's cores)")

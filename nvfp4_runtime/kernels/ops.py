@@ -24,8 +24,9 @@ class LinearSpec:
     """y = x W^T (+ bias), x [M, K] of `dtype`, y [M, N] of `out_dtype`.
 
     weight    "nvfp4", "bf16", "fp16", "fp32": how W is stored
-    numerics  "w4a16" or "w4a4" for nvfp4; None for the others
+    numerics  "w4a16", "w4a8" or "w4a4" for nvfp4; None for the others
     W4A16: sum of x * (code * block_scale) in FP32, times weight_scale_2 once, + bias, then one rounding.
+    W4A8: the same with x quantised by codec.quantize_int8.
     W4A4: x quantised by codec.quantize_activation; the FP32 sum is multiplied by (input_scale * weight_scale_2) once.
     """
 

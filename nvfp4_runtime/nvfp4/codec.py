@@ -153,3 +153,29 @@ def activation_operand(x: Tensor, input_scale: Tensor) -> Tensor:
     codes, block_scale = quantize_activation(x, input_scale)
     values = _blocks(decode_e2m1(codes)) * block_scale.to(torch.float32).unsqueeze(-1)
     return values.flatten(-2).to(torch.bfloat16)
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations of W4A8: signed bytes with one FP32 scale per 16 inputs, x ~ code * scale.
+
+    x        float [M, K]
+    returns  int8 [M, K] codes, |code| <= 127; fp32 [M, K/16] scales
+
+    scale = amax / 127, code = rne(x * (127 / amax)): off by half a step, 0.4 % of the block's largest value, at most.
+    Blocks below 2^-100 are zero (127 / amax would overflow); one that holds NaN or infinity has a NaN scale.
+    """
+    check_k(x.shape[-1])
+    blocks = _blocks(x.to(torch.float32))
+    amax = blocks.abs().amax(dim=-1)
+    finite, zero = torch.isfinite(amax), amax <= 2.0**-100
+    levels = torch.full_like(amax, 127.0)  # a tensor: `127.0 / amax` would be two roundings, reciprocal and product
+    inverse = torch.where(finite & ~zero, levels / amax, torch.zeros_like(amax))
+    codes = torch.round((blocks * inverse.unsqueeze(-1)).nan_to_num(nan=0.0)).to(torch.int8).flatten(-2)
+    scale = torch.where(zero, torch.zeros_like(amax), amax / levels)
+    return codes, torch.where(finite, scale, torch.full_like(amax, torch.nan))
+
+
+def int8_operand(x: Tensor) -> Tensor:
+    """`quantize_int8` as values code * scale, fp32 [M, K]."""
+    codes, scale = quantize_int8(x)
+    return (_blocks(codes.to(torch.float32)) * scale.unsqueeze(-1)).flatten(-2)

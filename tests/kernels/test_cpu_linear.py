@@ -24,10 +24,19 @@ def spec_of(weight: NVFP4Weight | DenseWeight, dtype: torch.dtype, out: torch.dt
     return LinearSpec(weight.n, weight.k, weight.format, numerics, NAMES[dtype], NAMES[out])  # type: ignore[arg-type]  # format is one of the names
 
 
-def assert_close_to_exact(y: Tensor, x: Tensor, w: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> None:
-    """x, w are fp64 operands. The sum may be off by NativeLinearNVFP4's bound; then one rounding."""
+def assert_close_to_exact(
+    y: Tensor, x: Tensor, w: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, digits: bool = False
+) -> None:
+    """x, w are fp64 operands. The sum may be off by NativeLinearNVFP4's bound; then one rounding.
+
+    digits: x enters as two int8 digits, off by half a step of 1/32512 of its block's largest value (and by the FP32
+    roundings of that scale and its reciprocal: 2^-22 of x).
+    """
     exact = (x @ w.t()) * row_scale
     room = (k / 16 + 18) * 2.0**-24 * (x.abs() @ w.abs().t()) * row_scale
+    if digits:
+        amax = x.abs().unflatten(1, (-1, 16)).amax(dim=2).repeat_interleave(16, dim=1)
+        room = room + (amax * (0.5 / 32512) + x.abs() * 2.0**-22) @ w.abs().t() * row_scale
     if bias is not None:
         exact = exact + bias.double()
         room = room + 2.0**-24 * exact.abs()
@@ -46,9 +55,24 @@ def test_w4a16_agrees_with_fp64_of_the_exact_operands(
     groups = (n // 2, n - n // 2) if n > 1 else (1,)
     weight = random_nvfp4(n, k, seed=n + k, groups=groups, bias=m == 5)
     x = random_tensor(m, k, seed=m, dtype=dtype)
-    y = cpu_backend(isa).linear(weight, spec_of(weight, dtype, out, "w4a16"))(x)
+    backend = cpu_backend(isa)
+    digits = dtype == torch.bfloat16 and backend.describe()["w4a16 operand"] == "two int8 digits"
+    y = backend.linear(weight, spec_of(weight, dtype, out, "w4a16"))(x)
     assert y.dtype == out
-    assert_close_to_exact(y, x.double(), weight.operand().double(), weight.row_scale_2().double(), weight.bias, k)
+    row_scale = weight.row_scale_2().double()
+    assert_close_to_exact(y, x.double(), weight.operand().double(), row_scale, weight.bias, k, digits)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("m", [1, 7, 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_w4a8_agrees_with_fp64_of_the_codecs_integers(isa: str, n: int, k: int, m: int, dtype: torch.dtype) -> None:
+    weight = random_nvfp4(n, k, seed=n + k, bias=m == 7)
+    x = random_tensor(m, k, seed=m, dtype=dtype) * torch.logspace(-3, 3, m).unsqueeze(1).to(dtype)
+    y = cpu_backend(isa).linear(weight, spec_of(weight, dtype, torch.float32, "w4a8"))(x)
+    codes, scale = codec.quantize_int8(x)
+    operand = codes.double() * scale.double().repeat_interleave(16, dim=1)
+    assert_close_to_exact(y, operand, weight.operand().double(), weight.row_scale_2().double(), weight.bias, k)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -78,7 +102,7 @@ def test_plain_weights_agree_with_fp64(
         assert_close_to_exact(y, x.double(), weight.weight.double(), one, weight.bias, k)
 
 
-@pytest.mark.parametrize("kind", ["w4a16", "w4a4", "bf16"])
+@pytest.mark.parametrize("kind", ["w4a16", "w4a8", "w4a4", "bf16"])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, kind: str) -> None:
     k, n = 592, 70  # 37 groups: the last block of 64 is not full; 70 rows: neither is the last panel
     weight: NVFP4Weight | DenseWeight = random_nvfp4(n, k, seed=1, input_scale=0.002)
@@ -140,15 +164,17 @@ def test_activation_codes_are_those_of_the_codec_bit_for_bit(isa: str, dtype: to
     assert torch.equal(codes[~nan], want_codes[~nan])
 
 
-@pytest.mark.parametrize("numerics", ["w4a16", "w4a4"])
-def test_nan_in_a_row_stays_in_that_row(isa: str, numerics: str) -> None:
+@pytest.mark.parametrize("numerics", ["w4a16", "w4a8", "w4a4"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_in_a_row_stays_in_that_row(isa: str, numerics: str, value: float) -> None:
     weight = random_nvfp4(32, 64, seed=1, input_scale=0.01)
     kernel = cpu_backend(isa).linear(weight, spec_of(weight, torch.bfloat16, torch.bfloat16, numerics))
     x = random_tensor(6, 64, seed=2)
     clean = kernel(x)
-    x[3, 17] = torch.nan
+    x[3, 17] = value
     y = kernel(x)
-    assert bool(y[3].isnan().all())
+    if numerics != "w4a4":  # there an infinity saturates
+        assert not bool(y[3].isfinite().any())
     keep = torch.tensor([0, 1, 2, 4, 5])
     assert same_bits(y[keep], clean[keep])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import StepMemo
-from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
@@ -79,8 +79,8 @@ class CPUBackend:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
-        if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in ("w4a16", "w4a4"):
-            return f"nvfp4 weights need numerics w4a16 or w4a4, asked for {spec.numerics}"
+        if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in NUMERICS_CODES:
+            return f"nvfp4 weights need numerics {', '.join(NUMERICS_CODES)}, asked for {spec.numerics}"
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             if spec.head_dim > MAX_HEAD_DIM:
                 return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"
@@ -94,7 +94,7 @@ class CPUBackend:
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         if isinstance(weight, NVFP4Weight):
-            return NativeLinearNVFP4(_native, self._context, weight, spec)
+            return NativeLinearNVFP4(self._context, weight, spec)
         return NativeLinearDense(self._context, weight, spec)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
@@ -114,6 +114,7 @@ class CPUBackend:
             return {"status": NOT_BUILT}
         return {
             "isa": self._context.isa,
+            "w4a16 operand": self._context.sixteen_bit,
             "threads": str(self._context.threads),
             "version": metadata.version("nvfp4-runtime"),
         }

@@ -12,21 +12,27 @@ from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix
 from nvfp4_runtime.kernels.ops import LinearSpec
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
 
+NUMERICS_CODES = {"w4a16": 0, "w4a8": 1, "w4a4": 2}  # csrc/packed.h: Numerics
+
 
 class NativeLinearNVFP4:
     """An NVFP4 weight in panels of 16 rows; the given tensors are copied and not kept.
 
-    Every product is exact (code values are decoded to FP32) and every output is one fixed chain of FP32 operations:
-    16 products are summed, multiplied by their block scale and added to the running sum, then once by weight_scale_2.
-    Against the exact result the error before the final rounding is at most (K/16 + 18) * 2^-24 * sum |x w|: 16
-    roundings inside a group, K/16 across groups, 2 at the end. With bfloat16 activations the avx512bf16 variant
-    multiplies pairs by vdpbf16ps: the same bound, but subnormal activations (below 2^-126) count as zero.
+    Every output is one fixed chain of operations: 16 products are summed, multiplied by their scales and added to the
+    FP32 total; the total is multiplied once by weight_scale_2 (W4A4: and input_scale). Against the exact result of the
+    operands below, the error before the final rounding is at most (K/16 + 18) * 2^-24 * sum |x w|: K/16 roundings
+    across groups, 2 at the end, and inside a group at most 16, or none where it is summed in integers.
 
-    W4A4 quantises x first, bit for bit as codec.quantize_activation does; its group sums are exact.
+    W4A16  what x becomes depends on the ISA variant (CPUBackend.describe names it). "bfloat16 pairs" and "float32" are x itself
+           (vdpbf16ps takes subnormals, below 2^-126, for zero). "two int8 digits" rounds x to 1/32512 of the largest
+           of its block of 16, an error of 1.5e-5 of that largest at most: bfloat16 itself keeps 2e-3 to 4e-3 of each
+           value. float32 activations are never rounded.
+    W4A8   x is rounded to 1/127 of the largest of its block of 16: codec.quantize_int8. Group sums are exact.
+    W4A4   x is quantised first, bit for bit as codec.quantize_activation does. Group sums are exact.
     weight_bytes  bytes of the panels
     """
 
-    def __init__(self, native: Any, context: Any, weight: NVFP4Weight, spec: LinearSpec) -> None:
+    def __init__(self, context: Any, weight: NVFP4Weight, spec: LinearSpec) -> None:
         input_scale = 0.0
         row_scale = weight.row_scale_2().to(torch.float32)
         if spec.numerics == "w4a4":
@@ -50,14 +56,14 @@ class NativeLinearNVFP4:
             if tensor is not None and tensor.device.type != "cpu":
                 raise KernelError(f"the cpu backend got {name} on {tensor.device}; load the checkpoint on the CPU")
         try:
-            self._packed = native.PackedNVFP4(
-                codes.data_ptr(),
-                scales.data_ptr(),
+            self._packed = context.pack_nvfp4(
+                [(codes.data_ptr(), scales.data_ptr(), weight.n)],
                 row_scale.data_ptr(),
                 0 if bias is None else bias.data_ptr(),
-                weight.n,
                 weight.k,
+                NUMERICS_CODES[spec.numerics],
                 input_scale,
+                False,
             )
         except ValueError as e:  # a NaN scale; the message says where
             raise KernelError(str(e)) from e

@@ -50,11 +50,14 @@ class ReferenceLinear:
         )
         # one bfloat16 GEMM sums in FP32 and rounds once; a bias would have to enter before that rounding
         self._one_gemm = operand.dtype == self.out_dtype == torch.bfloat16 and self.bias is None
+        self._int8 = spec.numerics == "w4a8"
         self._ignored = torch.zeros((), dtype=torch.bfloat16, device=operand.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = codec.activation_operand(x, self.input_scale)
+        if self._int8:
+            x = codec.int8_operand(x)
         if self._one_gemm and x.dtype == torch.bfloat16:
             return self._bfloat16_gemm(x)
         y = self._float32_sums(x)

@@ -1,11 +1,8 @@
 #include "context.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,7 +13,6 @@ namespace {
 
 constexpr int kRowsAtOnce = 480;             // prefill rows kept widened: 480 x 1536 x 4 bytes = 2.8 MiB
 constexpr size_t kPieceBytes = 48 * 1024;    // weights a thread takes at a time: they stay in L1/L2 over all row blocks
-constexpr size_t kHugePage = size_t{2} << 20;
 
 // A host may have set flush-to-zero on its own thread; ours have not, and rows must not depend on who computes them.
 class [[maybe_unused]] PlainFloats {
@@ -103,63 +99,6 @@ int row_grain(size_t row_bytes) { return static_cast<int>(std::max<size_t>(1, 16
 
 }  // namespace
 
-Scratch::~Scratch() { std::free(data_); }
-
-void* Scratch::bytes(size_t size) {
-  if (size > size_) {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-    const size_t alignment = size >= kHugePage ? kHugePage : 64;
-    const size_t rounded = (size + alignment - 1) / alignment * alignment;
-    data_ = std::aligned_alloc(alignment, rounded);
-    if (!data_) throw std::bad_alloc();
-    size_ = rounded;
-#if defined(MADV_HUGEPAGE)
-    if (alignment == kHugePage) (void)madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-  }
-  return data_;
-}
-
-PackedNVFP4::PackedNVFP4(const uint8_t* codes, const uint8_t* scales, const float* row_scale_in, const float* bias_in,
-                         int n_in, int k_in, float input_scale_in)
-    : n(n_in), k(k_in), input_scale(input_scale_in), has_bias(bias_in != nullptr) {
-  const int panels = (n + kPanel - 1) / kPanel, groups = k / kGroup;
-  const size_t panel = panel_bytes(k);
-  bytes = panel * panels;
-  panels_ = static_cast<uint8_t*>(weights.bytes(bytes));
-  std::memset(panels_, 0, bytes);
-  for (int r = 0; r < n; r++)
-    for (int g = 0; g < groups; g++) {
-      uint8_t* block = panels_ + (r / kPanel) * panel + static_cast<size_t>(g / 4) * kBlockBytes;
-      const uint8_t scale = scales[static_cast<size_t>(r) * groups + g];
-      if ((scale & 0x7f) == 0x7f)
-        throw std::invalid_argument("block scale [" + std::to_string(r) + ", " + std::to_string(g) +
-                                    "] is NaN; expected finite values: quantise the layer again");
-      block[16 * (g % 4) + r % kPanel] = scale & 0x7f;
-      const uint8_t flip = scale & 0x80 ? 0x88 : 0;  // a negative scale: the codes carry the sign
-      const uint8_t* from = codes + static_cast<size_t>(r) * (k / 2) + g * (kGroup / 2);
-      for (int half = 0; half < 2; half++) {
-        uint8_t nibbles[8];
-        for (int i = 0; i < 4; i++) {
-          const uint8_t b = from[4 * half + i] ^ flip;
-          nibbles[2 * i] = b & 15;
-          nibbles[2 * i + 1] = b >> 4;
-        }
-        uint8_t* to = block + 64 + 128 * (g % 4) + 64 * half + 4 * (r % kPanel);
-        for (int i = 0; i < 4; i++) to[i] = static_cast<uint8_t>(nibbles[i] | nibbles[4 + i] << 4);
-      }
-    }
-  row_scales_ = row_scale.floats(static_cast<size_t>(panels) * kPanel);
-  biases_ = has_bias ? bias.floats(static_cast<size_t>(panels) * kPanel) : nullptr;
-  for (int r = 0; r < panels * kPanel; r++) {
-    row_scales_[r] = r < n ? row_scale_in[r] * 256.f : 0.f;  // 2^8: the kernel's block scales are 2^-8 of theirs
-    if (biases_) biases_[r] = r < n ? bias_in[r] : 0.f;
-  }
-  bytes += static_cast<size_t>(panels) * kPanel * sizeof(float) * (has_bias ? 2 : 1);
-}
-
 std::vector<std::string> supported_isas() {
   std::vector<std::string> isas;
 #if defined(__x86_64__)
@@ -187,38 +126,53 @@ Context::Context(int threads, const std::string& isa)
   per_thread_.resize(static_cast<size_t>(pool_.threads()));
 }
 
+const char* Context::sixteen_bit() const {
+  switch (kernels_.sixteen_bit) {
+    case Operand::pairs: return "bfloat16 pairs";
+    case Operand::digits: return "two int8 digits";
+    default: return "float32";
+  }
+}
+
+std::unique_ptr<PackedNVFP4> Context::pack(const std::vector<NVFP4Rows>& parts, const float* row_scale,
+                                           const float* bias, int k, Numerics numerics, float input_scale, bool e8m0) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::make_unique<PackedNVFP4>(pool_, parts, row_scale, bias, k, numerics, input_scale, e8m0);
+}
+
 void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const bool quantised = w.input_scale != 0.f;
-  const int whole = kRowsAtOnce / kernels_.max_rows * kernels_.max_rows;
+  const Operand operand = w.numerics == Numerics::w4a4   ? Operand::nvfp4
+                          : w.numerics == Numerics::w4a8 ? Operand::int8
+                          : type == Type::bf16           ? kernels_.sixteen_bit
+                                                         : Operand::floats;
+  const int most = kernels_.max_rows(operand), whole = kRowsAtOnce / most * most;
   for (int first = 0; first < m; first += whole) {
-    const int rows = std::min(whole, m - first);
-    const int blocks = (rows + kernels_.max_rows - 1) / kernels_.max_rows;
-    const size_t stored = static_cast<size_t>(blocks) * kernels_.max_rows;
+    const int rows = std::min(whole, m - first), blocks = (rows + most - 1) / most;
     PackX pack{};
     pack.x = static_cast<const char*>(x) + static_cast<size_t>(first) * w.k * type_bytes(type);
     pack.type = type;
     pack.m = rows;
     pack.k = w.k;
+    pack.operand = operand;
     pack.input_scale = w.input_scale;
-    pack.packed = x_.floats(stored * w.k);
-    pack.scales = quantised ? scales_.floats(stored * (w.k / kGroup)) : nullptr;
+    pack.packed = static_cast<uint32_t*>(
+        x_.bytes(static_cast<size_t>(blocks) * most * (w.k / kGroup) * words_per_group(operand) * sizeof(uint32_t)));
     parallel<PackX, &Kernels::pack_x>(pool_, kernels_, pack, blocks, 1);
     LinearNVFP4 a{};
     a.weights = w.data();
-    a.row_scale = w.scale_data();
-    a.bias = w.bias_data();
+    a.e8m0 = w.e8m0;
+    a.row_scale = w.row_scale();
+    a.bias = w.bias();
     a.x = pack.packed;
-    a.pairs = kernels_.pairs && type == Type::bf16;
-    a.scales = pack.scales;
+    a.operand = operand;
     a.m = rows;
     a.n = w.n;
     a.k = w.k;
     a.out = static_cast<char*>(out) + static_cast<size_t>(first) * w.n * type_bytes(out_type);
     a.out_type = out_type;
-    const int panels = (w.n + kPanel - 1) / kPanel;
-    parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, panels,
-                                                  grain_of(panels, panel_bytes(w.k), pool_.threads()));
+    parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, w.panels(),
+                                                  grain_of(w.panels(), panel_bytes(w.k), pool_.threads()));
   }
 }
 

@@ -1,49 +1,16 @@
 // The ops as the binding sees them: one context per backend owns the threads, the scratch and the choice of ISA.
 #pragma once
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "packed.h"
 #include "pool.h"
 #include "types.h"
 
 namespace nvfp4 {
-
-// Memory that only grows, aligned to a cache line; what it held is lost when it does.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch(Scratch&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr; }
-  ~Scratch();
-  void* bytes(size_t size);
-  float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// A weight in the panel layout of types.h, with its row multipliers and bias padded to whole panels.
-struct PackedNVFP4 {
-  int n, k;
-  float input_scale;  // W4A4, else 0
-  bool has_bias;
-  Scratch weights, row_scale, bias;
-  size_t bytes;
-
-  // codes uint8 [n][k/2], scales e4m3 [n][k/16], row_scale fp32 [n], bias fp32 [n] or null. Throws on a NaN scale.
-  PackedNVFP4(const uint8_t* codes, const uint8_t* scales, const float* row_scale, const float* bias, int n, int k,
-              float input_scale);
-  const uint8_t* data() const { return panels_; }
-  const float* scale_data() const { return row_scales_; }
-  const float* bias_data() const { return biases_; }
-
- private:
-  uint8_t* panels_;
-  float *row_scales_, *biases_;
-};
 
 std::vector<std::string> supported_isas();  // best first
 
@@ -53,7 +20,10 @@ class Context {
 
   const char* isa() const { return kernels_.isa; }
   int threads() const { return pool_.threads(); }
+  const char* sixteen_bit() const;
 
+  std::unique_ptr<PackedNVFP4> pack(const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
+                                    int k, Numerics numerics, float input_scale, bool e8m0);
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
   void linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
                     void* out, Type out_type);
@@ -68,7 +38,7 @@ class Context {
   const Kernels& kernels_;
   Pool pool_;
   std::mutex mutex_;
-  Scratch x_, scales_;
+  Scratch x_;
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_
   std::vector<AttentionItem> items_;

@@ -21,12 +21,20 @@ namespace {
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
-constexpr int kMaxRows = 16;  // two registers each: the group and the total (24 spills, and runs 12 % slower)
+constexpr bool kPrefetch = false;
+#if defined(__AVX512BF16__)
+constexpr Operand kSixteenBit = Operand::pairs;
+#else
+constexpr Operand kSixteenBit = Operand::digits;
+#endif
+constexpr int kFloatRows = 16, kIntegerRows = 16, kPairRows = 12;  // totals that fit beside the decoded weights
 constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
 constexpr int kDenseFirst = 8;           // rows of its first pass
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
-constexpr int kMaxRows = 4;  // each takes two of 16 registers, and decoding five
+constexpr bool kPrefetch = false;
+constexpr Operand kSixteenBit = Operand::digits;
+constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes two of 16 registers, and decoding five
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #elif defined(NVFP4_NEON)  // not __ARM_NEON, which every 64-bit ARM compiler defines for the portable variant too
 #include "simd_neon.h"
@@ -34,21 +42,32 @@ constexpr int kMaxRows = 4;  // each takes four of 32 registers, and decoding te
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"
-constexpr int kMaxRows = 4;
+constexpr bool kPrefetch = false;
+constexpr Operand kSixteenBit = Operand::floats;
+constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #endif
 
 #include "simd_math.h"
 
+constexpr int max_rows(Operand o) {
+  return o == Operand::floats ? kFloatRows : o == Operand::pairs ? kPairRows : kIntegerRows;
+}
+int block_width(Operand operand, int rows);
+
 #include "rows.h"
 
+#include "activations.h"
 #include "attention.h"
 #include "linear.h"
+#include "linear_nvfp4.h"
+
+int rows_that_share(Operand o) { return max_rows(o); }
 
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
-    NVFP4_STRING(NVFP4_ISA), kPairs, kMaxRows, block_width, pack_x,   linear_nvfp4, widen,
+    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, widen,
     linear_dense,            rms_norm, silu_mul, rope, attention, quantize,
 };
 

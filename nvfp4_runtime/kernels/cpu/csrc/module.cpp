@@ -2,6 +2,8 @@
 // only the GIL is released. Built without torch and without NumPy.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "context.h"
@@ -26,21 +28,23 @@ NB_MODULE(_native, m) {
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
 
-  nb::class_<PackedNVFP4>(m, "PackedNVFP4")
-      .def(
-          "__init__",
-          [](PackedNVFP4* self, Address codes, Address scales, Address row_scale, Address bias, int n, int k,
-             float input_scale) {
-            new (self) PackedNVFP4(at<const uint8_t>(codes), at<const uint8_t>(scales), at<const float>(row_scale),
-                                   at<const float>(bias), n, k, input_scale);
-          },
-          no_gil)
-      .def_ro("nbytes", &PackedNVFP4::bytes);
+  nb::class_<PackedNVFP4>(m, "PackedNVFP4").def_ro("nbytes", &PackedNVFP4::bytes);
 
   nb::class_<Context>(m, "Context")
       .def(nb::init<int, const std::string&>())
       .def_prop_ro("isa", &Context::isa)
       .def_prop_ro("threads", &Context::threads)
+      .def_prop_ro("sixteen_bit", &Context::sixteen_bit, "What W4A16 makes of bfloat16 activations.")
+      .def(
+          "pack_nvfp4",
+          [](Context& c, const std::vector<std::tuple<Address, Address, int>>& parts, Address row_scale, Address bias,
+             int k, int numerics, float input_scale, bool e8m0) {
+            std::vector<NVFP4Rows> rows;
+            for (const auto& [codes, scales, n] : parts) rows.push_back({at<const uint8_t>(codes), at<const uint8_t>(scales), n});
+            return c.pack(rows, at<const float>(row_scale), at<const float>(bias), k, Numerics(numerics), input_scale,
+                          e8m0);
+          },
+          no_gil, "Parts as (codes, block scales, rows); see packed.h.")
       .def(
           "linear_nvfp4",
           [](Context& c, const PackedNVFP4& w, Address x, int type, int rows, Address out, int out_type) {

@@ -145,6 +145,43 @@ inline V load_scales(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
 
+inline __m256i e8m0(__m128i bytes) {
+  return _mm256_max_epi32(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23), _mm256_set1_epi32(0x00400000));
+}
+inline V load_e8m0(const uint8_t* p) {  // 2^(byte - 127); byte 0 is the subnormal 2^-127
+  return {_mm256_castsi256_ps(e8m0(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
+          _mm256_castsi256_ps(e8m0(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
+}
+
+// Codes as unsigned bytes 2 * value + 12.
+struct Bytes {
+  __m256i a, b;
+};
+inline Bytes code_table() {
+  const __m128i t = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  const __m256i v = _mm256_broadcastsi128_si256(t);
+  return {v, v};
+}
+inline __m256i lookup(__m256i nibbles, __m256i table) {
+  return _mm256_shuffle_epi8(table, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+}
+inline Bytes low_codes(I codes, Bytes table) { return {lookup(codes.a, table.a), lookup(codes.b, table.a)}; }
+inline Bytes high_codes(I codes, Bytes table) {
+  return {lookup(_mm256_srli_epi16(codes.a, 4), table.a), lookup(_mm256_srli_epi16(codes.b, 4), table.a)};
+}
+// Four products of unsigned and signed bytes, added to each 32-bit lane. Two products stay below 2 * 24 * 128 = 6144,
+// so the 16-bit step of the form without VNNI does not saturate.
+inline __m256i dot8(__m256i acc, __m256i w, __m256i x) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(acc, w, x);
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+#endif
+}
+inline I dot(I acc, Bytes w, I x) { return {dot8(acc.a, w.a, x.a), dot8(acc.b, w.b, x.b)}; }
+inline V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I to_int(V x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }  // nearest even
+
 inline void transpose8(__m256 r[8]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 4; i++) {

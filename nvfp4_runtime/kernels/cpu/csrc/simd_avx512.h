@@ -101,6 +101,29 @@ inline V load_scales(const uint8_t* p) {
   return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(b), 7))};
 }
 
+inline V load_e8m0(const uint8_t* p) {  // 2^(byte - 127); byte 0 is the subnormal 2^-127
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(b, 23), _mm512_set1_epi32(0x00400000)))};
+}
+
+// Codes as unsigned bytes 2 * value + 12. The table stands four times in its register, so vpermb does not mind what the
+// index bits above a nibble are.
+struct Bytes {
+  __m512i v;
+};
+inline Bytes code_table() {
+  const __m128i t = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  return {_mm512_broadcast_i32x4(t)};
+}
+inline Bytes low_codes(I codes, Bytes table) { return {_mm512_permutexvar_epi8(codes.v, table.v)}; }
+inline Bytes high_codes(I codes, Bytes table) {
+  return {_mm512_permutexvar_epi8(_mm512_srli_epi16(codes.v, 4), table.v)};
+}
+// Four products of unsigned and signed bytes, added to each 32-bit lane.
+inline I dot(I acc, Bytes w, I x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+inline V to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline I to_int(V x) { return {_mm512_cvtps_epi32(x.v)}; }  // nearest even
+
 #if defined(__AVX512BF16__)
 // Pairs of bfloat16, multiplied and added to an FP32 lane by vdpbf16ps (which takes subnormals for zero). A 32-bit lane of
 // codes gives pairs (k0, k2) (k4, k6) (k1, k3) (k5, k7) by shifts of 0, 4, 8, 12 in its two 16-bit halves; vpermw looks

@@ -182,6 +182,41 @@ inline V load_scales(const uint8_t* p) {
                                       : (m.q[i] << 20) + (112 << 23)));
 }
 
+inline V load_e8m0(const uint8_t* p) {  // 2^(byte - 127); byte 0 is the subnormal 2^-127
+  const I b = load_bytes(p, 16);
+  NVFP4_QUARTERS(V, as<F4>(b.q[i] == 0 ? I4{} + 0x00400000 : as<I4>(as<U4>(b.q[i]) << 23)));
+}
+
+// Codes as unsigned bytes 2 * value + 12.
+struct Bytes {
+  uint8_t b[64];
+};
+constexpr uint8_t kCodeBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+inline Bytes code_table() { return {}; }
+inline Bytes codes_at(I codes, int shift) {
+  Bytes r;
+  __builtin_memcpy(r.b, &codes, 64);
+  for (int i = 0; i < 64; i++) r.b[i] = kCodeBytes[r.b[i] >> shift & 15];
+  return r;
+}
+inline Bytes low_codes(I codes, Bytes) { return codes_at(codes, 0); }
+inline Bytes high_codes(I codes, Bytes) { return codes_at(codes, 4); }
+// Four products of unsigned and signed bytes, added to each 32-bit lane.
+inline I dot(I acc, Bytes w, I x) {
+  int8_t b[64];
+  int32_t sums[16];
+  __builtin_memcpy(b, &x, 64);
+  store_ints(sums, acc);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 4; j++) sums[i] += w.b[4 * i + j] * b[4 * i + j];
+  return load_ints(sums);
+}
+inline V to_float(I x) { NVFP4_QUARTERS(V, __builtin_convertvector(x.q[i], F4)); }
+inline I to_int(V x) {  // nearest even; |x| < 2^22
+  const V magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  return isub(bits(add(x, magic)), bits(magic));
+}
+
 inline void transpose16(V r[16]) {
   float from[16][16], to[16][16];
   for (int i = 0; i < 16; i++) store(from[i], r[i]);

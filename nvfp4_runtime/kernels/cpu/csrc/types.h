@@ -28,25 +28,36 @@ constexpr int kGroup = 16;
 constexpr int kBlockBytes = 576;
 static constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63) / 64) * kBlockBytes; }
 
-// Activations are handed to the NVFP4 kernel as FP32, `rows` rows at a time: block b covers rows b * max_rows .. and
-// lies at x + b * max_rows * k, stored [k][width] where width >= its rows (padded rows are zero). An ISA with `pairs`
-// keeps bfloat16 activations as pairs instead, [k / 2][width] of 32 bits, in the order its decoder gives weights.
+// How the NVFP4 kernel takes its activations: rows in blocks of up to max_rows(operand); block b covers rows
+// b * max_rows .. and lies at x + b * max_rows * (k / 16) * words_per_group. Per group of 16 k it holds 32-bit words
+// [words][width], width >= its rows (padded rows are zero):
+//   floats  16 FP32 values
+//   pairs   8 pairs of bfloat16, in the order decode_pair gives weights; for an ISA that multiplies them
+//   digits  x = scale * (256 high + low): 4 words of high bytes, 4 of low, -12 * their sum, scale / 2
+//   int8    4 words of bytes, -12 * their sum, scale / 2                                             (W4A8)
+//   nvfp4   the same with twice the E2M1 value as the byte and a quarter of the E4M3 block scale      (W4A4)
+enum class Operand : int { floats = 0, pairs = 1, digits = 2, int8 = 3, nvfp4 = 4 };
+static constexpr int words_per_group(Operand o) {
+  return o == Operand::floats ? 16 : o == Operand::pairs ? 8 : o == Operand::digits ? 10 : 6;
+}
+constexpr int kMostRows = 16;
+
 struct PackX {
   const void* x;  // [m][k] of `type`
   Type type;
   int m, k;
-  float input_scale;  // > 0 with `scales`: quantise to NVFP4 first (W4A4)
-  float* packed;
-  float* scales;  // W4A4: per block [k / 16][width], else null
+  Operand operand;
+  float input_scale;  // > 0 for nvfp4
+  uint32_t* packed;
 };
 
 struct LinearNVFP4 {
   const uint8_t* weights;
-  const float* row_scale;  // fp32 [n padded to 16], weight_scale_2 (and input_scale) times 2^8
+  bool e8m0;               // block scales are E8M0 (MXFP4, each byte twice), not E4M3
+  const float* row_scale;  // fp32 [n padded to 16]: what multiplies each sum once; times 2^8 for E4M3
   const float* bias;       // fp32 [n padded to 16] or null
-  const float* x;          // from PackX
-  bool pairs;              // x holds pairs of bfloat16: PackX's type was bf16 and the ISA multiplies them
-  const float* scales;     // from PackX, or null for W4A16
+  const uint32_t* x;       // from PackX
+  Operand operand;
   int m, n, k;
   void* out;  // [m][n]
   Type out_type;
@@ -145,9 +156,9 @@ static constexpr size_t attention_scratch(int rows, int d) {
 // over threads gives the same bits.
 struct Kernels {
   const char* isa;
-  bool pairs;                    // bfloat16 activations are multiplied as such
-  int max_rows;                  // rows of x that share one decoded weight
-  int (*block_width)(int rows);  // stored width of a block of 1..max_rows rows
+  bool pairs;                // bfloat16 is multiplied as such
+  Operand sixteen_bit;       // what W4A16 makes of bfloat16 activations; FP32 ones stay as they are
+  int (*max_rows)(Operand);  // rows of x that share one decoded weight
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
   void (*widen)(const Widen&, int begin, int end);                  // rows

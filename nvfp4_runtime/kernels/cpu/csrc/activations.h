@@ -1,0 +1,159 @@
+// Activations on their way into the NVFP4 kernel: what each Operand of types.h stores, 16 inputs of one row at a time.
+
+inline float largest(V x) { return any(is_nan(x)) ? __builtin_nanf("") : reduce_max(vabs(x)); }
+
+struct BlockScale {
+  V quantised;  // values of the codes
+  I codes;
+  I scale_bits;
+  float scale;
+};
+
+// One group of 16 by the recipe of codec.quantize_activation, operation for operation.
+inline BlockScale quantize_group(V x, float global_scale, float inverse_global) {
+  const float sixth = 1.0f / 6.0f;
+  const float wanted = global_scale * (largest(x) * sixth);
+  BlockScale r;
+  r.scale_bits = to_e4m3(set1(wanted));
+  float s[16];
+  store(s, from_e4m3(r.scale_bits));
+  r.scale = s[0];
+  const float output_scale = r.scale == 0.f ? 0.f : 1.0f / (r.scale * inverse_global);
+  const V y = mul(x, set1(output_scale));
+  r.quantised = round_e2m1(y);
+  r.codes = encode_e2m1(y);
+  return r;
+}
+
+struct Integers {
+  I values;
+  float scale;
+};
+
+// x = values * scale with |values| <= levels, by the recipe of codec.quantize_int8. A block with NaN or infinity has a
+// NaN scale, which makes its row NaN; one below 2^-100 is zero (its reciprocal would overflow).
+inline Integers to_integers(V x, float levels) {
+  const float amax = largest(x);
+  const bool finite = amax < __builtin_inff();
+  const bool zero_block = amax <= 0x1p-100f;
+  const V y = mul(x, set1(finite && !zero_block ? levels / amax : 0.f));
+  Integers r;
+  r.values = to_int(select(is_nan(y), zero(), y));
+  r.scale = !finite ? __builtin_nanf("") : zero_block ? 0.f : amax / levels;
+  return r;
+}
+
+// The four words of 16 signed bytes, word i at out[i * width].
+inline void put_bytes(uint32_t* out, int width, I bytes) {
+  uint32_t words[4];
+  store_bytes(reinterpret_cast<uint8_t*>(words), bytes, 16);
+  for (int i = 0; i < 4; i++) out[i * width] = words[i];
+}
+inline void put_float(uint32_t* out, float x) { __builtin_memcpy(out, &x, 4); }
+
+// The kernel's weights are 2 * code + 12 in unsigned bytes: what 12 adds is taken off again by starting at -12 * sum.
+constexpr int kCodeOffset = 12;
+inline uint32_t offset_of(float sum) { return static_cast<uint32_t>(-kCodeOffset * static_cast<int32_t>(sum)); }
+
+// One row's group as integers; `out` points at its column of the group's words.
+template <Operand operand>
+inline void put_integers(uint32_t* out, int width, V x, float global_scale, float inverse_global) {
+  I q;
+  float scale;
+  if constexpr (operand == Operand::nvfp4) {
+    const BlockScale b = quantize_group(x, global_scale, inverse_global);
+    q = to_int(add(b.quantised, b.quantised));
+    scale = b.scale * .25f;  // both sides hold twice their E2M1 value
+  } else {
+    const Integers b = to_integers(x, operand == Operand::digits ? 32512.f : 127.f);
+    q = b.values;
+    scale = b.scale * .5f;
+  }
+  const float sum = reduce_add(to_float(q));
+  if constexpr (operand == Operand::digits) {
+    const I high = sar<8>(iadd(q, iset1(128)));
+    put_bytes(out, width, high);
+    put_bytes(out + 4 * width, width, isub(q, shl<8>(high)));
+    out[8 * width] = offset_of(sum);
+    put_float(out + 9 * width, scale);
+  } else {
+    put_bytes(out, width, q);
+    out[4 * width] = offset_of(sum);
+    put_float(out + 5 * width, scale);
+  }
+}
+
+template <class T, Operand operand>
+void pack_integers(const PackX& a, const T* x, uint32_t* out, int rows, int width) {
+  const float global_scale = 1.0f / a.input_scale, inverse_global = 1.0f / global_scale;
+  constexpr int words = words_per_group(operand);
+  for (int g = 0; g < a.k / kGroup; g++, out += static_cast<size_t>(words) * width) {
+    for (int r = 0; r < rows; r++)
+      put_integers<operand>(out + r, width, load(x + static_cast<size_t>(r) * a.k + g * kGroup), global_scale, inverse_global);
+    for (int r = rows; r < width; r++)
+      for (int i = 0; i < words; i++) out[i * width + r] = 0;
+  }
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+inline V as_pairs(V x) { return to_pairs(x); }
+#else
+constexpr bool kPairs = false;
+inline V as_pairs(V x) { return x; }
+#endif
+
+// FP32 values or pairs of bfloat16: sixteen rows transposed at a time.
+template <class T, Operand operand>
+void pack_values(const PackX& a, const T* x, uint32_t* packed, int rows, int width) {
+  constexpr int words = words_per_group(operand);
+  float* out = reinterpret_cast<float*>(packed);
+  for (int r0 = 0; r0 < width; r0 += 16) {
+    const int n = width - r0 < 16 ? width - r0 : 16;
+    for (int g = 0; g < a.k / kGroup; g++) {
+      V r[16];
+      for (int i = 0; i < 16; i++) {
+        r[i] = r0 + i < rows ? load(x + static_cast<size_t>(r0 + i) * a.k + g * kGroup) : zero();
+        if constexpr (operand == Operand::pairs) r[i] = as_pairs(r[i]);
+      }
+      float* o = out + static_cast<size_t>(g) * words * width + r0;
+      if (width == 1) {
+        store(o, r[0], words);
+        continue;
+      }
+      transpose16(r);
+      for (int i = 0; i < words; i++) store(o + static_cast<size_t>(i) * width, r[i], n);
+    }
+  }
+}
+
+template <class T>
+void pack_block(const PackX& a, int block) {
+  const int most = max_rows(a.operand), first = block * most, rows = a.m - first < most ? a.m - first : most;
+  const int width = block_width(a.operand, rows);
+  const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(first) * a.k;
+  uint32_t* out = a.packed + static_cast<size_t>(first) * (a.k / kGroup) * words_per_group(a.operand);
+  switch (a.operand) {
+    case Operand::pairs: pack_values<T, Operand::pairs>(a, x, out, rows, width); break;
+    case Operand::digits: pack_integers<T, Operand::digits>(a, x, out, rows, width); break;
+    case Operand::int8: pack_integers<T, Operand::int8>(a, x, out, rows, width); break;
+    case Operand::nvfp4: pack_integers<T, Operand::nvfp4>(a, x, out, rows, width); break;
+    default: pack_values<T, Operand::floats>(a, x, out, rows, width); break;
+  }
+}
+void pack_x(const PackX& a, int begin, int end) {
+  for (int b = begin; b < end; b++) a.type == Type::bf16 ? pack_block<bf16>(a, b) : pack_block<float>(a, b);
+}
+
+template <class T>
+void quantize_rows(const PackX& a, uint8_t* codes, uint8_t* scales) {
+  const float global_scale = 1.0f / a.input_scale, inverse_global = 1.0f / global_scale;
+  for (size_t g = 0; g < static_cast<size_t>(a.m) * a.k / kGroup; g++) {
+    const BlockScale q = quantize_group(load(static_cast<const T*>(a.x) + g * kGroup), global_scale, inverse_global);
+    store_bytes(codes + g * kGroup, q.codes, 16);
+    store_bytes(scales + g, q.scale_bits, 1);
+  }
+}
+void quantize(const PackX& a, uint8_t* codes, uint8_t* scales) {
+  a.type == Type::bf16 ? quantize_rows<bf16>(a, codes, scales) : quantize_rows<float>(a, codes, scales);
+}

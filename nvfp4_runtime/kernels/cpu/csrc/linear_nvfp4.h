@@ -1,0 +1,214 @@
+// y = x W^T for weights in panels. Every output is one fixed chain of operations over k, whatever M, the tile or the
+// thread: 16 products are summed (exactly where they are integers), multiplied by their scales and added to the total.
+// Activation rows run inside, so decoded weights stay in registers; `kTogether` rows' chains interleave to hide latency.
+
+// No 2 for floats: GCC 12 keeps two accumulators in memory, and three rows take half the time.
+constexpr int kFloatWidths[] = {1, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};
+constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};
+int block_width(Operand operand, int rows) {
+  const int most = max_rows(operand);
+  if (operand == Operand::floats) {
+    for (int w : kFloatWidths)
+      if (w >= rows && w <= most) return w;
+  } else {
+    for (int w : kWidths)
+      if (w >= rows && w <= most) return w;
+  }
+  return most;
+}
+
+inline V scales_of(const LinearNVFP4& a, const uint8_t* p) { return a.e8m0 ? load_e8m0(p) : load_scales(p); }
+
+// How far ahead of the panel's codes to ask for memory; see docs/kernel-log.md.
+constexpr int kPrefetchBytes = 8 * kBlockBytes;
+inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
+  __builtin_prefetch(codes + kPrefetchBytes);
+  __builtin_prefetch(codes + kPrefetchBytes + 64);
+  if (g % 4 == 0) __builtin_prefetch(block + kPrefetchBytes);
+}
+
+// ---- FP32 activations ------------------------------------------------------------------------------------------------
+
+// Eight k of one group: decode each k once for the panel's 16 rows, use it for M activation rows. The fixed order of k
+// is that of the code's place in its lane: 0 1 2 3 and then 4 5 6 7 (low nibbles, then high).
+template <int M, int k>
+inline void step(I codes, V table, const float* x, V* acc) {
+  constexpr int shift = k < 4 ? 8 * k : 8 * (k - 4) + 4;
+  const V w = decode<shift>(codes, table);
+  UNROLL for (int m = 0; m < M; m++) acc[m] = fma(w, set1(x[k * M + m]), acc[m]);
+}
+template <int M>
+inline void eight(I codes, V table, const float* x, V* acc) {
+  step<M, 0>(codes, table, x, acc);
+  step<M, 1>(codes, table, x, acc);
+  step<M, 2>(codes, table, x, acc);
+  step<M, 3>(codes, table, x, acc);
+  step<M, 4>(codes, table, x, acc);
+  step<M, 5>(codes, table, x, acc);
+  step<M, 6>(codes, table, x, acc);
+  step<M, 7>(codes, table, x, acc);
+}
+
+template <int M>
+struct Floats {
+  static void group(const uint8_t* codes, V scales, const uint32_t* packed, V* total) {
+    const float* x = reinterpret_cast<const float*>(packed);
+    const V table = e2m1_table();
+    V acc[M];
+    UNROLL for (int m = 0; m < M; m++) acc[m] = zero();
+    eight<M>(load_codes(codes), table, x, acc);
+    eight<M>(load_codes(codes + 64), table, x + 8 * M, acc);
+    UNROLL for (int m = 0; m < M; m++) total[m] = fma(acc[m], scales, total[m]);
+  }
+};
+
+// ---- integers: W4A4, W4A8, and W4A16 as two digits ---------------------------------------------------------------------
+
+inline I word(const uint32_t* p) { return iset1(static_cast<int32_t>(*p)); }
+inline V float_word(const uint32_t* p) {
+  float f;
+  __builtin_memcpy(&f, p, 4);
+  return set1(f);
+}
+
+template <int M>
+struct Blocks {
+  static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
+    const I first = load_codes(codes), second = load_codes(codes + 64);
+    const Bytes table = code_table();
+    const Bytes w[4] = {low_codes(first, table), high_codes(first, table), low_codes(second, table), high_codes(second, table)};
+    UNROLL for (int m0 = 0; m0 < M; m0 += 2) {
+      I acc[2];
+      UNROLL for (int j = 0; j < 2; j++)
+        if (m0 + j < M) acc[j] = word(x + 4 * M + m0 + j);
+      UNROLL for (int i = 0; i < 4; i++)
+        UNROLL for (int j = 0; j < 2; j++)
+          if (m0 + j < M) acc[j] = dot(acc[j], w[i], word(x + i * M + m0 + j));
+      UNROLL for (int j = 0; j < 2; j++)
+        if (m0 + j < M)
+          total[m0 + j] = fma(to_float(acc[j]), mul(scales, float_word(x + 5 * M + m0 + j)), total[m0 + j]);
+    }
+  }
+};
+
+// The high digits' sum, times 256, joins the low digits': one exact integer below 2^24.
+template <int M>
+struct Digits {
+  static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
+    const I first = load_codes(codes), second = load_codes(codes + 64);
+    const Bytes table = code_table();
+    const Bytes w[4] = {low_codes(first, table), high_codes(first, table), low_codes(second, table), high_codes(second, table)};
+    UNROLL for (int m = 0; m < M; m++) {
+      I high = iset1(0), low = word(x + 8 * M + m);
+      UNROLL for (int i = 0; i < 4; i++) {
+        high = dot(high, w[i], word(x + i * M + m));
+        low = dot(low, w[i], word(x + (4 + i) * M + m));
+      }
+      total[m] = fma(to_float(iadd(shl<8>(high), low)), mul(scales, float_word(x + 9 * M + m)), total[m]);
+    }
+  }
+};
+
+// ---- pairs of bfloat16 -------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+template <int M>
+struct PairsOf {
+  static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
+    constexpr int together = M >= 4 ? 4 : M;
+    const Pairs table = pair_table();
+    Pairs w[8];
+    UNROLL for (int h = 0; h < 2; h++) {
+      const I line = load_codes(codes + 64 * h);
+      w[4 * h] = decode_pair<0>(line, table);
+      w[4 * h + 1] = decode_pair<4>(line, table);
+      w[4 * h + 2] = decode_pair<8>(line, table);
+      w[4 * h + 3] = decode_pair<12>(line, table);
+    }
+    UNROLL for (int m0 = 0; m0 < M; m0 += together) {
+      V acc[together];
+      UNROLL for (int j = 0; j < together; j++) acc[j] = zero();
+      UNROLL for (int i = 0; i < 8; i++)
+        UNROLL for (int j = 0; j < together; j++)
+          if (m0 + j < M) acc[j] = dot(acc[j], w[i], {word(x + i * M + m0 + j).v});
+      UNROLL for (int j = 0; j < together; j++)
+        if (m0 + j < M) total[m0 + j] = fma(acc[j], scales, total[m0 + j]);
+    }
+  }
+};
+#endif
+
+// ---- panels ----------------------------------------------------------------------------------------------------------
+
+template <class Group, int M, int words>
+void panel(const LinearNVFP4& a, const uint8_t* w, const uint32_t* x, V* out) {
+  const int groups = a.k / kGroup;
+  V total[M];
+  UNROLL for (int m = 0; m < M; m++) total[m] = zero();
+  for (int g = 0; g < groups; g++) {
+    const uint8_t* block = w + static_cast<size_t>(g / 4) * kBlockBytes;
+    const uint8_t* codes = block + 64 + 128 * (g % 4);
+    if (M == 1 && kPrefetch) prefetch_group(block, codes, g);
+    Group::group(codes, scales_of(a, block + 16 * (g % 4)), x, total);
+    x += words * M;
+  }
+  UNROLL for (int m = 0; m < M; m++) out[m] = total[m];
+}
+
+template <template <int> class Group, Operand operand>
+void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, const uint32_t* x, V* out) {
+  constexpr int most = max_rows(operand);
+#define NVFP4_WIDTH(M) \
+  case M:              \
+    if constexpr (M <= most && !(M == 2 && operand == Operand::floats)) \
+      panel<Group<M>, M, words_per_group(operand)>(a, w, x, out);       \
+    break;
+  switch (width) {
+    NVFP4_WIDTH(1)
+    NVFP4_WIDTH(2)
+    NVFP4_WIDTH(3)
+    NVFP4_WIDTH(4)
+    NVFP4_WIDTH(5)
+    NVFP4_WIDTH(6)
+    NVFP4_WIDTH(7)
+    NVFP4_WIDTH(8)
+    NVFP4_WIDTH(10)
+    NVFP4_WIDTH(12)
+    NVFP4_WIDTH(14)
+    NVFP4_WIDTH(16)
+  }
+#undef NVFP4_WIDTH
+}
+
+template <class O>
+void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
+  const int most = max_rows(a.operand);
+  for (int first = 0; first < a.m; first += most) {
+    const int rows = a.m - first < most ? a.m - first : most, width = block_width(a.operand, rows);
+    const uint32_t* x = a.x + static_cast<size_t>(first) * (a.k / kGroup) * words_per_group(a.operand);
+    for (int p = begin; p < end; p++) {
+      const uint8_t* w = a.weights + p * panel_bytes(a.k);
+      V total[kMostRows];
+      switch (a.operand) {
+#if defined(__AVX512BF16__)
+        case Operand::pairs: panel_of_width<PairsOf, Operand::pairs>(a, width, w, x, total); break;
+#endif
+        case Operand::digits: panel_of_width<Digits, Operand::digits>(a, width, w, x, total); break;
+        case Operand::int8:
+        case Operand::nvfp4: panel_of_width<Blocks, Operand::int8>(a, width, w, x, total); break;
+        default: panel_of_width<Floats, Operand::floats>(a, width, w, x, total); break;
+      }
+      const int column = p * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
+      const V row_scale = load(a.row_scale + column);
+      for (int m = 0; m < rows; m++) {
+        V y = mul(total[m], row_scale);
+        if (a.bias) y = add(y, load(a.bias + column));
+        store(static_cast<O*>(a.out) + static_cast<size_t>(first + m) * a.n + column, y, n);
+      }
+    }
+  }
+}
+
+void linear_nvfp4(const LinearNVFP4& a, int begin, int end) {
+  a.out_type == Type::bf16 ? linear_nvfp4_as<bf16>(a, begin, end) : linear_nvfp4_as<float>(a, begin, end);
+}

@@ -1,0 +1,59 @@
+// Weights in the panel layout of types.h, made once at load.
+#pragma once
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pool.h"
+#include "types.h"
+
+namespace nvfp4 {
+
+// Memory that only grows, aligned to a cache line; what it held is lost when it does.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch(Scratch&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr; }
+  ~Scratch();
+  void* bytes(size_t size);
+  float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// The arithmetic of a layer: how W4A16, W4A8 or W4A4 takes its activations is the ISA's choice (see Operand).
+enum class Numerics : int { w4a16 = 0, w4a8 = 1, w4a4 = 2 };
+
+// Rows of one weight as a checkpoint stores them.
+struct NVFP4Rows {
+  const uint8_t* codes;   // [n][k / 2], low nibble first
+  const uint8_t* scales;  // E4M3 [n][k / 16], or E8M0 [n][k / 32]
+  int n;
+};
+
+struct PackedNVFP4 {
+  int n = 0, k;
+  Numerics numerics;
+  float input_scale;  // W4A4, else 0
+  bool e8m0;          // MXFP4
+  size_t bytes = 0;
+
+  // Joins the rows of `parts`. row_scale fp32 [n] and bias fp32 [n] or null. Throws std::invalid_argument, naming the
+  // place, on a NaN scale.
+  PackedNVFP4(Pool& pool, const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias, int k,
+              Numerics numerics, float input_scale, bool e8m0);
+  const uint8_t* data() const { return panels_; }
+  const float* row_scale() const { return row_scales_; }
+  const float* bias() const { return biases_; }
+  int panels() const { return (n + kPanel - 1) / kPanel; }
+
+ private:
+  Scratch weights_, scale_memory_, bias_memory_;
+  uint8_t* panels_ = nullptr;
+  float *row_scales_ = nullptr, *biases_ = nullptr;
+};
+
+}  // namespace nvfp4
