@@ -23,7 +23,11 @@ DIGEST = Path(__file__).parent / "csrc/digest.cpp"
 AVX2 = ["-DNVFP4_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mfma", "-mf16c"]
 VARIANTS: dict[str, dict[str, list[str]]] = {  # by processor, the flags of each ISA variant as in CMakeLists.txt
-    "aarch64": {"neon": ["-DNVFP4_ISA=neon", "-DNVFP4_NEON"], "portable": ["-DNVFP4_ISA=portable"]},
+    "aarch64": {
+        "neon": ["-DNVFP4_ISA=neon", "-DNVFP4_NEON"],
+        "dotprod": ["-DNVFP4_ISA=dotprod", "-DNVFP4_NEON", "-march=generic+v8.2a+dotprod"],
+        "portable": ["-DNVFP4_ISA=portable"],
+    },
     "riscv64": {"portable": ["-DNVFP4_ISA=portable"]},
     "x86_64": {
         "avx2": AVX2,
@@ -32,7 +36,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {  # by processor, the flags of each
         "portable": ["-DNVFP4_ISA=portable"],
     },
 }
-SAME_BITS = {"neon": "avx2", "portable": "portable"}  # variant elsewhere -> variant here
+SAME_BITS = {"neon": "avx2", "dotprod": "avx2", "portable": "portable"}  # variant elsewhere -> variant here
 
 
 def kernel_flags() -> list[str]:
@@ -49,7 +53,7 @@ def compile_for(cpu: str, folder: Path) -> Path:
         [*common, *kernel_flags(), *flags, "-c", str(CSRC / "kernels.cpp"), "-o", str(folder / f"{cpu}-{name}.o")]
         for name, flags in VARIANTS[cpu].items()
     ]
-    for source in (CSRC / "context.cpp", CSRC / "pool.cpp", DIGEST):
+    for source in (CSRC / "context.cpp", CSRC / "packed.cpp", CSRC / "pool.cpp", DIGEST):
         output = str(folder / f"{cpu}-{source.stem}.o")
         jobs.append([*common, "-O2", "-Wall", "-Wextra", f"-I{CSRC}", "-c", str(source), "-o", output])
     with ThreadPoolExecutor(2) as pool:

@@ -68,18 +68,21 @@ void report(Context& c, const std::string& op, uint64_t h) {
   std::printf("%s %s %016llx\n", c.isa(), op.c_str(), static_cast<unsigned long long>(h));
 }
 
-void linear_nvfp4(Context& c, int m, int n, int k, Type type, Type out_type, float input_scale, bool hard) {
+void linear_nvfp4(Context& c, Numerics numerics, int m, int n, int k, Type type, Type out_type, bool hard) {
+  const float input_scale = numerics == Numerics::w4a4 ? 0.0017f : 0.f;
   Random random{static_cast<uint64_t>(m + 31 * n + 97 * k)};
   std::vector<uint8_t> codes(static_cast<size_t>(n) * k / 2), scales(static_cast<size_t>(n) * k / 16);
   for (auto& b : codes) b = static_cast<uint8_t>(random.next());
   for (auto& b : scales) b = static_cast<uint8_t>(random.next() % 0x7f | (random.next() & 0x80));
   std::vector<float> row_scale(n), bias(n);
   for (int i = 0; i < n; i++) row_scale[i] = 1e-3f * static_cast<float>(1 + i % 5), bias[i] = random.value(false);
-  const PackedNVFP4 w(codes.data(), scales.data(), row_scale.data(), m % 2 ? bias.data() : nullptr, n, k, input_scale);
+  const auto w = c.pack({{codes.data(), scales.data(), n}}, row_scale.data(), m % 2 ? bias.data() : nullptr, k, numerics,
+                        input_scale, false);
   const auto x = values(random, static_cast<size_t>(m) * k, type, hard);
   std::vector<uint8_t> out(static_cast<size_t>(m) * n * bytes_of(out_type));
-  c.linear_nvfp4(w, x.data(), type, m, out.data(), out_type);
-  report(c, std::string("nvfp4-") + (input_scale > 0 ? "w4a4-" : "w4a16-") + name(type) + "-" + name(out_type) + "-" +
+  c.linear_nvfp4(*w, x.data(), type, m, out.data(), out_type);
+  const char* names[] = {"w4a16", "w4a8", "w4a4"};
+  report(c, std::string("nvfp4-") + names[static_cast<int>(numerics)] + "-" + name(type) + "-" + name(out_type) + "-" +
              std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k), hash(out, out_type));
 }
 
@@ -143,9 +146,9 @@ int main() {
     Context c(2, isa);
     const int shapes[][3] = {{1, 16, 16}, {2, 17, 32}, {3, 40, 48}, {4, 33, 80}, {5, 64, 112}, {37, 50, 592}};
     for (const auto& s : shapes) {
-      for (const float input_scale : {0.f, 0.0017f}) {
-        linear_nvfp4(c, s[0], s[1], s[2], bf16, f32, input_scale, false);
-        linear_nvfp4(c, s[0], s[1], s[2], f32, bf16, input_scale, true);
+      for (const Numerics numerics : {Numerics::w4a16, Numerics::w4a8, Numerics::w4a4}) {
+        linear_nvfp4(c, numerics, s[0], s[1], s[2], bf16, f32, false);
+        linear_nvfp4(c, numerics, s[0], s[1], s[2], f32, bf16, true);
       }
       for (const Type w : {bf16, Type::fp16, f32}) linear_dense(c, s[0], s[1], s[2] + 3, w, s[0] % 2 ? bf16 : f32);
     }

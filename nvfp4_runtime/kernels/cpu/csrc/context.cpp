@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace nvfp4 {
@@ -43,6 +45,19 @@ class [[maybe_unused]] PlainFloats {
 #endif
 };
 
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP of the Linux ABI
+  return getauxval(AT_HWCAP) & kDotProducts;
+#elif defined(__APPLE__)
+  return true;  // since the first of Apple's 64-bit desktop processors
+#else
+  return false;
+#endif
+}
+#endif
+
 const Kernels& find_kernels(const std::string& isa) {
   const auto isas = supported_isas();
   if (std::find(isas.begin(), isas.end(), isa) == isas.end())
@@ -52,6 +67,7 @@ const Kernels& find_kernels(const std::string& isa) {
   if (isa == "avx512") return kernels_avx512;
   if (isa == "avx2") return kernels_avx2;
 #elif defined(__aarch64__)
+  if (isa == "dotprod") return kernels_dotprod;
   if (isa == "neon") return kernels_neon;
 #endif
   return kernels_portable;
@@ -115,6 +131,7 @@ std::vector<std::string> supported_isas() {
   }
   if (avx2) isas.push_back("avx2");
 #elif defined(__aarch64__)
+  if (has_dot_products()) isas.push_back("dotprod");
   isas.push_back("neon");
 #endif
   isas.push_back("portable");

@@ -14,7 +14,12 @@
 #define NVFP4_STRING(a) NVFP4_STRING2(a)
 
 // Loops over registers must disappear: an array indexed at run time lives in memory. Compilers stop at 16 by themselves.
+// A sanitizer checks every access of every copy, which takes the compiler minutes, and wants no speed.
+#if defined(__SANITIZE_ADDRESS__)
+#define UNROLL
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#endif
 
 namespace nvfp4 {
 namespace {
@@ -38,7 +43,9 @@ constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes tw
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #elif defined(NVFP4_NEON)  // not __ARM_NEON, which every 64-bit ARM compiler defines for the portable variant too
 #include "simd_neon.h"
-constexpr int kMaxRows = 4;  // each takes four of 32 registers, and decoding ten
+constexpr bool kPrefetch = false;
+constexpr Operand kSixteenBit = Operand::digits;
+constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes four of 32 registers, and decoding ten or more
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"

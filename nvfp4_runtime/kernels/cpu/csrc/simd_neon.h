@@ -1,4 +1,5 @@
-// Sixteen lanes as four NEON registers: what every 64-bit ARM has (armv8-a), no dot products, no FP16 arithmetic.
+// Sixteen lanes as four NEON registers: what every 64-bit ARM has (armv8-a), and its byte dot products where the compiler
+// may use them (the dotprod variant). No FP16 arithmetic.
 // Trees and fused operations are those of simd_avx2.h, so both give the same bits (the payload of a NaN aside).
 struct V {
   float32x4_t q[4];
@@ -169,6 +170,40 @@ inline V load_scales(const uint8_t* p) {
   }
   return r;
 }
+
+inline V load_e8m0(const uint8_t* p) {  // 2^(byte - 127); byte 0 is the subnormal 2^-127
+  const I b = load_bytes(p, 16);
+  NVFP4_QUARTERS(V, vreinterpretq_f32_s32(vmaxq_s32(vshlq_n_s32(b.q[i], 23), vdupq_n_s32(0x00400000))));
+}
+
+// Codes as bytes 2 * value + 12: 0 .. 24, so signed products do.
+struct Bytes {
+  int8x16_t q[4];
+};
+inline Bytes code_table() {
+  static const int8_t bytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  const int8x16_t t = vld1q_s8(bytes);
+  NVFP4_QUARTERS(Bytes, t);
+}
+inline Bytes low_codes(I codes, Bytes table) {
+  NVFP4_QUARTERS(Bytes, vqtbl1q_s8(table.q[i], vandq_u8(vreinterpretq_u8_s32(codes.q[i]), vdupq_n_u8(15))));
+}
+inline Bytes high_codes(I codes, Bytes table) {
+  NVFP4_QUARTERS(Bytes, vqtbl1q_s8(table.q[i], vshrq_n_u8(vreinterpretq_u8_s32(codes.q[i]), 4)));
+}
+// Four products of bytes, added to each 32-bit lane. Two products stay below 2 * 24 * 128 = 6144, so the 16-bit step of
+// the form without the dot-product extension does not overflow.
+inline int32x4_t dot4(int32x4_t acc, int8x16_t w, int8x16_t x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(acc, w, x);
+#else
+  const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+  return vpadalq_s16(acc, vpaddq_s16(low, high));
+#endif
+}
+inline I dot(I acc, Bytes w, I x) { NVFP4_QUARTERS(I, dot4(acc.q[i], w.q[i], vreinterpretq_s8_s32(x.q[i]))); }
+inline V to_float(I x) { NVFP4_QUARTERS(V, vcvtq_f32_s32(x.q[i])); }
+inline I to_int(V x) { NVFP4_QUARTERS(I, vcvtnq_s32_f32(x.q[i])); }  // nearest even
 
 inline float32x4_t low_pairs(float32x4_t a, float32x4_t b) {
   return vreinterpretq_f32_f64(vtrn1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
