@@ -1,9 +1,9 @@
 """`make check-neon`: the native core compiled for processors this machine is not, and run where an emulator is at hand.
 
-Everything but the binding is cross-compiled by the `ziglang` package and linked with csrc/digest.cpp, which hashes what
-each kernel computes. With qemu-aarch64 (Debian: qemu-user-static) on PATH it also runs: NEON must give the bits of AVX2,
-which has the same trees and fused operations, and portable those of portable. Without one, the last line says "compiled
-only". Uses nothing outside the standard library and ziglang.
+Everything but the binding is cross-compiled by the `ziglang` package and linked with csrc/digest.cpp, which hashes
+what each kernel computes. With qemu-aarch64 (Debian: qemu-user-static) on PATH it also runs: NEON must give the bits of
+AVX2, which has the same trees and fused operations, and portable those of portable. Without one, the last line says
+"compiled only". Uses nothing outside the standard library and ziglang.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
 VARIANTS: dict[str, dict[str, list[str]]] = {  # by processor, the flags of each ISA variant as in CMakeLists.txt
     "aarch64": {
         "neon": ["-DNVFP4_ISA=neon", "-DNVFP4_NEON"],
-        "dotprod": ["-DNVFP4_ISA=dotprod", "-DNVFP4_NEON", "-march=generic+v8.2a+dotprod"],
+        "dotprod": ["-DNVFP4_ISA=dotprod", "-DNVFP4_NEON", "-mcpu=generic+dotprod"],
         "portable": ["-DNVFP4_ISA=portable"],
     },
     "riscv64": {"portable": ["-DNVFP4_ISA=portable"]},
@@ -43,12 +43,14 @@ def kernel_flags() -> list[str]:
     """The flags CMakeLists.txt gives to every variant, less those this compiler does not know."""
     found = re.search(r"set\(kernel_flags ([^)]*)\)", (REPOSITORY / "CMakeLists.txt").read_text())
     assert found, "CMakeLists.txt no longer sets kernel_flags in one line"
-    return [flag for flag in found.group(1).split() if flag not in ("-fno-tree-slp-vectorize", "-Wno-maybe-uninitialized")]
+    return [
+        flag for flag in found.group(1).split() if flag not in ("-fno-tree-slp-vectorize", "-Wno-maybe-uninitialized")
+    ]
 
 
 def compile_for(cpu: str, folder: Path) -> Path:
     """A static program of the core and digest.cpp for `cpu`. Exits with the compiler's words if one file fails."""
-    common = [sys.executable, "-m", "ziglang", "c++", "-target", f"{cpu}-linux-musl", "-std=c++17", "-Werror"]
+    common = [sys.executable, "-m", "ziglang", "c++", "-target", f"{cpu}-linux-musl", "-std=c++17"]
     jobs = [
         [*common, *kernel_flags(), *flags, "-c", str(CSRC / "kernels.cpp"), "-o", str(folder / f"{cpu}-{name}.o")]
         for name, flags in VARIANTS[cpu].items()
@@ -67,7 +69,7 @@ def compile_for(cpu: str, folder: Path) -> Path:
 def run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\nfailed with {done.returncode}:\n{done.stdout}{done.stderr}")
+        sys.exit(f"{' '.join(command)}\nfailed with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
     return done.stdout
 
 
@@ -103,7 +105,9 @@ def main() -> int:
                     print(f"{cpu}: {isa} ran; this machine has no {SAME_BITS[isa]} to compare with")
                     continue
                 different = [op for op in ops if ops[op] != twin[op]]
-                print(f"{cpu}: {isa} ran {len(ops)} ops, {len(different)} differ from {SAME_BITS[isa]} here", *different)
+                print(
+                    f"{cpu}: {isa} ran {len(ops)} ops, {len(different)} differ from {SAME_BITS[isa]} here", *different
+                )
                 wrong += len(different)
         return 1 if wrong else 0
 

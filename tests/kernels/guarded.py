@@ -1,7 +1,7 @@
 """Tensors whose memory ends (or begins) at a page nobody may touch: one byte too far is a SIGSEGV, sanitizer or not.
 
-A vector kernel's classic fault is a whole-register access at the end of a row. In ordinary memory that reads a neighbour
-and passes; here it ends the process, so calls under test run in a forked child.
+A vector kernel's classic fault is a whole-register access at the end of a row. In ordinary memory that reads a
+neighbour and passes; here it ends the process, so calls under test run in a forked child.
 """
 
 from __future__ import annotations

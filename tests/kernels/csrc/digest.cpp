@@ -27,11 +27,9 @@ struct Random {
   }
 };
 
-size_t bytes_of(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
-
 // `count` values stored as `type`: float bits cut to bfloat16; FP16 and E4M3 as random finite patterns.
 std::vector<uint8_t> values(Random& random, size_t count, Type type, bool hard = false) {
-  std::vector<uint8_t> out(count * bytes_of(type));
+  std::vector<uint8_t> out(count * type_bytes(type));
   for (size_t i = 0; i < count; i++) {
     const float v = random.value(hard);
     uint32_t bits;
@@ -47,7 +45,7 @@ std::vector<uint8_t> values(Random& random, size_t count, Type type, bool hard =
 }
 
 uint64_t hash(const std::vector<uint8_t>& data, Type type, uint64_t h = 14695981039346656037u) {
-  const size_t size = bytes_of(type);
+  const size_t size = type_bytes(type);
   for (size_t i = 0; i < data.size(); i += size) {
     uint32_t v = 0;
     std::memcpy(&v, &data[i], size);
@@ -79,7 +77,7 @@ void linear_nvfp4(Context& c, Numerics numerics, int m, int n, int k, Type type,
   const auto w = c.pack({{codes.data(), scales.data(), n}}, row_scale.data(), m % 2 ? bias.data() : nullptr, k, numerics,
                         input_scale, false);
   const auto x = values(random, static_cast<size_t>(m) * k, type, hard);
-  std::vector<uint8_t> out(static_cast<size_t>(m) * n * bytes_of(out_type));
+  std::vector<uint8_t> out(static_cast<size_t>(m) * n * type_bytes(out_type));
   c.linear_nvfp4(*w, x.data(), type, m, out.data(), out_type);
   const char* names[] = {"w4a16", "w4a8", "w4a4"};
   report(c, std::string("nvfp4-") + names[static_cast<int>(numerics)] + "-" + name(type) + "-" + name(out_type) + "-" +
@@ -100,7 +98,7 @@ void rows(Context& c, int width, Type type, Type out_type, Type weight_type) {
   const int t = 5;
   const auto x = values(random, static_cast<size_t>(t) * 2 * width, type, true), w = values(random, width, weight_type);
   auto residual = values(random, static_cast<size_t>(t) * width, type);
-  std::vector<uint8_t> out(static_cast<size_t>(t) * width * bytes_of(out_type));
+  std::vector<uint8_t> out(static_cast<size_t>(t) * width * type_bytes(out_type));
   c.rms_norm({x.data(), residual.data(), w.data(), weight_type, out.data(), type, out_type, width, 1e-5f}, t);
   const std::string what = std::string("-") + name(type) + "-" + name(out_type) + "-" + std::to_string(width);
   report(c, "rms_norm" + what, hash(residual, type, hash(out, out_type)));
@@ -124,7 +122,7 @@ void rope_and_attention(Context& c, int heads, int kv_heads, int d, int rotary, 
     at[i] = length - fresh + i;
     slots[i] = table[at[i] / block_size] * block_size + at[i] % block_size;
   }
-  std::vector<uint8_t> q(static_cast<size_t>(fresh) * heads * d * bytes_of(type)), out(q.size());
+  std::vector<uint8_t> q(static_cast<size_t>(fresh) * heads * d * type_bytes(type)), out(q.size());
   const float k_scale = kv_type == Type::e4m3 ? .0625f : 1.f;
   c.rope({qkv.data(), type, at.data(), cos.data(), sin.data(), norm.data(), norm.data(), Type::bf16, 1e-6f, q.data(), k.data(),
           v.data(), kv_type, k_scale, k_scale, slots.data(), heads, kv_heads, d, rotary, block_size},

@@ -108,8 +108,6 @@ struct AttentionCall {
   }
 };
 
-size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
-
 // Rows a thread takes of an op that does little per row: about 16 KiB at a time.
 int row_grain(size_t row_bytes) { return static_cast<int>(std::max<size_t>(1, 16384 / std::max<size_t>(1, row_bytes))); }
 
@@ -264,7 +262,7 @@ void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* 
       throw std::out_of_range("sequence " + std::to_string(b) + " has " + std::to_string(tokens) +
                               " new tokens and seq_lens " + std::to_string(length));
     if (tokens == 0) continue;
-    const int used = (length + a.block_size - 1) / a.block_size;
+    const int64_t used = (int64_t{length} + a.block_size - 1) / a.block_size;  // 64 bits: a length may be 2^31 - 1
     if (used > a.table_stride)
       throw std::out_of_range("sequence " + std::to_string(b) + " of " + std::to_string(length) + " tokens needs " +
                               std::to_string(used) + " blocks; its block table holds " + std::to_string(a.table_stride));

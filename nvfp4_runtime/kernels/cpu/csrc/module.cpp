@@ -15,9 +15,22 @@ namespace {
 
 using Address = uintptr_t;  // 0: absent
 
-template <class T = void>
+// Raised as nvfp4_runtime.errors.KernelError.
+struct Misaligned : std::runtime_error {
+  explicit Misaligned(size_t size)
+      : std::runtime_error("found a tensor whose address is not a multiple of its element size, expected a multiple of " +
+                           std::to_string(size) + "; clone() it before the call") {}
+};
+
+template <class T>
 T* at(Address a) {
+  if (a % alignof(T)) throw Misaligned(alignof(T));
   return reinterpret_cast<T*>(a);
+}
+void* at(Address a, int type) {
+  const size_t size = type_bytes(Type(type));
+  if (a % size) throw Misaligned(size);
+  return reinterpret_cast<void*>(a);
 }
 
 }  // namespace
@@ -25,6 +38,14 @@ T* at(Address a) {
 NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels. Use nvfp4_runtime.kernels.cpu.backend.CPUBackend, which checks what this does not.";
   m.def("supported_isas", &supported_isas, "ISA variants this machine can run, best first.");
+
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const Misaligned& e) {
+      PyErr_SetString(nb::module_::import_("nvfp4_runtime.errors").attr("KernelError").ptr(), e.what());
+    }
+  });
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
 
@@ -48,30 +69,30 @@ NB_MODULE(_native, m) {
       .def(
           "linear_nvfp4",
           [](Context& c, const PackedNVFP4& w, Address x, int type, int rows, Address out, int out_type) {
-            c.linear_nvfp4(w, at(x), Type(type), rows, at(out), Type(out_type));
+            c.linear_nvfp4(w, at(x, type), Type(type), rows, at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
           "linear_dense",
           [](Context& c, Address w, int w_type, Address bias, Address x, int type, int rows, int n, int k, Address out,
              int out_type) {
-            c.linear_dense(at(w), Type(w_type), at<const float>(bias), at(x), Type(type), rows, n, k, at(out),
-                           Type(out_type));
+            c.linear_dense(at(w, w_type), Type(w_type), at<const float>(bias), at(x, type), Type(type), rows, n, k,
+                           at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
           "rms_norm",
           [](Context& c, Address x, Address residual, Address weight, int weight_type, Address out, int type,
              int out_type, int rows, int width, float eps) {
-            c.rms_norm({at(x), at(residual), at(weight), Type(weight_type), at(out), Type(type), Type(out_type), width,
-                        eps},
+            c.rms_norm({at(x, type), at(residual, type), at(weight, weight_type), Type(weight_type), at(out, out_type),
+                        Type(type), Type(out_type), width, eps},
                        rows);
           },
           no_gil)
       .def(
           "silu_mul",
           [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
-            c.silu_mul({at(x), at(out), Type(type), Type(out_type), width}, rows);
+            c.silu_mul({at(x, type), at(out, out_type), Type(type), Type(out_type), width}, rows);
           },
           no_gil)
       .def(
@@ -80,8 +101,9 @@ NB_MODULE(_native, m) {
              Address k_norm, int norm_type, float eps, Address q_out, Address k, Address v, int kv_type, float k_scale,
              float v_scale, Address slots, int heads, int kv_heads, int head_dim, int rotary_dim, int block_size,
              int64_t num_slots, int64_t num_positions) {
-            c.rope({at(qkv), Type(type), at<const int64_t>(positions), at<const float>(cos), at<const float>(sin),
-                    at(q_norm), at(k_norm), Type(norm_type), eps, at(q_out), at(k), at(v), Type(kv_type), k_scale,
+            c.rope({at(qkv, type), Type(type), at<const int64_t>(positions), at<const float>(cos), at<const float>(sin),
+                    at(q_norm, norm_type), at(k_norm, norm_type), Type(norm_type), eps, at(q_out, type), at(k, kv_type),
+                    at(v, kv_type), Type(kv_type), k_scale,
                     v_scale, at<const int64_t>(slots), heads, kv_heads, head_dim, rotary_dim, block_size},
                    rows, num_slots, num_positions);
           },
@@ -91,8 +113,8 @@ NB_MODULE(_native, m) {
           [](Context& c, Address q, int type, int rows, Address out, int out_type, Address k, Address v, int kv_type,
              float k_scale, float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
              int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks) {
-            Attention a{at(q),    Type(type),   at(out), Type(out_type),
-                        at(k),    at(v),        Type(kv_type),
+            Attention a{at(q, type), Type(type), at(out, out_type), Type(out_type),
+                        at(k, kv_type), at(v, kv_type), Type(kv_type),
                         k_scale,  v_scale,      scale,
                         at<const int32_t>(tables), table_stride, heads,
                         kv_heads, head_dim,     block_size,
@@ -104,7 +126,7 @@ NB_MODULE(_native, m) {
           "quantize_activation",
           [](Context& c, Address x, int type, int rows, int k, float input_scale, Address codes, Address scales) {
             PackX a{};
-            a.x = at(x);
+            a.x = at(x, type);
             a.type = Type(type);
             a.m = rows;
             a.k = k;
