@@ -291,8 +291,8 @@ def memory_of(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
 
 
-def test_more_rows_than_32_bits_count_are_refused_before_any_arithmetic() -> None:
-    backend, rows = cpu_backend(), 2**31
+def test_more_rows_than_csrc_counts_are_refused_before_any_arithmetic() -> None:
+    backend, rows = cpu_backend(), 2**30 + 1
     x = memory_of(rows, 16, dtype=torch.bfloat16)
     weight, plain = random_nvfp4(16, 16, seed=1), DenseWeight(random_tensor(16, 16, seed=1))
     calls: list[Callable[[], Any]] = [
@@ -314,11 +314,11 @@ def test_more_rows_than_32_bits_count_are_refused_before_any_arithmetic() -> Non
         ),
     ]
     for call in calls:
-        with pytest.raises(KernelError, match="found 2147483648 rows, expected at most 2147483647"):
+        with pytest.raises(KernelError, match="found 1073741825 rows, expected at most 1073741824"):
             call()
 
 
-HUGE = 2**31
+HUGE = 2**30 + 64
 IMPOSSIBLE: list[OpSpec] = [
     LinearSpec(0, 16, "nvfp4", "w4a16", "bfloat16", "float32"),
     LinearSpec(HUGE, 16, "bf16", None, "bfloat16", "float32"),
@@ -341,7 +341,7 @@ IMPOSSIBLE: list[OpSpec] = [
 def test_sizes_that_cannot_be_are_refused_by_the_spec(impossible: OpSpec) -> None:
     reason = cpu_backend().refuses(impossible)
     assert reason is not None
-    assert "is between 1 and 2147483647" in reason
+    assert "is between 1 and 1073741824" in reason
 
 
 def odd_address(t: Tensor) -> Tensor:
@@ -436,6 +436,13 @@ def lying_calls() -> dict[str, Callable[[CPUBackend], Any]]:
                 "cu_seqlens_q": torch.tensor([0, -(2**31), 2], dtype=ints),
                 "seq_lens": torch.tensor([20, 2**31 - 1], dtype=ints),
                 "block_tables": torch.tensor([[1, 2], [3, 4]], dtype=ints),
+            }
+        ),
+        "bounds whose difference overflows into tokens": attend(
+            {
+                "cu_seqlens_q": torch.tensor([0, 5, -(2**31), 2], dtype=ints),
+                "seq_lens": torch.tensor([20, 2**31 - 1, 20], dtype=ints),
+                "block_tables": torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=ints),
             }
         ),
         "64-bit lengths": attend({"seq_lens": torch.tensor([20])}),

@@ -15,7 +15,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.errors import KernelError
 
-MOST = 2**31 - 1  # csrc counts rows and columns in 32 bits
+MOST = 2**30  # csrc counts rows and columns in 32 bits, and rounds them up
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # csrc/types.h: Type
 
 

@@ -257,9 +257,10 @@ void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* 
                             std::to_string(cu_seqlens[sequences]) + "; q has " + std::to_string(rows) + " rows");
   int most = 0;
   for (int b = 0; b < sequences; b++) {
-    const int tokens = cu_seqlens[b + 1] - cu_seqlens[b], length = seq_lens[b];
-    if (tokens < 0 || length < tokens)
-      throw std::out_of_range("sequence " + std::to_string(b) + " has " + std::to_string(tokens) +
+    const int64_t fresh = int64_t{cu_seqlens[b + 1]} - cu_seqlens[b];  // 64 bits: the bounds may be any
+    const int tokens = static_cast<int>(fresh), length = seq_lens[b];
+    if (fresh < 0 || length < fresh)
+      throw std::out_of_range("sequence " + std::to_string(b) + " has " + std::to_string(fresh) +
                               " new tokens and seq_lens " + std::to_string(length));
     if (tokens == 0) continue;
     const int64_t used = (int64_t{length} + a.block_size - 1) / a.block_size;  // 64 bits: a length may be 2^31 - 1

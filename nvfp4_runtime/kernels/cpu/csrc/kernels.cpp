@@ -14,12 +14,7 @@
 #define NVFP4_STRING(a) NVFP4_STRING2(a)
 
 // Loops over registers must disappear: an array indexed at run time lives in memory. Compilers stop at 16 by themselves.
-// A sanitizer checks every access of every copy, which takes the compiler minutes, and wants no speed.
-#if defined(__SANITIZE_ADDRESS__)
-#define UNROLL
-#else
 #define UNROLL _Pragma("GCC unroll 32")
-#endif
 
 namespace nvfp4 {
 namespace {
