@@ -8,14 +8,14 @@ rounding at its end. A row of an op's result depends on that row alone wherever 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
-from nvfp4_runtime.config import Dtype, Numerics
+from nvfp4_runtime.config import Dtype, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.weight import Weight
 
 
@@ -68,7 +68,7 @@ class RopeSpec:
     head_dim: int
     rotary_dim: int
     qk_norm: bool
-    kv_dtype: Literal["bfloat16", "float32", "fp8"]
+    kv_dtype: KVDtype
     dtype: Dtype
     kind: str = "rope_and_cache"
 
@@ -84,7 +84,7 @@ class PagedAttentionSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    kv_dtype: Literal["bfloat16", "float32", "fp8"]
+    kv_dtype: KVDtype
     dtype: Dtype
     out_dtype: Dtype
     kind: str = "paged_attention"
@@ -142,6 +142,49 @@ class AttentionKernel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NormOp:
+    """A norm with its weight."""
+
+    kernel: RMSNormKernel
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class DecoderLayerOps:
+    """What one pre-norm decoder layer calls, in the order of the fields: rope and attention between qkv and o,
+    silu_mul between gate_up and down; each norm first adds what came before to the residual stream.
+
+    A linear is None where its parts are stored in formats that cannot share a kernel.
+    """
+
+    input_norm: NormOp
+    qkv: LinearKernel | None
+    rope: RopeKernel
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qk_norm_eps: float
+    attention: AttentionKernel
+    scale: float
+    o: LinearKernel | None
+    post_norm: NormOp
+    gate_up: LinearKernel | None
+    silu_mul: Callable[[Tensor], Tensor]
+    down: LinearKernel | None
+
+
+class DecoderKernel(Protocol):
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Embeddings [T, hidden] of the stream's type through all layers -> (x, residual), the input of the last norm.
+
+        The same bits as the layers' ops called one by one. The memory of x is reused.
+        """
+        ...
+
+
 class Backend(Protocol):
     """One way to run ops. `refuses` answers None, or why not, for a person to read.
 
@@ -164,6 +207,10 @@ class Backend(Protocol):
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel: ...
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+        """The whole stack as one call, or why not, for a person to read."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """Facts for `nvfp4 version` and the start-up screen: ISA variant, threads, version."""

@@ -15,6 +15,8 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     Backend,
+    DecoderKernel,
+    DecoderLayerOps,
     LinearKernel,
     LinearSpec,
     NormSpec,
@@ -134,6 +136,18 @@ class Kernels:
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return self._record(spec).paged_attention(spec)
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | None:
+        """All layers as one call where a backend has that; None: call their ops one by one."""
+        refusals: list[str] = []
+        for backend in self.backends:
+            made = backend.decoder(layers)
+            if not isinstance(made, str):
+                self.choices.append(Choice("decoder", "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
+                return made
+            refusals.append(f"{backend.name}: {made}")
+        logger.info("layers run op by op (%s)", "; ".join(refusals))
+        return None
 
     def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec) -> Backend:
         backend, reason = self._choose(spec)

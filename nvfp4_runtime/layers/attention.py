@@ -48,10 +48,10 @@ class Attention:
         self.scale = dim**-0.5
         self.layer_id = layer_id
         window = config.layer_windows[layer_id]
-        self._rope = kernels.rope_and_cache(
+        self.rope = kernels.rope_and_cache(
             RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)
         )
-        self._attend = kernels.paged_attention(
+        self.attend = kernels.paged_attention(
             PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype)
         )
 
@@ -59,7 +59,7 @@ class Attention:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
         kv = batch.kv[self.layer_id]
         qkv = self.qkv_proj(x)
-        q = self._rope(
+        q = self.rope(
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )
-        return self.o_proj(self._attend(q, kv, batch, self.scale))
+        return self.o_proj(self.attend(q, kv, batch, self.scale))

@@ -54,6 +54,11 @@ class Linear:
         """The layer `prefix`; its last name is its group in the precision report."""
         return cls.fused(ckpt, kernels, prefix.rpartition(".")[2], [prefix], [n], k, bias=bias)
 
+    @property
+    def only_kernel(self) -> LinearKernel | None:
+        """The one kernel, or None where there are several."""
+        return self._only
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N]."""
         if self._only is not None:

@@ -25,8 +25,8 @@ class MLP:
             bias=config.mlp_bias,
         )
         self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=config.mlp_bias)
-        self._silu_mul = kernels.silu_mul(inner)
+        self.silu_mul = kernels.silu_mul(inner)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.down_proj(self._silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.silu_mul(self.gate_up_proj(x)))

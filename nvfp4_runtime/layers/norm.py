@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.kernels.ops import NormOp
 from nvfp4_runtime.kernels.registry import Kernels
 
 
@@ -16,6 +17,7 @@ class RMSNorm:
         self.weight = load_norm_weight(ckpt, prefix, hidden)
         self.eps = eps
         self._kernel = kernels.rms_norm(hidden)
+        self.op = NormOp(self._kernel, self.weight, eps)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [T, H] (+ residual [T, H]) -> (normed, the sum to carry on). The residual's memory may be reused."""

@@ -13,6 +13,7 @@ from nvfp4_runtime.cache.specs import AttentionSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import KVDtype, ModelConfig
 from nvfp4_runtime.errors import UnsupportedFormatError
+from nvfp4_runtime.kernels.ops import DecoderLayerOps
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
 from nvfp4_runtime.layers.linear import Linear
@@ -48,6 +49,7 @@ class Decoder:
         self.layers = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
+        self.run_layers = kernels.decoder([layer.ops() for layer in self.layers])
         self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
         self.lm_head = _lm_head(ckpt, kernels, config, self.embedding)
         self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
@@ -56,8 +58,11 @@ class Decoder:
         """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
         residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch)
+        if self.run_layers is not None:
+            x, residual = self.run_layers(x, batch)
+        else:
+            for layer in self.layers:
+                x, residual = layer(x, residual, batch)
         assert residual is not None  # a config has at least one layer
         rows = batch.logits_rows
         x, _ = self.norm(x[rows], residual[rows])
@@ -89,6 +94,27 @@ class DecoderLayer:
         x = self.attention(x, batch)
         x, residual = self.post_attention_norm(x, residual)
         return self.mlp(x), residual
+
+    def ops(self) -> DecoderLayerOps:
+        """The same layer for a backend that runs all of them as one call."""
+        attention, mlp = self.attention, self.mlp
+        return DecoderLayerOps(
+            input_norm=self.input_norm.op,
+            qkv=attention.qkv_proj.only_kernel,
+            rope=attention.rope,
+            cos=attention.cos,
+            sin=attention.sin,
+            q_norm=attention.q_norm,
+            k_norm=attention.k_norm,
+            qk_norm_eps=attention.eps,
+            attention=attention.attend,
+            scale=attention.scale,
+            o=attention.o_proj.only_kernel,
+            post_norm=self.post_attention_norm.op,
+            gate_up=mlp.gate_up_proj.only_kernel,
+            silu_mul=mlp.silu_mul,
+            down=mlp.down_proj.only_kernel,
+        )
 
 
 def _layer(layer_id: int) -> str:

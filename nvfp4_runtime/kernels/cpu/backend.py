@@ -8,7 +8,7 @@ change a bit. Between ISA variants the last bits differ.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from torch import Tensor
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import MOST, StepMemo
+from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DecoderKernel,
+    DecoderLayerOps,
     LinearKernel,
     LinearSpec,
     NormSpec,
@@ -98,7 +101,7 @@ class CPUBackend:
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         if isinstance(weight, NVFP4Weight):
             return NativeLinearNVFP4(self._context, weight, spec)
-        return NativeLinearDense(self._context, weight, spec)
+        return NativeLinearDense(_native, self._context, weight, spec)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return NativeRMSNorm(self._context, spec)
@@ -111,6 +114,13 @@ class CPUBackend:
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return NativePagedAttention(self._context, self._memo, spec)
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+        if self._context is None:
+            return NOT_BUILT
+        if (reason := refuses_decoder(layers)) is not None:
+            return reason
+        return NativeDecoder(_native, self._context, self._memo, layers)
 
     def describe(self) -> dict[str, Any]:
         if self._context is None:

@@ -23,10 +23,10 @@ class NativeLinearNVFP4:
     operands below, the error before the final rounding is at most (K/16 + 18) * 2^-24 * sum |x w|: K/16 roundings
     across groups, 2 at the end, and inside a group at most 16, or none where it is summed in integers.
 
-    W4A16  what x becomes depends on the ISA variant (CPUBackend.describe names it). "bfloat16 pairs" and "float32" are x itself
-           (vdpbf16ps takes subnormals, below 2^-126, for zero). "two int8 digits" rounds x to 1/32512 of the largest
-           of its block of 16, an error of 1.5e-5 of that largest at most: bfloat16 itself keeps 2e-3 to 4e-3 of each
-           value. float32 activations are never rounded.
+    W4A16  what x becomes depends on the ISA variant (CPUBackend.describe names it). "bfloat16 pairs" and "float32" are
+           x itself (vdpbf16ps takes subnormals, below 2^-126, for zero). "two int8 digits" rounds x to 1/32512 of the
+           largest of its block of 16: off by 1.5e-5 of that largest at most, where bfloat16 itself keeps 2e-3 to 4e-3
+           of each value. float32 activations are never rounded.
     W4A8   x is rounded to 1/127 of the largest of its block of 16: codec.quantize_int8. Group sums are exact.
     W4A4   x is quantised first, bit for bit as codec.quantize_activation does. Group sums are exact.
     weight_bytes  bytes of the panels
@@ -56,29 +56,29 @@ class NativeLinearNVFP4:
             if tensor is not None and tensor.device.type != "cpu":
                 raise KernelError(f"the cpu backend got {name} on {tensor.device}; load the checkpoint on the CPU")
         try:
-            self._packed = context.pack_nvfp4(
+            self.native = context.pack_nvfp4(
                 [(codes.data_ptr(), scales.data_ptr(), weight.n)],
                 row_scale.data_ptr(),
                 0 if bias is None else bias.data_ptr(),
                 weight.k,
-                NUMERICS_CODES[spec.numerics],
+                NUMERICS_CODES[spec.numerics or "w4a16"],
                 input_scale,
                 False,
             )
         except ValueError as e:  # a NaN scale; the message says where
             raise KernelError(str(e)) from e
-        self._run = context.linear_nvfp4
+        self._run = context.linear
         self.n, self.k = weight.n, weight.k
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
-        self.weight_bytes: int = self._packed.nbytes
+        self.weight_bytes: int = self.native.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         check_matrix("x", x, self.dtype, self.k)
         rows = x.size(0)
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
-        self._run(self._packed, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
+        self._run(self.native, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
         return out
 
 
@@ -90,19 +90,21 @@ class NativeLinearDense:
     weight_bytes  bytes of that tensor
     """
 
-    def __init__(self, context: Any, weight: DenseWeight, spec: LinearSpec) -> None:
+    def __init__(self, native: Any, context: Any, weight: DenseWeight, spec: LinearSpec) -> None:
         self.weight = aligned(weight.weight)
         if self.weight.device.type != "cpu":
             raise KernelError(f"the cpu backend got a weight on {self.weight.device}; load the checkpoint on the CPU")
         self.bias = check_bias(weight.bias, weight.n)
-        self._run = context.linear_dense
+        self._run = context.linear
         self.n, self.k = weight.n, weight.k
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        self._head = (
+        self.native = native.PlainWeight(
             self.weight.data_ptr(),
             TYPE_CODES[self.weight.dtype],
             0 if self.bias is None else self.bias.data_ptr(),
+            weight.n,
+            weight.k,
         )
         self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
         self.weight_bytes = self.weight.nbytes
@@ -111,5 +113,5 @@ class NativeLinearDense:
         check_matrix("x", x, self.dtype, self.k)
         rows = x.size(0)
         out = torch.empty((rows, self.n), dtype=self.out_dtype)
-        self._run(*self._head, x.data_ptr(), self._type, rows, self.n, self.k, out.data_ptr(), self._out_type)
+        self._run(self.native, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
         return out

@@ -102,7 +102,7 @@ class NativeRope:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self._type = TYPE_CODES[self.dtype]
         self._width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        self._cache = CheckedCache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
+        self.cache = CheckedCache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim)
         self._layer: tuple[Tensor | None, ...] = ()
 
@@ -123,27 +123,27 @@ class NativeRope:
         self._memo.check_slots(positions, slot_mapping, rows)
         layer = self._layer
         if not (layer and cos is layer[0] and sin is layer[1] and q_norm is layer[2] and k_norm is layer[3]):
-            self._check_layer(cos, sin, q_norm, k_norm)
-        cache = self._cache.arguments(kv)
+            self.check_layer(cos, sin, q_norm, k_norm)
+        cache = self.cache.arguments(kv)
         q = torch.empty((rows, spec.num_heads, spec.head_dim), dtype=self.dtype)
         self._run(
             qkv.data_ptr(),
             self._type,
             rows,
             positions.data_ptr(),
-            *self._tables,
+            *self.tables,
             eps,
             q.data_ptr(),
             *cache,
             slot_mapping.data_ptr(),
             *self._shape,
-            self._cache.block_size,
-            self._cache.num_blocks * self._cache.block_size,
-            self._num_positions,
+            self.cache.block_size,
+            self.cache.num_blocks * self.cache.block_size,
+            self.num_positions,
         )
         return q
 
-    def _check_layer(self, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
+    def check_layer(self, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
         spec, half = self.spec, self.spec.rotary_dim // 2
         check_tensor("cos", cos, torch.float32, (-1, half))
         check_tensor("sin", sin, torch.float32, (cos.shape[0], half))
@@ -155,8 +155,8 @@ class NativeRope:
             check_tensor("k_norm", k_norm, q_norm.dtype, (spec.head_dim,))
             norms = (q_norm.data_ptr(), k_norm.data_ptr(), TYPE_CODES[q_norm.dtype])
         self._layer = (cos, sin, q_norm, k_norm)
-        self._tables = (cos.data_ptr(), sin.data_ptr(), *norms)
-        self._num_positions = cos.size(0)
+        self.tables = (cos.data_ptr(), sin.data_ptr(), *norms)
+        self.num_positions = cos.size(0)
 
 
 class NativePagedAttention:

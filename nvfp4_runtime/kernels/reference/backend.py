@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DecoderKernel,
+    DecoderLayerOps,
     LinearKernel,
     LinearSpec,
     NormSpec,
@@ -66,6 +68,9 @@ class ReferenceBackend:
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return ReferencePagedAttention(spec)
+
+    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+        return "the plain kernels are called one by one"
 
     def describe(self) -> dict[str, Any]:
         return {

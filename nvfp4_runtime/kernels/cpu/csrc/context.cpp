@@ -14,7 +14,7 @@ namespace nvfp4 {
 namespace {
 
 constexpr int kRowsAtOnce = 480;             // prefill rows kept widened: 480 x 1536 x 4 bytes = 2.8 MiB
-constexpr size_t kPieceBytes = 48 * 1024;    // weights a thread takes at a time: they stay in L1/L2 over all row blocks
+constexpr size_t kPieceBytes = 96 * 1024;  // weights a thread takes at a time
 
 // A host may have set flush-to-zero on its own thread; ours have not, and rows must not depend on who computes them.
 class [[maybe_unused]] PlainFloats {
@@ -76,7 +76,7 @@ const Kernels& find_kernels(const std::string& isa) {
 // Pieces of `unit_bytes` items for `threads`: small enough to balance, large enough to be worth a hand-over.
 int grain_of(int count, size_t unit_bytes, int threads) {
   const int by_size = static_cast<int>(std::max<size_t>(1, kPieceBytes / std::max<size_t>(1, unit_bytes)));
-  const int by_balance = std::max(1, count / (2 * threads));
+  const int by_balance = std::max(1, count / (4 * threads));
   return std::min(by_size, by_balance);
 }
 
@@ -151,12 +151,12 @@ const char* Context::sixteen_bit() const {
 
 std::unique_ptr<PackedNVFP4> Context::pack(const std::vector<NVFP4Rows>& parts, const float* row_scale,
                                            const float* bias, int k, Numerics numerics, float input_scale, bool e8m0) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   return std::make_unique<PackedNVFP4>(pool_, parts, row_scale, bias, k, numerics, input_scale, e8m0);
 }
 
 void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const Operand operand = w.numerics == Numerics::w4a4   ? Operand::nvfp4
                           : w.numerics == Numerics::w4a8 ? Operand::int8
                           : type == Type::bf16           ? kernels_.sixteen_bit
@@ -193,7 +193,7 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
 
 void Context::linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
                            void* out, Type out_type) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   LinearDense a{};
   a.stride = round16(k);
   const bool direct = type == Type::f32 && k % 16 == 0;
@@ -224,12 +224,12 @@ void Context::linear_dense(const void* w, Type w_type, const float* bias, const 
 }
 
 void Context::rms_norm(const RMSNorm& a, int rows) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<RMSNorm, &Kernels::rms_norm>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));
 }
 
 void Context::silu_mul(const SiluMul& a, int rows) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<SiluMul, &Kernels::silu_mul>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));
 }
 
@@ -242,14 +242,14 @@ void Context::rope(const Rope& a, int rows, int64_t num_slots, int64_t num_posit
       throw std::out_of_range("positions[" + std::to_string(t) + "] is " + std::to_string(a.positions[t]) +
                               "; the cos and sin tables hold " + std::to_string(num_positions) + " positions");
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const size_t row = static_cast<size_t>(a.heads + 2 * a.kv_heads) * a.head_dim * 4;
   parallel<Rope, &Kernels::rope>(pool_, kernels_, a, rows, row_grain(row));
 }
 
 void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences, int rows,
                         int num_blocks) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const int group = a.heads / a.kv_heads, tokens_at_once = std::max(1, kAttentionRows / group);
   items_.clear();
   if (cu_seqlens[0] != 0 || cu_seqlens[sequences] != rows)

@@ -14,6 +14,8 @@ namespace nvfp4 {
 
 std::vector<std::string> supported_isas();  // best first
 
+static inline size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
+
 class Context {
  public:
   Context(int threads, const std::string& isa);  // throws std::invalid_argument when the machine lacks `isa`
@@ -21,6 +23,8 @@ class Context {
   const char* isa() const { return kernels_.isa; }
   int threads() const { return pool_.threads(); }
   const char* sixteen_bit() const;
+  std::unique_lock<std::recursive_mutex> lock() { return std::unique_lock(mutex_); }
+
 
   std::unique_ptr<PackedNVFP4> pack(const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
                                     int k, Numerics numerics, float input_scale, bool e8m0);
@@ -37,7 +41,7 @@ class Context {
  private:
   const Kernels& kernels_;
   Pool pool_;
-  std::mutex mutex_;
+  std::recursive_mutex mutex_;  // a decoder holds it over the ops it calls
   Scratch x_;
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_

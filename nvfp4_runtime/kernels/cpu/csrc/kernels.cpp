@@ -21,7 +21,6 @@ namespace {
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
-constexpr bool kPrefetch = false;
 #if defined(__AVX512BF16__)
 constexpr Operand kSixteenBit = Operand::pairs;
 #else
@@ -32,7 +31,6 @@ constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
 constexpr int kDenseFirst = 8;           // rows of its first pass
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
-constexpr bool kPrefetch = false;
 constexpr Operand kSixteenBit = Operand::digits;
 constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes two of 16 registers, and decoding five
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
@@ -44,7 +42,6 @@ constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes fo
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"
-constexpr bool kPrefetch = false;
 constexpr Operand kSixteenBit = Operand::floats;
 constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;

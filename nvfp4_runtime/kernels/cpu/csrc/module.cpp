@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "context.h"
+#include "decoder.h"
 
 namespace nb = nanobind;
 using namespace nvfp4;
@@ -49,7 +50,12 @@ NB_MODULE(_native, m) {
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
 
-  nb::class_<PackedNVFP4>(m, "PackedNVFP4").def_ro("nbytes", &PackedNVFP4::bytes);
+  nb::class_<Linear>(m, "Linear").def_ro("nbytes", &Linear::bytes);
+  nb::class_<PackedNVFP4, Linear>(m, "PackedNVFP4");
+  nb::class_<PlainWeight, Linear>(m, "PlainWeight")
+      .def("__init__", [](PlainWeight* self, Address weights, int type, Address bias, int n, int k) {
+        new (self) PlainWeight(at(weights, type), Type(type), at<const float>(bias), n, k);
+      });
 
   nb::class_<Context>(m, "Context")
       .def(nb::init<int, const std::string&>())
@@ -67,17 +73,9 @@ NB_MODULE(_native, m) {
           },
           no_gil, "Parts as (codes, block scales, rows); see packed.h.")
       .def(
-          "linear_nvfp4",
-          [](Context& c, const PackedNVFP4& w, Address x, int type, int rows, Address out, int out_type) {
-            c.linear_nvfp4(w, at(x, type), Type(type), rows, at(out, out_type), Type(out_type));
-          },
-          no_gil)
-      .def(
-          "linear_dense",
-          [](Context& c, Address w, int w_type, Address bias, Address x, int type, int rows, int n, int k, Address out,
-             int out_type) {
-            c.linear_dense(at(w, w_type), Type(w_type), at<const float>(bias), at(x, type), Type(type), rows, n, k,
-                           at(out, out_type), Type(out_type));
+          "linear",
+          [](Context& c, const Linear& w, Address x, int type, int rows, Address out, int out_type) {
+            w.run(c, at(x, type), Type(type), rows, at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
@@ -134,4 +132,73 @@ NB_MODULE(_native, m) {
             c.quantize(a, at<uint8_t>(codes), at<uint8_t>(scales));
           },
           no_gil, "For tests: uint8 [rows, k] codes and e4m3 [rows, k / 16] scales.");
+
+  nb::class_<Decoder>(m, "Decoder")
+      .def(
+          "__init__",
+          [](Decoder* self, Context& context, int hidden, int stream, int input) {
+            new (self) Decoder(context, hidden, Type(stream), Type(input));
+          },
+          nb::keep_alive<1, 2>())
+      .def(
+          "add",
+          [](Decoder& d, std::tuple<Address, int, float> input_norm, std::tuple<Address, int, float> post_norm,
+             const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, int stream, int input,
+             Address cos, Address sin, int64_t num_positions, Address q_norm, Address k_norm, int norm_type, float eps,
+             int heads, int kv_heads, int head_dim, int rotary_dim, float scale, int window) {
+            DecoderLayer layer{};
+            const auto norm = [](const auto& w) {
+              return NormWeight{at(std::get<0>(w), std::get<1>(w)), Type(std::get<1>(w)), std::get<2>(w)};
+            };
+            layer.input_norm = norm(input_norm);
+            layer.post_norm = norm(post_norm);
+            layer.qkv = &qkv;
+            layer.o = &o;
+            layer.gate_up = &gate_up;
+            layer.down = &down;
+            Rope& rope = layer.rope;
+            rope.type = Type(stream);
+            rope.cos = at<const float>(cos);
+            rope.sin = at<const float>(sin);
+            rope.q_norm = at(q_norm, norm_type);
+            rope.k_norm = at(k_norm, norm_type);
+            rope.norm_type = Type(norm_type);
+            rope.eps = eps;
+            rope.heads = heads;
+            rope.kv_heads = kv_heads;
+            rope.head_dim = head_dim;
+            rope.rotary_dim = rotary_dim;
+            Attention& a = layer.attention;
+            a.type = Type(stream);
+            a.out_type = Type(input);
+            a.scale = scale;
+            a.heads = heads;
+            a.kv_heads = kv_heads;
+            a.head_dim = head_dim;
+            a.window = window;
+            layer.num_positions = num_positions;
+            d.add(layer);
+          },
+          nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+      .def("set_cache",
+           [](Decoder& d, int i, Address k, Address v, int type, float k_scale, float v_scale, int num_blocks,
+              int block_size) {
+             DecoderLayer& layer = d.layer(i);
+             layer.attention.k = layer.rope.k = at(k, type);
+             layer.attention.v = layer.rope.v = at(v, type);
+             layer.rope.kv_type = layer.attention.kv_type = Type(type);
+             layer.rope.k_scale = layer.attention.k_scale = k_scale;
+             layer.rope.v_scale = layer.attention.v_scale = v_scale;
+             layer.rope.block_size = layer.attention.block_size = block_size;
+             layer.num_blocks = num_blocks;
+           })
+      .def(
+          "run",
+          [](Decoder& d, Address x, Address out, int rows, Address positions, Address slots, Address tables,
+             int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
+            d.run({at(x, int(d.stream())), at(out, int(d.stream())), rows, at<const int64_t>(positions), at<const int64_t>(slots),
+                   at<const int32_t>(tables), at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride,
+                   sequences});
+          },
+          no_gil);
 }

@@ -1,5 +1,7 @@
 #include "packed.h"
 
+#include "context.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -103,7 +105,8 @@ void* Scratch::bytes(size_t size) {
 
 PackedNVFP4::PackedNVFP4(Pool& pool, const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
                          int k_in, Numerics numerics_in, float input_scale_in, bool e8m0_in)
-    : k(k_in), numerics(numerics_in), input_scale(input_scale_in), e8m0(e8m0_in) {
+    : numerics(numerics_in), input_scale(input_scale_in), e8m0(e8m0_in) {
+  k = k_in;
   for (const NVFP4Rows& part : parts) n += part.n;
   bytes = panel_bytes(k) * panels();
   panels_ = static_cast<uint8_t*>(weights_.bytes(bytes));
@@ -122,6 +125,14 @@ PackedNVFP4::PackedNVFP4(Pool& pool, const std::vector<NVFP4Rows>& parts, const 
     if (biases_) biases_[r] = r < n ? bias[r] : 0.f;
   }
   bytes += static_cast<size_t>(padded) * sizeof(float) * (bias ? 2 : 1);
+}
+
+void PackedNVFP4::run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const {
+  context.linear_nvfp4(*this, x, type, m, out, out_type);
+}
+
+void PlainWeight::run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const {
+  context.linear_dense(weights, weight_type, bias, x, type, m, n, k, out, out_type);
 }
 
 }  // namespace nvfp4

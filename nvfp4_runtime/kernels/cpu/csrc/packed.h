@@ -34,12 +34,20 @@ struct NVFP4Rows {
   int n;
 };
 
-struct PackedNVFP4 {
-  int n = 0, k;
+class Context;
+
+// One layer's weight, whatever it is stored in: x [m][k] -> out [m][n].
+struct Linear {
+  int n = 0, k = 0;
+  size_t bytes = 0;
+  virtual ~Linear() = default;
+  virtual void run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const = 0;
+};
+
+struct PackedNVFP4 final : Linear {
   Numerics numerics;
   float input_scale;  // W4A4, else 0
   bool e8m0;          // MXFP4
-  size_t bytes = 0;
 
   // Joins the rows of `parts`. row_scale fp32 [n] and bias fp32 [n] or null. Throws std::invalid_argument, naming the
   // place, on a NaN scale.
@@ -49,11 +57,26 @@ struct PackedNVFP4 {
   const float* row_scale() const { return row_scales_; }
   const float* bias() const { return biases_; }
   int panels() const { return (n + kPanel - 1) / kPanel; }
+  void run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const override;
 
  private:
   Scratch weights_, scale_memory_, bias_memory_;
   uint8_t* panels_ = nullptr;
   float *row_scales_ = nullptr, *biases_ = nullptr;
+};
+
+// Plain weights where they lie; the caller keeps them alive.
+struct PlainWeight final : Linear {
+  const void* weights;  // [n][k]
+  Type weight_type;
+  const float* bias;  // fp32 [n] or null
+  PlainWeight(const void* weights_in, Type type, const float* bias_in, int n_in, int k_in)
+      : weights(weights_in), weight_type(type), bias(bias_in) {
+    n = n_in;
+    k = k_in;
+    bytes = static_cast<size_t>(n) * k * (type == Type::f32 ? 4 : 2);
+  }
+  void run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const override;
 };
 
 }  // namespace nvfp4

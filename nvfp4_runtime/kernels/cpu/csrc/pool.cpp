@@ -35,7 +35,12 @@ struct Pool::Crew {
   std::atomic<bool> closing{false};
 
   alignas(64) std::atomic<uint64_t> ticket{0};  // a new piece of work is posted
-  alignas(64) std::atomic<int> next{0};
+  // Each thread owns a run of neighbouring pieces, so that it reads one stream; who is done first helps the others.
+  struct alignas(64) Share {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+  std::vector<Share> shares;
   // A worker counts itself in before it looks whether work is open; the caller closes the work before it looks for
   // workers. Both are sequentially consistent, so either the worker sees "closed" or the caller waits for it. A worker
   // that the system never ran in time is not waited for: the caller has done its share.
@@ -43,13 +48,31 @@ struct Pool::Crew {
   std::atomic<bool> open{false};
   Work work = nullptr;
   const void* context = nullptr;
-  int count = 0, grain = 1;
+  int grain = 1;
+
+  explicit Crew(int size) : shares(static_cast<size_t>(size)) {}
+
+  void divide(int count, int pieces_of) {
+    grain = pieces_of;
+    const int size = static_cast<int>(shares.size()), pieces = (count + grain - 1) / grain;
+    int begin = 0;
+    for (int i = 0; i < size; i++) {
+      Share& share = shares[static_cast<size_t>(i)];
+      share.next.store(begin, std::memory_order_relaxed);
+      begin = static_cast<int>(static_cast<int64_t>(pieces) * (i + 1) / size) * grain;
+      share.end = begin < count ? begin : count;
+    }
+  }
 
   void take(int thread) {
-    for (;;) {
-      const int begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
-      work(context, begin, begin + grain < count ? begin + grain : count, thread);
+    const int size = static_cast<int>(shares.size());
+    for (int i = 0; i < size; i++) {
+      Share& share = shares[static_cast<size_t>((thread + i) % size)];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int begin = share.next.fetch_add(grain, std::memory_order_relaxed);
+        if (begin >= share.end) break;
+        work(context, begin, begin + grain < share.end ? begin + grain : share.end, thread);
+      }
     }
   }
 
@@ -102,7 +125,7 @@ void Pool::hire() {
   const unsigned now = era.load(std::memory_order_relaxed);
   if (crew_ && crew_->born == now) return;
   (void)crew_.release();
-  crew_ = std::make_unique<Crew>();
+  crew_ = std::make_unique<Crew>(threads_);
   crew_->born = now;
   for (int i = 1; i < threads_; i++) crew_->threads.emplace_back([crew = crew_.get(), i] { crew->live(i); });
 }
@@ -117,9 +140,7 @@ void Pool::run(Work work, const void* context, int count, int grain) {
   Crew& crew = *crew_;
   crew.work = work;
   crew.context = context;
-  crew.count = count;
-  crew.grain = grain;
-  crew.next.store(0, std::memory_order_relaxed);
+  crew.divide(count, grain);
   crew.open.store(true);
   crew.post();
   crew.take(0);

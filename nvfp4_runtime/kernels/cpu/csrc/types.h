@@ -19,7 +19,6 @@ struct e4m3 {
 };
 
 enum class Type : int { f32 = 0, bf16 = 1, fp16 = 2, e4m3 = 3 };
-static constexpr size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
 
 // Packed NVFP4 weights: panels of 16 rows. Per 64 of K one line of 64 block scales (4 groups x 16 rows), then per group
 // 128 bytes of codes: 9 cache lines per 1024 weights, one sequential stream. K is padded to 64 with zeros.

@@ -1,0 +1,146 @@
+"""All decoder layers as one native call: the same kernels, handed over once instead of eleven times a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.errors import KernelError
+from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix
+from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.ops import (
+    NativePagedAttention,
+    NativeRMSNorm,
+    NativeRope,
+    NativeSiluMul,
+    check_norm_weight,
+)
+from nvfp4_runtime.kernels.ops import DecoderLayerOps, NormOp
+
+NATIVE_LINEARS = (NativeLinearNVFP4, NativeLinearDense)
+
+
+def refuses_decoder(layers: Sequence[DecoderLayerOps]) -> str | None:
+    """None when every op of every layer is native, or the first that is not."""
+    for i, layer in enumerate(layers):
+        for name, op, kinds in (
+            ("input_norm", layer.input_norm.kernel, (NativeRMSNorm,)),
+            ("qkv", layer.qkv, NATIVE_LINEARS),
+            ("rope", layer.rope, (NativeRope,)),
+            ("attention", layer.attention, (NativePagedAttention,)),
+            ("o", layer.o, NATIVE_LINEARS),
+            ("post_norm", layer.post_norm.kernel, (NativeRMSNorm,)),
+            ("gate_up", layer.gate_up, NATIVE_LINEARS),
+            ("silu_mul", layer.silu_mul, (NativeSiluMul,)),
+            ("down", layer.down, NATIVE_LINEARS),
+        ):
+            if not isinstance(op, kinds):
+                found = "in formats that cannot share a kernel" if op is None else f"a {type(op).__name__}"
+                return f"layer {i}: {name} is {found}"
+    return None
+
+
+class NativeDecoder:
+    """See `DecoderKernel`. Raises IndexError for slots, positions and block tables outside the cache and the tables."""
+
+    def __init__(self, native: Any, context: Any, memo: StepMemo, layers: Sequence[DecoderLayerOps]) -> None:
+        first = layers[0]
+        assert isinstance(first.input_norm.kernel, NativeRMSNorm)
+        self.hidden = first.input_norm.kernel.hidden
+        self.stream, self.dtype = first.input_norm.kernel.dtype, first.input_norm.kernel.out_dtype
+        self._memo = memo
+        self._layers = tuple(layers)  # the native side keeps addresses only
+        self._decoder = native.Decoder(context, self.hidden, TYPE_CODES[self.stream], TYPE_CODES[self.dtype])
+        for layer in layers:
+            self._add(layer)
+        self._kv: tuple[KVLayer, ...] = ()
+
+    def _add(self, layer: DecoderLayerOps) -> None:
+        rope, attention = layer.rope, layer.attention
+        assert isinstance(rope, NativeRope)
+        assert isinstance(attention, NativePagedAttention)
+        rope.check_layer(layer.cos, layer.sin, layer.q_norm, layer.k_norm)
+        spec = rope.spec
+        cos, sin, *norms = rope.tables
+        self._decoder.add(
+            self._norm(layer.input_norm),
+            self._norm(layer.post_norm),
+            *(linear.native for linear in self._linears(layer)),
+            TYPE_CODES[self.stream],
+            TYPE_CODES[self.dtype],
+            cos,
+            sin,
+            rope.num_positions,
+            *norms,
+            layer.qk_norm_eps,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.rotary_dim,
+            layer.scale,
+            attention.spec.window or 0,
+        )
+
+    def _norm(self, norm: NormOp) -> tuple[int, int, float]:
+        check_norm_weight("weight", norm.weight, self.hidden)
+        return norm.weight.data_ptr(), TYPE_CODES[norm.weight.dtype], norm.eps
+
+    def _linears(self, layer: DecoderLayerOps) -> list[NativeLinearNVFP4 | NativeLinearDense]:
+        """qkv, o, gate_up and down, whose shapes must follow one another."""
+        assert isinstance(layer.rope, NativeRope)
+        spec = layer.rope.spec
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        found = []
+        assert isinstance(layer.down, NATIVE_LINEARS)
+        inner = layer.down.k
+        for name, linear, n, k in (
+            ("qkv", layer.qkv, q + 2 * kv, self.hidden),
+            ("o", layer.o, self.hidden, q),
+            ("gate_up", layer.gate_up, 2 * inner, self.hidden),
+            ("down", layer.down, self.hidden, inner),
+        ):
+            assert isinstance(linear, NATIVE_LINEARS)
+            if (linear.n, linear.k, linear.dtype, linear.out_dtype) != (n, k, self.dtype, self.stream):
+                raise KernelError(
+                    f"{name}: expected [{n}, {k}] from {self.dtype} to {self.stream}, found [{linear.n}, {linear.k}] "
+                    f"from {linear.dtype} to {linear.out_dtype}"
+                )
+            found.append(linear)
+        return found
+
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        check_matrix("x", x, self.stream, self.hidden)
+        rows = x.size(0)
+        self._memo.check_slots(batch.positions, batch.slot_mapping, rows)
+        self._memo.check_batch(batch)
+        if batch.kv is not self._kv:
+            self._set_cache(batch.kv)
+        out = torch.empty_like(x)
+        self._decoder.run(
+            x.data_ptr(),
+            out.data_ptr(),
+            rows,
+            batch.positions.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            batch.block_tables.data_ptr(),
+            batch.block_tables.size(1),
+            batch.cu_seqlens_q.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            batch.seq_lens.size(0),
+        )
+        return out, x
+
+    def _set_cache(self, kv: tuple[KVLayer, ...]) -> None:
+        if len(kv) != len(self._layers):
+            raise KernelError(f"{len(self._layers)} layers need as many KV caches, found {len(kv)}")
+        self._kv = ()  # should one be refused, the next call starts again: some addresses are already the new ones
+        for i, (layer, cache) in enumerate(zip(self._layers, kv, strict=True)):
+            assert isinstance(layer.rope, NativeRope)
+            checked = layer.rope.cache
+            arguments = checked.arguments(cache)
+            self._decoder.set_cache(i, *arguments, checked.num_blocks, checked.block_size)
+        self._kv = kv
