@@ -9,6 +9,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,10 @@ def linear(shape: Shape, seed: int, layer: int, name: str) -> Packed:
     return random_packed(np.random.default_rng((seed, 1, index)), *shape.linears()[name])
 
 
+def bf16_linear(shape: Shape, seed: int, layer: int, name: str) -> bytes:
+    return dequantise(linear(shape, seed, layer, name)).tobytes()
+
+
 def embedding(shape: Shape, seed: int) -> bytes:
     return random_bf16(np.random.default_rng((seed, 2)), shape.vocab, shape.hidden, 1.0).tobytes()
 
@@ -92,16 +97,15 @@ def nvfp4_tensors(shape: Shape, seed: int) -> Iterator[Stored]:
             module = f"{prefix}.{name}"
             yield Stored(f"{module}.weight", "U8", (n, k // 2), weight.codes.tobytes)
             yield Stored(f"{module}.weight_scale", "F8_E4M3", (n, k // 16), weight.scales.tobytes)
-            yield Stored(f"{module}.weight_scale_2", "F32", (), lambda w=weight: struct.pack("<f", w.scale_2))
-            yield Stored(f"{module}.input_scale", "F32", (), lambda: struct.pack("<f", INPUT_SCALE))
+            yield Stored(f"{module}.weight_scale_2", "F32", (), partial(struct.pack, "<f", weight.scale_2))
+            yield Stored(f"{module}.input_scale", "F32", (), partial(struct.pack, "<f", INPUT_SCALE))
 
 
 def bf16_tensors(shape: Shape, seed: int) -> Iterator[Stored]:
     yield from plain_tensors(shape, seed)
     for layer, prefix in enumerate(shape.layer_prefixes()):
         for name, (n, k) in shape.linears().items():
-            make = lambda layer=layer, name=name: dequantise(linear(shape, seed, layer, name)).tobytes()  # noqa: E731
-            yield Stored(f"{prefix}.{name}.weight", "BF16", (n, k), make)
+            yield Stored(f"{prefix}.{name}.weight", "BF16", (n, k), partial(bf16_linear, shape, seed, layer, name))
 
 
 def write_safetensors(path: Path, tensors: list[Stored]) -> None:

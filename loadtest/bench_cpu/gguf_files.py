@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +54,8 @@ def write(path: Path, shape: Shape, kind: str, seed: int = 0) -> None:
     """`path` with the model in `kind`, "nvfp4" (head and embedding BF16) or "bf16"; it appears whole or not at all."""
     fields = [*metadata(shape, kind), *vocabulary_fields(shape)]
     tensors = list(model_tensors(shape, kind, seed))
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    unfinished = path.with_suffix(".partial")
+    with unfinished.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)))
         for name, value in fields:
             file.write(text(name) + value)
@@ -69,7 +70,7 @@ def write(path: Path, shape: Shape, kind: str, seed: int = 0) -> None:
             data = tensor.make()
             assert len(data) == tensor.nbytes, tensor.name
             file.write(data + b"\0" * (padded(len(data)) - len(data)))
-    partial.rename(path)
+    unfinished.rename(path)
 
 
 def metadata(shape: Shape, kind: str) -> Iterator[tuple[str, bytes]]:
@@ -117,14 +118,21 @@ def model_tensors(shape: Shape, kind: str, seed: int) -> Iterator[Stored]:
             yield Stored(f"blk.{layer}.{name}.weight", F32, (shape.hidden,), lambda: ones)
         for name, (n, k) in shape.linears().items():
             there = f"blk.{layer}.{NAMES[name]}"
-            make = lambda layer=layer, name=name: turned(shape, name, checkpoints.linear(shape, seed, layer, name))  # noqa: E731
             if kind == "bf16":
-                yield Stored(f"{there}.weight", BF16, (n, k), lambda make=make: dequantise(make()).tobytes())
+                yield Stored(f"{there}.weight", BF16, (n, k), partial(bf16_bytes, shape, seed, layer, name))
                 continue
-            yield Stored(f"{there}.weight", NVFP4, (n, k), lambda make=make: nvfp4_blocks(make()))
-            scale_2 = struct.pack("<f", make().scale_2)
-            yield Stored(f"{there}.scale", F32, (1,), lambda scale_2=scale_2: scale_2)
-            yield Stored(f"{there}.input_scale", F32, (1,), lambda: struct.pack("<f", checkpoints.INPUT_SCALE))
+            yield Stored(f"{there}.weight", NVFP4, (n, k), partial(nvfp4_bytes, shape, seed, layer, name))
+            scale_2 = checkpoints.linear(shape, seed, layer, name).scale_2
+            for scale, value in (("scale", scale_2), ("input_scale", checkpoints.INPUT_SCALE)):
+                yield Stored(f"{there}.{scale}", F32, (1,), partial(struct.pack, "<f", value))
+
+
+def bf16_bytes(shape: Shape, seed: int, layer: int, name: str) -> bytes:
+    return dequantise(turned(shape, name, checkpoints.linear(shape, seed, layer, name))).tobytes()
+
+
+def nvfp4_bytes(shape: Shape, seed: int, layer: int, name: str) -> bytes:
+    return nvfp4_blocks(turned(shape, name, checkpoints.linear(shape, seed, layer, name)))
 
 
 def turned(shape: Shape, name: str, weight: Packed) -> Packed:
@@ -169,7 +177,3 @@ def float32(value: float) -> bytes:
 
 def array(kind: int, items: list[bytes]) -> bytes:
     return struct.pack("<IIQ", 9, kind, len(items)) + b"".join(items)
-
-
-def described(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size}

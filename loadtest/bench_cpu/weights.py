@@ -1,6 +1,6 @@
 """Random NVFP4 weights whose dequantised values are exact in BF16, so that a model and its BF16 twin are one function.
 
-weight_scale_2 is a power of two here: code x block scale has at most six significant bits, and a power of two adds none.
+weight_scale_2 is a power of two: code x block scale has at most six significant bits, and a power of two adds none.
 """
 
 from __future__ import annotations

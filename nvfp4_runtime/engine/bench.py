@@ -8,8 +8,8 @@ or {"refused": reason}. Then one JSON command per line of stdin gives one answer
     {"prompts": [[ids], ...], "max_tokens": n}  ->  {"arrivals": [[[seconds, tokens], ...] per prompt]}
 
 Greedy, EOS ignored; seconds count from the moment before the first prompt is sent. With --profile one more answer comes
-after stdin is closed, {"steps": [...]}: per step its new tokens, its seconds from one message of outputs to the next, and
-of these the seconds inside each timed part. "native", the calls into the compiled kernels, lies inside "forward".
+after stdin is closed, {"steps": [...]}: per step its new tokens, its seconds from one message of outputs to the next,
+and of these the seconds inside each timed part. "native", the calls into the compiled kernels, lies inside "forward".
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +147,17 @@ class ProfiledCore(core.EngineCore):
 
 def run_profiled_core(fd: int, result: Path) -> int:
     """`core.main` with timers round its parts; writes the steps to `result` when it is told to stop."""
-    from nvfp4_runtime.engine import build, runner, scheduler
+    from nvfp4_runtime.engine import runner, scheduler
     from nvfp4_runtime.kernels.cpu import backend
     from nvfp4_runtime.models.llama import Decoder
+    from nvfp4_runtime.sampling.sampler import BatchSampler
 
     timer = PartTimer()
     if backend._native is not None:
         timer.wrap_native(backend._native)
     timer.wrap(Decoder, "forward", "forward")
     timer.wrap(runner.ModelRunner, "prepare", "prepare batch")
-    timer.wrap(build.BatchSampler, "sample", "sample")
+    timer.wrap(BatchSampler, "sample", "sample")
     timer.wrap(scheduler.Scheduler, "schedule", "schedule")
     timer.wrap(scheduler.Scheduler, "commit", "commit")
     profiled = ProfiledCore(socket.socket(fileno=fd), timer)
@@ -187,7 +187,10 @@ def _refuse_unknown(raw: dict[str, Any], known: Any, where: str) -> None:
 def serve(config: str, profile: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to stderr
-    answer: Callable[[Any], None] = lambda value: print(msgspec.json.encode(value).decode(), file=answers, flush=True)  # noqa: E731
+
+    def answer(value: Any) -> None:
+        print(msgspec.json.encode(value).decode(), file=answers, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         steps = Path(folder) / "steps.json" if profile else None
         try:
