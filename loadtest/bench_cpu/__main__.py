@@ -10,8 +10,9 @@ profile   a batch-1 decode step of the default model by part
 http      the default model under 1, 8 and 32 streams beside llama.cpp's server
 
 Read bandwidth and arithmetic peaks are measured before and after every reading, and a ratio uses those two. llama.cpp
-is found by LLAMA_CPP_BIN, the bin folder of a build (make bench-cpu LLAMA_CPP_BIN=...); without it our figures stand
-alone. Models are written once into ~/.cache/nvfp4 (about 8 GB with the GGUF files).
+is found by LLAMA_CPP_BIN, the bin folder of a build (make bench-cpu LLAMA_CPP_BIN=...), else as the package
+llama-cpp-python (extra `peers`, no server); without either our figures stand alone. Models are written once into
+~/.cache/nvfp4 (about 8 GB with the GGUF files).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -57,7 +59,7 @@ class Benchmark:
 
     def run(self) -> None:
         if self.build is None:
-            say(f"no llama.cpp at hand ({llama_cpp.VARIABLE} is not set): our figures alone")
+            say(f"no llama.cpp at hand ({llama_cpp.VARIABLE} not set, extra `peers` not installed): our figures alone")
         sections: dict[str, Callable[[], None]] = {
             "speed": self.speed,
             "context": self.context,
@@ -135,7 +137,7 @@ class Benchmark:
 
     def gguf(self, shape: Shape, kind: str) -> Path:
         assert self.build is not None
-        return llama_cpp.ensure_gguf(self.build / "llama-quantize", self.cache, shape, kind, self.args.threads)
+        return llama_cpp.ensure_gguf(self.build, self.cache, shape, kind, self.args.threads)
 
     def peer_bytes(self, shape: Shape) -> list[tuple[llama_cpp.LlamaCpp, float]]:
         """A GGUF's bytes less its embedding: what it reads for a token. Header and norms are below a thousandth."""
@@ -186,7 +188,11 @@ class Benchmark:
 
     def http(self) -> None:
         gguf = http_peer.default_gguf()
-        readings = http_peer.measure_http(self.build, gguf, self.args.threads, self.args.rounds, self.scratch)
+        load = http_peer.Load((1, 8), 16, 1) if self.args.quick else http_peer.Load(rounds=self.args.rounds)
+        say(f"serving the default model to {', '.join(map(str, load.streams))} streams")
+        readings = http_peer.measure_http(
+            None if self.build is None else self.build.server, gguf, self.args.threads, load, self.scratch
+        )
         rows = http_peer.summarise_http(readings)
         show("### The default model over HTTP", report.http_table(rows))
         self.result["http"] = {"rows": rows, "readings": [asdict(reading) for reading in readings]}
@@ -243,6 +249,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers, which have sessions of their own, end
     neighbours = Neighbours()
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with tempfile.TemporaryDirectory() as scratch:
@@ -255,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"NOT A QUIET MACHINE: others used {others:.2f} cores meanwhile; do not quote these figures")
     facts = machine() | {"cores_used_by_others": others, "load": os.getloadavg()}
     options = {key: value for key, value in vars(args).items() if key not in ("cache", "json")}
-    peer = None if benchmark.build is None else llama_cpp.version(benchmark.build)
+    peer = None if benchmark.build is None else benchmark.build.version()
     bars = [asdict(bar) | {"met": bar.met} for bar in benchmark.bars]
     whole = {"made_at": started, "machine": facts, "options": options, "llama.cpp": peer, "bars": bars}
     args.json.parent.mkdir(parents=True, exist_ok=True)

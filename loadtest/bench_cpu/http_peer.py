@@ -19,12 +19,19 @@ from typing import Any
 
 import httpx
 
-from loadtest.bench_cpu.llama_cpp import SERVER
 from loadtest.server_process import nvfp4_server, running
 
-STREAMS = (1, 8, 32)
-PROMPT_TOKENS, MAX_TOKENS = 32, 96
+PROMPT_TOKENS = 32
 VOCAB = 49152
+
+
+@dataclass(frozen=True)
+class Load:
+    """Numbers of streams, tokens each makes, and how often everything is repeated."""
+
+    streams: tuple[int, ...] = (1, 8, 32)
+    max_tokens: int = 96
+    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ def default_gguf() -> Path | None:
     return next((path for place in places for path in sorted(place.glob("*.gguf"))), None)
 
 
-def measure_http(build: Path | None, gguf: Path | None, threads: int, rounds: int, scratch: Path) -> list[HttpReading]:
+def measure_http(
+    llama_server: Path | None, gguf: Path | None, threads: int, load: Load, scratch: Path
+) -> list[HttpReading]:
     """Readings of both servers, or of ours alone where there is no llama-server or no GGUF."""
     readings: list[HttpReading] = []
     rng = random.Random(0)
@@ -52,29 +61,29 @@ def measure_http(build: Path | None, gguf: Path | None, threads: int, rounds: in
         arguments = ["--threads", str(threads), "--no-prefix-caching"]
         ours = stack.enter_context(nvfp4_server(arguments, {}, 600, scratch / "nvfp4.log"))
         sides = {"nvfp4": ours.url}
-        if build is not None and gguf is not None and (build / SERVER).is_file():
-            command = llama_command(build, gguf, threads)
+        if llama_server is not None and gguf is not None:
+            command = llama_command(llama_server, gguf, threads, load)
             theirs = stack.enter_context(
                 running(lambda p: [*command, "--port", str(p)], {}, 120, scratch / "llama.log")
             )
             sides["llama.cpp"] = theirs.url
         models = {side: model_name(url) for side, url in sides.items()}
-        for turn in range(-1, rounds):  # the first is a warm-up
-            for streams in STREAMS:
+        for turn in range(-1, load.rounds):  # the first is a warm-up
+            for streams in load.streams:
                 prompts = [rng.choices(range(VOCAB // 8, VOCAB), k=PROMPT_TOKENS) for _ in range(streams)]
                 for side, url in sides.items():
-                    reading = asyncio.run(_complete_all(side, url, models[side], prompts))
+                    reading = asyncio.run(_complete_all(side, url, models[side], prompts, load.max_tokens))
                     if turn >= 0:
                         readings.append(reading)
     return readings
 
 
-def llama_command(build: Path, gguf: Path, threads: int) -> list[str]:
+def llama_command(llama_server: Path, gguf: Path, threads: int, load: Load) -> list[str]:
     """One slot per stream, and as much context as these requests need."""
-    slots = max(STREAMS)
-    context = slots * 2 * (PROMPT_TOKENS + MAX_TOKENS)
+    slots = max(load.streams)
+    context = slots * 2 * (PROMPT_TOKENS + load.max_tokens)
     sizes = ["-np", str(slots), "-c", str(context), "-t", str(threads), "-tb", str(threads)]
-    return [str(build / SERVER), "-m", str(gguf), *sizes, "--host", "127.0.0.1", "--no-webui", "-lv", "0"]
+    return [str(llama_server), "-m", str(gguf), *sizes, "--host", "127.0.0.1", "--no-webui", "-lv", "0"]
 
 
 def model_name(url: str) -> str:
@@ -82,22 +91,26 @@ def model_name(url: str) -> str:
     return name
 
 
-async def _complete_all(side: str, url: str, model: str, prompts: Sequence[Sequence[int]]) -> HttpReading:
+async def _complete_all(
+    side: str, url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> HttpReading:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         start = time.perf_counter()
-        streams = await asyncio.gather(*(_complete(client, model, prompt, start) for prompt in prompts))
+        streams = await asyncio.gather(*(_complete(client, model, prompt, max_tokens, start) for prompt in prompts))
     last = max(end for _, end in streams)
-    rate = len(prompts) * MAX_TOKENS / last
+    rate = len(prompts) * max_tokens / last
     return HttpReading(side, len(prompts), rate, statistics.median(first for first, _ in streams))
 
 
-async def _complete(client: httpx.AsyncClient, model: str, prompt: Sequence[int], start: float) -> tuple[float, float]:
-    """Seconds from `start` to the first and to the last chunk. RuntimeError unless exactly MAX_TOKENS were made."""
+async def _complete(
+    client: httpx.AsyncClient, model: str, prompt: Sequence[int], max_tokens: int, start: float
+) -> tuple[float, float]:
+    """Seconds from `start` to the first and to the last chunk. RuntimeError unless exactly `max_tokens` were made."""
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(prompt),
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -119,8 +132,8 @@ async def _complete(client: httpx.AsyncClient, model: str, prompt: Sequence[int]
                 first = first or last
             if chunk.get("usage"):
                 tokens = chunk["usage"]["completion_tokens"]
-    if tokens != MAX_TOKENS:
-        raise RuntimeError(f"asked for {MAX_TOKENS} tokens, the usage says {tokens}")
+    if tokens != max_tokens:
+        raise RuntimeError(f"asked for {max_tokens} tokens, the usage says {tokens}")
     return first, last
 
 

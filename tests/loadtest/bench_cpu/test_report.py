@@ -44,7 +44,7 @@ def test_each_figure_asks_the_right_program(tmp_path):
         program(tmp_path, name, f'echo "{name} $@" >> {tmp_path}/log\ncat {tmp_path}/{name}.out')
     (tmp_path / "llama-bench.out").write_text(BENCH)
     (tmp_path / "llama-batched-bench.out").write_text(BATCHED)
-    side = llama_cpp.LlamaCpp(tmp_path, Path("m.gguf"), "q4_0", 2)
+    side = llama_cpp.LlamaCpp(llama_cpp.Build(tmp_path), Path("m.gguf"), "q4_0", 2)
     values = [side.measure(f) for f in (Figure("decode", 64), Figure("prefill", 512), Figure("decode", 48, batch=8))]
     assert values == [4.149331, 4.149331, 4.203274]
     decode, prefill, batched = (tmp_path / "log").read_text().splitlines()
@@ -55,19 +55,26 @@ def test_each_figure_asks_the_right_program(tmp_path):
 
 def test_a_build_is_named_by_a_variable_and_must_be_whole(tmp_path, monkeypatch):
     monkeypatch.delenv(llama_cpp.VARIABLE, raising=False)
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
     assert llama_cpp.find_build() is None
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: name == "llama_cpp" or None)
+    assert llama_cpp.find_build() == llama_cpp.Build(None)  # the package of the extra `peers`
     monkeypatch.setenv(llama_cpp.VARIABLE, str(tmp_path))
     program(tmp_path, "llama-bench", "exit 0")
     with pytest.raises(SystemExit, match="has no llama-batched-bench, llama-quantize"):
         llama_cpp.find_build()
     for name in llama_cpp.PROGRAMS:
         program(tmp_path, name, "exit 0")
-    assert llama_cpp.find_build() == tmp_path
+    build = llama_cpp.find_build()
+    assert build == llama_cpp.Build(tmp_path)
+    assert build.server is None
+    program(tmp_path, llama_cpp.SERVER, "exit 0")
+    assert build.server == tmp_path / llama_cpp.SERVER
 
 
 def test_a_program_that_fails_says_why(tmp_path):
     program(tmp_path, "llama-bench", "echo 'no such model' >&2; exit 7")
-    side = llama_cpp.LlamaCpp(tmp_path, Path("m.gguf"), "q4_0", 2)
+    side = llama_cpp.LlamaCpp(llama_cpp.Build(tmp_path), Path("m.gguf"), "q4_0", 2)
     with pytest.raises(RuntimeError, match="ended with code 7:\nno such model"):
         side.measure(Figure("decode", 4))
 
