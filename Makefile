@@ -36,9 +36,9 @@ bench-engine: install
 	$(BIN)/python -m loadtest.bench_engine
 
 # Shares of this machine's limits, and llama.cpp in turn where LLAMA_CPP_BIN names the bin folder of a build.
-# BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Set nothing else running beside it.
+# BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.
 bench-cpu: install
-	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu $(BENCH)
+	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

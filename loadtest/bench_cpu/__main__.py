@@ -29,7 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loadtest.bench_cpu import checkpoints, context, http_peer, llama_cpp, report
+from loadtest.bench_cpu import checkpoints, context, docs, http_peer, llama_cpp, report
 from loadtest.bench_cpu.measure import Figure, Side, limit_spread, measure, summarise
 from loadtest.bench_cpu.profile import step_profile
 from loadtest.bench_cpu.server_figures import measure_server
@@ -56,6 +56,7 @@ class Benchmark:
         self.limits = MachineLimits(args.threads, scratch / "limits.log")
         self.result: dict[str, Any] = {}
         self.bars: list[report.Bar] = []
+        self.sections: dict[str, str] = {}  # Markdown of what was measured, for the document
 
     def run(self) -> None:
         if self.build is None:
@@ -70,7 +71,18 @@ class Benchmark:
         for name in SECTIONS:
             if name in self.args.only:
                 say(f"== {name}")
+                started, neighbours = time.strftime("%Y-%m-%d %H:%M", time.gmtime()), Neighbours()
+                num_bars = len(self.bars)
                 sections[name]()
+                new = "\n".join(f"    {bar}" for bar in self.bars[num_bars:])
+                self.show(name, *[new] * bool(new))
+                self.show(name, f"{started} UTC, commit {docs.commit()}, {self.args.rounds} rounds.", busy(neighbours))
+
+    def show(self, section: str, *parts: str) -> None:
+        """Print Markdown, and keep it for the document."""
+        text = "\n\n".join(part for part in parts if part) + "\n\n"
+        print(text, flush=True)
+        self.sections[section] = self.sections.get(section, "") + text
 
     def speed(self) -> None:
         for shape in self.shapes():
@@ -87,8 +99,8 @@ class Benchmark:
             token_bytes |= {side.name: touched for side, touched in self.peer_bytes(shape)}
             summaries = summarise(readings, report.ratio_to_limit(shape, token_bytes))
             spread = limit_spread(readings)
-            show(f"### {shape.name}: {shape.num_parameters / 1e6:.0f} M parameters", report.speed_table(summaries))
-            show(report.limits_table(spread))
+            head = f"### {shape.name}: {shape.num_parameters / 1e6:.0f} M parameters"
+            self.show("speed", head, report.speed_table(summaries), report.limits_table(spread))
             self.bars += report.speed_bars(shape, summaries, NUMERICS)
             self.result.setdefault("speed", {})[shape.name] = {
                 "shape": asdict(shape),
@@ -161,7 +173,7 @@ class Benchmark:
         finally:
             for engine in engines.values():
                 engine.close()
-        show(f"### Decode at {context.CONTEXT} tokens, {shape.name}", report.context_table(figures))
+        self.show("context", f"Model {shape.name}:", report.context_table(figures))
         self.bars += report.context_bars(figures)
         self.result["context"] = {"shape": shape.name, "figures": [asdict(figure) for figure in figures]}
 
@@ -171,7 +183,7 @@ class Benchmark:
             folder = checkpoints.ensure(shape, self.cache).nvfp4
             say(f"starting the server on {shape.name}, {self.args.starts + 1} times")
             figures[shape.name] = measure_server(folder, self.args.threads, self.args.starts, self.scratch)
-        show("### Start and memory", report.server_table(figures))
+        self.show("server", report.server_table(figures))
         self.bars += report.server_bars(figures, LARGE.name)
         self.result["server"] = {name: asdict(f) for name, f in figures.items()}
 
@@ -182,7 +194,7 @@ class Benchmark:
         for _ in range(self.args.rounds):
             engine.generate([engine.prompt(16)], 96)
         profile = step_profile(engine.profile())
-        show("### A decode step of the default model", report.profile_table(profile))
+        self.show("profile", report.profile_table(profile))
         self.bars += report.profile_bars(profile)
         self.result["profile"] = asdict(profile)
 
@@ -194,7 +206,7 @@ class Benchmark:
             None if self.build is None else self.build.server, gguf, self.args.threads, load, self.scratch
         )
         rows = http_peer.summarise_http(readings)
-        show("### The default model over HTTP", report.http_table(rows))
+        self.show("http", report.http_table(rows))
         self.result["http"] = {"rows": rows, "readings": [asdict(reading) for reading in readings]}
 
     def shapes(self) -> list[Shape]:
@@ -216,8 +228,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show(*parts: str) -> None:
-    print("\n".join(["", *(f"{part}\n" for part in parts)]), flush=True)
+def busy(neighbours: Neighbours) -> str:
+    """A warning to stand beside the figures, where others computed meanwhile."""
+    others = neighbours.cores()
+    if others is None or others <= BUSY_CORES:
+        return ""
+    return f"**Not a quiet machine: others used {others:.1f} cores meanwhile; do not quote these figures.**"
 
 
 def json_path(threads: int) -> Path:
@@ -240,6 +256,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--default-model", metavar="FOLDER", help="instead of SmolLM2-135M, for profile")
     parser.add_argument("--cache", type=Path, default=checkpoints.cache_folder(), help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/cpu-N-core-<machine>.json")
+    parser.add_argument(
+        "--docs", type=Path, metavar="FILE", help="replace the tables of what is measured in this document"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.rounds, args.starts = 1, 1
@@ -256,18 +275,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         benchmark = Benchmark(args, Path(scratch))
         benchmark.run()
         benchmark.limits.close()
-    others = neighbours.cores()
-    print("\n".join(["", *(str(bar) for bar in benchmark.bars), ""]))
-    if others is not None and others > BUSY_CORES:
-        print(f"NOT A QUIET MACHINE: others used {others:.2f} cores meanwhile; do not quote these figures")
-    facts = machine() | {"cores_used_by_others": others, "load": os.getloadavg()}
-    options = {key: value for key, value in vars(args).items() if key not in ("cache", "json")}
+    met = sum(bar.met for bar in benchmark.bars)
+    print(f"{met} of {len(benchmark.bars)} bars met. {busy(neighbours)}")
+    facts = machine() | {"cores_used_by_others": neighbours.cores(), "load": os.getloadavg()}
+    options = {key: value for key, value in vars(args).items() if key not in ("cache", "json", "docs")}
     peer = None if benchmark.build is None else benchmark.build.version()
     bars = [asdict(bar) | {"met": bar.met} for bar in benchmark.bars]
-    whole = {"made_at": started, "machine": facts, "options": options, "llama.cpp": peer, "bars": bars}
+    whole = {
+        "made_at": started,
+        "commit": docs.commit(),
+        "machine": facts,
+        "options": options,
+        "llama.cpp": peer,
+        "bars": bars,
+    }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(whole | benchmark.result, indent=1) + "\n")
     say(f"wrote {args.json}")
+    if args.docs is not None:
+        docs.write_sections(args.docs, benchmark.sections)
+        say(f"wrote its tables into {args.docs}")
 
 
 if __name__ == "__main__":
