@@ -8,6 +8,7 @@
 
 #include "context.h"
 #include "decoder.h"
+#include "limits.h"
 
 namespace nb = nanobind;
 using namespace nvfp4;
@@ -53,6 +54,16 @@ NB_MODULE(_native, m) {
   });
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
+
+  nb::class_<Rate>(m, "Rate")
+      .def_ro("median", &Rate::median)
+      .def_ro("low", &Rate::low)
+      .def_ro("high", &Rate::high)
+      .def_ro("how", &Rate::how);
+  m.def("peak_kinds", &peak_kinds, "What measure_peak can measure on this CPU.");
+  m.def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("threads"), nb::arg("bytes"), nb::arg("seconds"),
+        no_gil);
+  m.def("measure_peak", &measure_peak, nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"), no_gil);
 
   nb::class_<Linear>(m, "Linear").def_ro("nbytes", &Linear::bytes);
   nb::class_<PackedNVFP4, Linear>(m, "PackedNVFP4");
