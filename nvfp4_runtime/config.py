@@ -7,7 +7,7 @@ from typing import Literal
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Numerics = Literal["w4a16", "w4a4"]
-KVDtype = Literal["bfloat16", "float32", "fp8"]
+KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
-from nvfp4_runtime.config import Dtype, Numerics
+from nvfp4_runtime.config import Dtype, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.weight import Weight
 
 
@@ -67,7 +67,7 @@ class RopeSpec:
     head_dim: int
     rotary_dim: int
     qk_norm: bool
-    kv_dtype: Literal["bfloat16", "float32", "fp8"]
+    kv_dtype: KVDtype
     dtype: Dtype
     kind: str = "rope_and_cache"
 
@@ -83,7 +83,7 @@ class PagedAttentionSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    kv_dtype: Literal["bfloat16", "float32", "fp8"]
+    kv_dtype: KVDtype
     dtype: Dtype
     out_dtype: Dtype
     kind: str = "paged_attention"
@@ -130,7 +130,8 @@ class RopeKernel(Protocol):
         cos, sin  fp32 [max_positions, rotary_dim / 2], scaled by the rope variant's attention factor
         Halves rotate together: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 = first half of rotary_dim.
         q_norm, k_norm [D]: RMSNorm weights applied per head before the rotation, or None.
-        An FP8 cache stores e4m3(saturate(k / k_scale)).
+        An FP8 cache stores e4m3(saturate(k / k_scale)); an NVFP4 one codec.quantize_activation(k, k_scale), each block
+        of 16 dimensions with its own E4M3 scale.
         """
         ...
 

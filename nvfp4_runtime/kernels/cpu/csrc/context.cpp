@@ -75,11 +75,21 @@ void parallel(Pool& pool, const Kernels& kernels, const Args& args, int count, i
 struct AttentionCall {
   const Kernels* kernels;
   const Attention* args;
+  const AttentionItem* items;
+  const AttentionPiece* pieces;
+  std::atomic<int>* pending;
   float* const* scratch;
   static void work(const void* context, int begin, int end, int thread) {
     const PlainFloats guard;
     const auto* call = static_cast<const AttentionCall*>(context);
-    for (int i = begin; i < end; i++) call->kernels->attention(*call->args, i, call->scratch[thread]);
+    for (int i = begin; i < end; i++) {
+      const AttentionPiece& piece = call->pieces[i];
+      const AttentionItem& item = call->items[piece.item];
+      call->kernels->attention(*call->args, item, piece.begin, piece.end, call->scratch[thread]);
+      // whoever finishes an item's last piece merges them, in their order
+      if (item.partial && call->pending[piece.item].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        call->kernels->attention_merge(*call->args, item, call->scratch[thread]);
+    }
   }
 };
 
@@ -289,18 +299,57 @@ void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* 
                                 std::to_string(table[i]) + "; the cache has " + std::to_string(num_blocks) + " blocks");
     // the last tokens of a prompt see the most keys: start with them, so that no thread ends late
     for (int last = tokens; last > 0; last -= tokens_at_once) {
-      const int t = std::max(0, last - tokens_at_once);
+      const int t = std::max(0, last - tokens_at_once), position = length - tokens + t;
+      const int low = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
+      const int end = (length - tokens + last - 1) / kSegment + 1;
       for (int h = 0; h < a.kv_heads; h++)
-        items_.push_back({b, h, cu_seqlens[b] + t, last - t, length - tokens + t});
+        items_.push_back({b, h, cu_seqlens[b] + t, last - t, position, low / kSegment, end, nullptr});
       most = std::max(most, (last - t) * group);
     }
   }
   if (items_.empty()) return;
-  a.items = items_.data();
+  const int grain = plan_attention(group, a.head_dim, a.kv_heads);
   addresses_.clear();
   for (auto& s : per_thread_) addresses_.push_back(s.floats(attention_scratch(most, a.head_dim)));
-  const AttentionCall call{&kernels_, &a, addresses_.data()};
-  pool_.run(AttentionCall::work, &call, static_cast<int>(items_.size()), 1);
+  const AttentionCall call{&kernels_, &a, items_.data(), pieces_.data(), pending_.get(), addresses_.data()};
+  pool_.run(AttentionCall::work, &call, static_cast<int>(pieces_.size()), grain);
+}
+
+// Cuts items_ into pieces_: an item of one token, or any when there are few, segment by segment; others stay whole.
+// Neighbouring pieces are neighbouring heads of one segment, which lie side by side in every block of the cache.
+// Returns how many pieces a thread takes at a time. Affects the time taken, never a result.
+int Context::plan_attention(int group, int head_dim, int kv_heads) {
+  const size_t count = items_.size();
+  const bool few = count < 4 * static_cast<size_t>(threads());
+  const auto splits = [&](const AttentionItem& i) { return i.end_segment - i.first_segment > 1 && (few || i.tokens == 1); };
+  size_t floats = 0;
+  for (const AttentionItem& i : items_)
+    if (splits(i)) floats += (i.end_segment - i.first_segment) * attention_partial(i.tokens * group, round_chunk(head_dim));
+  float* partial = floats ? partials_.floats(floats) : nullptr;
+  if (pending_size_ < count) {
+    pending_ = std::make_unique<std::atomic<int>[]>(count);
+    pending_size_ = count;
+  }
+  pieces_.clear();
+  bool whole = false;
+  for (size_t first = 0; first < count; first += kv_heads) {  // the items of one piece of a sequence, head by head
+    AttentionItem* items = items_.data() + first;
+    const int begin = items->first_segment, end = items->end_segment, at = static_cast<int>(first);
+    if (!splits(*items)) {
+      whole = true;
+      for (int h = 0; h < kv_heads; h++) pieces_.push_back({at + h, begin, end});
+      continue;
+    }
+    for (int h = 0; h < kv_heads; h++) {
+      items[h].partial = partial;
+      partial += (end - begin) * attention_partial(items[h].tokens * group, round_chunk(head_dim));
+      pending_[first + h].store(end - begin, std::memory_order_relaxed);
+    }
+    for (int s = begin; s < end; s++)
+      for (int h = 0; h < kv_heads; h++) pieces_.push_back({at + h, s, s + 1});
+  }
+  const int balanced = static_cast<int>(pieces_.size()) / (8 * threads());
+  return whole ? 1 : std::max(1, std::min(balanced, kv_heads));
 }
 
 void Context::quantize(const PackX& a, uint8_t* codes, uint8_t* scales) {

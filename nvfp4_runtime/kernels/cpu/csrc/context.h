@@ -1,5 +1,7 @@
 // The ops as the binding sees them: one context per backend owns the threads, the scratch and the choice of ISA.
 #pragma once
+#include <atomic>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -47,6 +49,11 @@ struct PackedNVFP4 {
 
 std::vector<std::string> supported_isas();  // best first
 
+// Segments begin .. end - 1 of items_[item].
+struct AttentionPiece {
+  int item, begin, end;
+};
+
 class Context {
  public:
   Context(int threads, const std::string& isa);  // throws std::invalid_argument when the machine lacks `isa`
@@ -65,13 +72,19 @@ class Context {
   void quantize(const PackX& a, uint8_t* codes, uint8_t* scales);
 
  private:
+  int plan_attention(int group, int head_dim, int kv_heads);
+
   const Kernels& kernels_;
   Pool pool_;
   std::mutex mutex_;
   Scratch x_, scales_;
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_
+  Scratch partials_;
   std::vector<AttentionItem> items_;
+  std::vector<AttentionPiece> pieces_;
+  std::unique_ptr<std::atomic<int>[]> pending_;  // per item: pieces not yet done
+  size_t pending_size_ = 0;
 };
 
 }  // namespace nvfp4

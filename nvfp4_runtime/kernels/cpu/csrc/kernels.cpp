@@ -13,6 +13,7 @@
 
 // Loops over registers must disappear: an array indexed at run time lives in memory. Compilers stop at 16 by themselves.
 #define UNROLL _Pragma("GCC unroll 32")
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace nvfp4 {
 namespace {
@@ -36,14 +37,17 @@ constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 
 #include "rows.h"
 
+#include "kv.h"
+
 #include "attention.h"
 #include "linear.h"
+#include "rope.h"
 
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
     NVFP4_STRING(NVFP4_ISA), kPairs, kMaxRows, block_width, pack_x,   linear_nvfp4, widen,
-    linear_dense,            rms_norm, silu_mul, rope, attention, quantize,
+    linear_dense,            rms_norm, silu_mul, rope, attention, attention_merge, quantize,
 };
 
 }  // namespace nvfp4

@@ -75,10 +75,12 @@ NB_MODULE(_native, m) {
           [](Context& c, Address qkv, int type, int rows, Address positions, Address cos, Address sin, Address q_norm,
              Address k_norm, int norm_type, float eps, Address q_out, Address k, Address v, int kv_type, float k_scale,
              float v_scale, Address slots, int heads, int kv_heads, int head_dim, int rotary_dim, int block_size,
-             int64_t num_slots, int64_t num_positions) {
+             int64_t num_slots, int64_t num_positions, Address k_blocks,
+             Address v_blocks) {
             c.rope({at(qkv), Type(type), at<const int64_t>(positions), at<const float>(cos), at<const float>(sin),
                     at(q_norm), at(k_norm), Type(norm_type), eps, at(q_out), at(k), at(v), Type(kv_type), k_scale,
-                    v_scale, at<const int64_t>(slots), heads, kv_heads, head_dim, rotary_dim, block_size},
+                    v_scale, at<const int64_t>(slots), heads, kv_heads, head_dim, rotary_dim, block_size,
+                    at<uint8_t>(k_blocks), at<uint8_t>(v_blocks)},
                    rows, num_slots, num_positions);
           },
           no_gil)
@@ -86,13 +88,14 @@ NB_MODULE(_native, m) {
           "attention",
           [](Context& c, Address q, int type, int rows, Address out, int out_type, Address k, Address v, int kv_type,
              float k_scale, float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
-             int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks) {
+             int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks,
+             Address k_blocks, Address v_blocks) {
             Attention a{at(q),    Type(type),   at(out), Type(out_type),
                         at(k),    at(v),        Type(kv_type),
                         k_scale,  v_scale,      scale,
                         at<const int32_t>(tables), table_stride, heads,
                         kv_heads, head_dim,     block_size,
-                        window,   nullptr};
+                        window,   at<const uint8_t>(k_blocks), at<const uint8_t>(v_blocks)};
             c.attention(a, at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), sequences, rows, num_blocks);
           },
           no_gil)
