@@ -89,6 +89,16 @@ class PagedAttentionSpec:
     kind: str = "paged_attention"
 
 
+def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
+    """Why no backend can keep this cache, or None."""
+    if spec.kv_dtype == "nvfp4" and spec.head_dim % 16:
+        return (
+            f"an nvfp4 KV cache needs a head_dim divisible by 16 (one block scale per 16 dimensions), found "
+            f"{spec.head_dim}: use --kv-cache-dtype fp8"
+        )
+    return None
+
+
 OpSpec = LinearSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec
 
 

@@ -21,6 +21,7 @@ from nvfp4_runtime.kernels.ops import (
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
+    refuses_kv,
 )
 from nvfp4_runtime.kernels.reference.linear import ReferenceLinear
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
@@ -50,6 +51,8 @@ class ReferenceBackend:
     def refuses(self, spec: OpSpec) -> str | None:
         if spec.dtype == "float16":
             return "activations are bfloat16 or float32, asked for float16"
+        if isinstance(spec, RopeSpec | PagedAttentionSpec):
+            return refuses_kv(spec)
         return None
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:

@@ -33,101 +33,192 @@ struct State {
   }
 };
 
+// Row r of an item: one token has all heads of its KV heads in order, several tokens have the group of one KV head each.
+inline int token_of(const AttentionItem& item, int group, int r) { return item.tokens == 1 ? 0 : r / group; }
+inline size_t head_of(const Attention& a, const AttentionItem& item, int group, int r) {
+  return static_cast<size_t>(item.row + token_of(item, group, r)) * a.heads + item.kv_head * group + (item.tokens == 1 ? r : r % group);
+}
+
 template <class C>
 Rows rows_of(const Attention& a, const void* data, const uint8_t* scales, int sequence, int kv_head) {
   Rows r{};
   r.row_bytes = Cached<C>::row_bytes(a.head_dim);
   r.groups = a.head_dim / 16;
   r.block_size = a.block_size;
-  const size_t head = static_cast<size_t>(a.block_size) * r.row_bytes, scale_head = static_cast<size_t>(a.block_size) * r.groups;
-  r.block_stride = head * a.kv_heads;
-  r.scale_stride = scale_head * a.kv_heads;
-  r.base = static_cast<const uint8_t*>(data) + head * kv_head;
-  r.scales = scales ? scales + scale_head * kv_head : nullptr;
+  r.head_stride = static_cast<size_t>(a.block_size) * r.row_bytes;
+  r.scale_head_stride = static_cast<size_t>(a.block_size) * r.groups;
+  r.block_stride = r.head_stride * a.kv_heads;
+  r.scale_stride = r.scale_head_stride * a.kv_heads;
+  r.base = static_cast<const uint8_t*>(data) + r.head_stride * kv_head;
+  r.scales = scales ? scales + r.scale_head_stride * kv_head : nullptr;
   r.table = a.block_tables + static_cast<size_t>(sequence) * a.table_stride;
   return r;
 }
 
-// ---- few rows: R heads of one token ------------------------------------------------------------------------------
+// ---- both ---------------------------------------------------------------------------------------------------------
 
-constexpr int kAhead = 2 * kPiece;  // keys between a prefetch and its use
+// Keys of one segment that a token sees.
+struct Span {
+  int first, last;
+};
+inline Span visible(const Attention& a, int segment, int position) {
+  const int begin = segment * kSegment, end = begin + kSegment;
+  const int low = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
+  return {low > begin ? low : begin, position + 1 < end ? position + 1 : end};
+}
 
-template <class C, int R>
-void scores_of_token(const Rows& keys, const Rows& values, int d, int dp, int first, int last, const float* q, float* s) {
+inline float weight_of(float max, float best) { return exp1(max - (best == -__builtin_inff() ? 0.f : best)); }
+
+// Scores [first, last) of one row to weights; NaN is passed over by the maximum and comes back in the sum.
+inline void soften(float factor, int first, int last, float* s, float& max, float& sum) {
+  const V hidden = set1(-__builtin_inff());
+  V best = hidden;
+  for (int j = first / 16 * 16; j < last; j += 16) {
+    V x = mul(load(s + j), set1(factor));
+    if (first > j || last < j + 16) x = select(mask_and(below(last - j), mask_not(below(first - j))), x, hidden);
+    store(s + j, x);
+    best = vmax(x, best);
+  }
+  max = reduce_max(best);
+  const V base = set1(max == -__builtin_inff() ? 0.f : max);  // nothing but -inf: every weight is 0, not NaN
+  V total = zero();
+  for (int j = first / 16 * 16; j < last; j += 16) {
+    const V e = vexp(sub(load(s + j), base));
+    store(s + j, e);
+    total = add(total, e);
+  }
+  sum = reduce_add(total);
+}
+
+// The next segment of a row joins those before it (none yet: total_max is -inf, the rest 0).
+inline void merge(const float* out, float max, float sum, int dp, float* total_out, float& total_max, float& total_sum) {
+  const float best = max > total_max ? max : total_max;
+  const float before = weight_of(total_max, best), now = weight_of(max, best);
+  for (int i = 0; i < dp; i += 16)
+    store(total_out + i, fma(load(total_out + i), set1(before), mul(load(out + i), set1(now))));
+  total_sum = total_sum * before + sum * now;
+  total_max = best;
+}
+
+// ---- few rows: one token, all its heads ---------------------------------------------------------------------------
+
+// Scores of R query heads against one piece.
+template <class C, int R, bool Whole>
+inline void score_piece(const Rows& keys, const Piece& piece, const float* scale, int d, int dp, const float* q, float* s) {
   constexpr int kKeys = kSums / R;  // at a time
   const Cached<C> cached;
-  float scales[kPiece * kMaxGroups + 16];
-  const int origin = first / kSegment * kSegment;
-  for (int p = first; p < last;) {
-    const Piece piece = piece_at(keys, p, last);
-    const float* scale = widen_scales(keys, piece, scales);
-    prefetch_piece(keys, p + kAhead, last);
-    if (p + kAhead >= last) prefetch_piece(values, first + (p + kAhead - last) / kPiece * kPiece, last);
-    for (int j0 = 0; j0 < piece.count; j0 += kKeys) {
-      const int n = piece.count - j0 < kKeys ? piece.count - j0 : kKeys;
-      V acc[kSums];
-      UNROLL for (int i = 0; i < kSums; i++) acc[i] = zero();
-      for (int c = 0; c < d; c += kChunk) {
-        UNROLL for (int j = 0; j < kKeys; j++) {
-          const int key = j < n ? j0 + j : j0;  // beyond the last: any key, its sum is not stored
-          V k[4];
-          cached.widen(piece.rows + key * keys.row_bytes + Cached<C>::row_bytes(c), scale + key * keys.groups + c / 16, d - c, k);
-          UNROLL for (int t = 0; t < 4; t++)
-            UNROLL for (int r = 0; r < R; r++) acc[r * kKeys + j] = fma(load(q + r * dp + c + 16 * t), k[t], acc[r * kKeys + j]);
-        }
+  for (int j0 = 0; j0 < piece.count; j0 += kKeys) {
+    const int n = piece.count - j0 < kKeys ? piece.count - j0 : kKeys;
+    V acc[kSums];
+    UNROLL for (int i = 0; i < kSums; i++) acc[i] = zero();
+    for (int c = 0; c < d; c += kChunk) {
+      UNROLL for (int j = 0; j < kKeys; j++) {
+        const int key = j < n ? j0 + j : j0;  // beyond the last: any key, its sum is not stored
+        V k[4];
+        cached.template widen<Whole>(piece.rows + key * keys.row_bytes + Cached<C>::row_bytes(c), scale + key * keys.groups + c / 16, d - c, k);
+        UNROLL for (int t = 0; t < 4; t++)
+          UNROLL for (int r = 0; r < R; r++) acc[r * kKeys + j] = fma(load(q + r * dp + c + 16 * t), k[t], acc[r * kKeys + j]);
       }
-      const V sums = add_lanes(acc);
-      UNROLL for (int r = 0; r < R; r++) store_from(s + r * kSegment + (p - origin) + j0, sums, r * kKeys, n);
     }
-    p += piece.count;
+    const V sums = add_lanes(acc);
+    UNROLL for (int r = 0; r < R; r++) store_from(s + r * kSegment + j0, sums, r * kKeys, n);
   }
 }
 
-template <class C, int R>
-void values_of_token(const Rows& values, int d, int dp, int first, int last, const float* weights, float* out) {
+// out += weights x values of one piece, for R query heads.
+template <class C, int R, bool Whole>
+inline void mix_piece(const Rows& values, const Piece& piece, const float* scale, int d, int dp, const float* w, float* out) {
   const Cached<C> cached;
-  float scales[kPiece * kMaxGroups + 16];
-  const float* w = weights - first / kSegment * kSegment;
   for (int c = 0; c < d; c += kChunk) {
     V acc[R * 4];
-    UNROLL for (int i = 0; i < R * 4; i++) acc[i] = zero();
-    for (int p = first; p < last;) {
-      const Piece piece = piece_at(values, p, last);
-      const float* scale = widen_scales(values, piece, scales);
-      prefetch_piece(values, p + kAhead, last);
-      for (int j = 0; j < piece.count; j++) {
-        V v[4];
-        cached.widen(piece.rows + j * values.row_bytes + Cached<C>::row_bytes(c), scale + j * values.groups + c / 16, d - c, v);
-        UNROLL for (int r = 0; r < R; r++) {
-          const V x = set1(w[r * kSegment + p + j]);
-          UNROLL for (int t = 0; t < 4; t++) acc[r * 4 + t] = fma(x, v[t], acc[r * 4 + t]);
-        }
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int t = 0; t < 4; t++) acc[r * 4 + t] = load(out + r * dp + c + 16 * t);
+    for (int j = 0; j < piece.count; j++) {
+      V v[4];
+      cached.template widen<Whole>(piece.rows + j * values.row_bytes + Cached<C>::row_bytes(c), scale + j * values.groups + c / 16, d - c, v);
+      UNROLL for (int r = 0; r < R; r++) {
+        const V x = set1(w[r * kSegment + j]);
+        UNROLL for (int t = 0; t < 4; t++) acc[r * 4 + t] = fma(x, v[t], acc[r * 4 + t]);
       }
-      p += piece.count;
     }
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int t = 0; t < 4; t++) store(out + r * dp + c + 16 * t, acc[r * 4 + t]);
   }
 }
 
+// The query heads of one KV head, four at a time.
+template <class F>
+inline void by_heads(int group, F&& f) {
+  int g = 0;
+  for (; g + 4 <= group; g += 4) f(Count<4>{}, g);
+  if (group - g == 3) f(Count<3>{}, g);
+  if (group - g == 2) f(Count<2>{}, g);
+  if (group - g == 1) f(Count<1>{}, g);
+}
+
+// Block by block with all heads inside: they lie side by side, and memory is read in long runs.
+template <class C, bool Whole>
+void few_rows(const Attention& a, const AttentionItem& item, const State& st, const Rows& keys, const Rows& values, Span span) {
+  const int group = a.heads / a.kv_heads, d = a.head_dim, dp = st.dp, origin = span.first / kSegment * kSegment;
+  float scales[kPiece * kMaxGroups + 16];
+  for (int p = span.first; p < span.last;) {
+    Piece piece = piece_at(keys, p, span.last);
+    Piece next = p + piece.count < span.last ? piece_at(keys, p + piece.count, span.last) : piece_at(values, span.first, span.last);
+    for (int h = 0; h < item.kv_heads; h++) {
+      prefetch_piece(keys, next);
+      const float* scale = widen_scales(keys, piece, scales);
+      by_heads(group, [&](auto count, int g) {
+        const size_t row = static_cast<size_t>(h) * group + g;
+        score_piece<C, decltype(count)::value, Whole>(keys, piece, scale, d, dp, st.q + row * dp, st.scores + row * kSegment + (p - origin));
+      });
+      next_head(keys, piece);
+      next_head(keys, next);
+    }
+    p += piece.count;
+  }
+  for (int r = 0; r < st.rows; r++) {
+    soften(a.scale * a.k_scale, span.first - origin, span.last - origin, st.scores + static_cast<size_t>(r) * kSegment, st.max[r], st.sum[r]);
+    for (int i = 0; i < dp; i += 16) store(st.out + static_cast<size_t>(r) * dp + i, zero());
+  }
+  for (int p = span.first; p < span.last;) {
+    Piece piece = piece_at(values, p, span.last);
+    Piece next = p + piece.count < span.last ? piece_at(values, p + piece.count, span.last) : piece;
+    for (int h = 0; h < item.kv_heads; h++) {
+      prefetch_piece(values, next);
+      const float* scale = widen_scales(values, piece, scales);
+      by_heads(group, [&](auto count, int g) {
+        const size_t row = static_cast<size_t>(h) * group + g;
+        mix_piece<C, decltype(count)::value, Whole>(values, piece, scale, d, dp, st.scores + row * kSegment + (p - origin), st.out + row * dp);
+      });
+      next_head(values, piece);
+      next_head(values, next);
+    }
+    p += piece.count;
+  }
+}
+
 // ---- many rows: a tile of keys ------------------------------------------------------------------------------------
 
-template <class C>
-void widen_tile(const Rows& rows, int d, int dp, int first, int last, float* tile) {
+template <class C, bool Whole>
+void widen_tile_as(const Rows& rows, int d, int dp, int first, int last, float* tile) {
   const Cached<C> cached;
   float scales[kPiece * kMaxGroups + 16];
   for (int p = first; p < last;) {
     const Piece piece = piece_at(rows, p, last);
     const float* scale = widen_scales(rows, piece, scales);
-    prefetch_piece(rows, p + kTile, last + kTile < rows.visible ? last + kTile : rows.visible);
+    if (p + kTile < rows.visible) prefetch_piece(rows, piece_at(rows, p + kTile, rows.visible));
     for (int j = 0; j < piece.count; j++, tile += dp)
       for (int c = 0; c < d; c += kChunk) {
         V x[4];
-        cached.widen(piece.rows + j * rows.row_bytes + Cached<C>::row_bytes(c), scale + j * rows.groups + c / 16, d - c, x);
+        cached.template widen<Whole>(piece.rows + j * rows.row_bytes + Cached<C>::row_bytes(c), scale + j * rows.groups + c / 16, d - c, x);
         UNROLL for (int t = 0; t < 4; t++) store(tile + c + 16 * t, x[t]);
       }
     p += piece.count;
   }
+}
+template <class C>
+void widen_tile(const Rows& rows, int d, int dp, int first, int last, float* tile) {
+  d % kChunk ? widen_tile_as<C, false>(rows, d, dp, first, last, tile) : widen_tile_as<C, true>(rows, d, dp, first, last, tile);
 }
 inline void turn(const float* tile, int dp, int from, int to, float* turned) {  // keys from .. to - 1 of the tile
   for (int j = from / 16 * 16; j < to; j += 16)
@@ -190,76 +281,6 @@ void mix_tile(const float* weights, const float* tile, int dp, int first, int la
   }
 }
 
-// ---- both ---------------------------------------------------------------------------------------------------------
-
-// Keys of one segment that a token sees.
-struct Span {
-  int first, last;
-};
-inline Span visible(const Attention& a, int segment, int position) {
-  const int begin = segment * kSegment, end = begin + kSegment;
-  const int low = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-  return {low > begin ? low : begin, position + 1 < end ? position + 1 : end};
-}
-
-inline float weight_of(float max, float best) { return exp1(max - (best == -__builtin_inff() ? 0.f : best)); }
-
-// Scores [first, last) of one row to weights; NaN is passed over by the maximum and comes back in the sum.
-inline void soften(float factor, int first, int last, float* s, float& max, float& sum) {
-  const V hidden = set1(-__builtin_inff());
-  V best = hidden;
-  for (int j = first / 16 * 16; j < last; j += 16) {
-    V x = mul(load(s + j), set1(factor));
-    if (first > j || last < j + 16) x = select(mask_and(below(last - j), mask_not(below(first - j))), x, hidden);
-    store(s + j, x);
-    best = vmax(x, best);
-  }
-  max = reduce_max(best);
-  const V base = set1(max == -__builtin_inff() ? 0.f : max);  // nothing but -inf: every weight is 0, not NaN
-  V total = zero();
-  for (int j = first / 16 * 16; j < last; j += 16) {
-    const V e = vexp(sub(load(s + j), base));
-    store(s + j, e);
-    total = add(total, e);
-  }
-  sum = reduce_add(total);
-}
-
-// The next segment of a row joins those before it (none yet: total_max is -inf, the rest 0).
-inline void merge(const float* out, float max, float sum, int dp, float* total_out, float& total_max, float& total_sum) {
-  const float best = max > total_max ? max : total_max;
-  const float before = weight_of(total_max, best), now = weight_of(max, best);
-  for (int i = 0; i < dp; i += 16)
-    store(total_out + i, fma(load(total_out + i), set1(before), mul(load(out + i), set1(now))));
-  total_sum = total_sum * before + sum * now;
-  total_max = best;
-}
-
-template <class C, int R>
-void token_in_segment(const Attention& a, const State& st, const Rows& keys, const Rows& values, Span span, int row) {
-  const int d = a.head_dim, origin = span.first / kSegment * kSegment;
-  float* s = st.scores + static_cast<size_t>(row) * kSegment;
-  scores_of_token<C, R>(keys, values, d, st.dp, span.first, span.last, st.q + static_cast<size_t>(row) * st.dp, s);
-  for (int r = 0; r < R; r++)
-    soften(a.scale * a.k_scale, span.first - origin, span.last - origin, s + r * kSegment, st.max[row + r], st.sum[row + r]);
-  values_of_token<C, R>(values, d, st.dp, span.first, span.last, s, st.out + static_cast<size_t>(row) * st.dp);
-}
-
-template <class C>
-void few_rows(const Attention& a, const AttentionItem& item, const State& st, const Rows& keys, const Rows& values, int segment) {
-  const int group = a.heads / a.kv_heads;
-  for (int t = 0; t < item.tokens; t++) {
-    const Span span = visible(a, segment, item.position + t);
-    if (span.first >= span.last) continue;
-    int g = 0;
-    for (; g + 4 <= group; g += 4) token_in_segment<C, 4>(a, st, keys, values, span, t * group + g);
-    const int row = t * group + g;
-    if (group - g == 3) token_in_segment<C, 3>(a, st, keys, values, span, row);
-    if (group - g == 2) token_in_segment<C, 2>(a, st, keys, values, span, row);
-    if (group - g == 1) token_in_segment<C, 1>(a, st, keys, values, span, row);
-  }
-}
-
 template <class C>
 void many_rows(const Attention& a, const AttentionItem& item, const State& st, Rows keys, Rows values, int segment) {
   const int d = a.head_dim, dp = st.dp, group = a.heads / a.kv_heads, origin = segment * kSegment;
@@ -317,8 +338,7 @@ template <class C, class O>
 void write(const Attention& a, const AttentionItem& item, const State& st) {
   const int group = a.heads / a.kv_heads, d = a.head_dim;
   for (int r = 0; r < st.rows; r++) {
-    const size_t head = static_cast<size_t>(item.row + r / group) * a.heads + item.kv_head * group + r % group;
-    O* out = static_cast<O*>(a.out) + head * d;
+    O* out = static_cast<O*>(a.out) + head_of(a, item, group, r) * d;
     const V inverse = set1(a.v_scale / st.total_sum[r]);
     for (int c = 0; c < d; c += kChunk) {
       V x[4];
@@ -348,10 +368,9 @@ inline float* partial_of(const AttentionItem& item, int rows, int dp, int segmen
 template <class T, class C>
 void attention_as(const Attention& a, const AttentionItem& item, int begin, int end, float* scratch) {
   const int group = a.heads / a.kv_heads, d = a.head_dim;
-  const State st(scratch, item.tokens * group, d);
+  const State st(scratch, item.tokens * item.kv_heads * group, d);
   for (int r = 0; r < st.rows; r++) {
-    const size_t head = static_cast<size_t>(item.row + r / group) * a.heads + item.kv_head * group + r % group;
-    const T* q = static_cast<const T*>(a.q) + head * d;
+    const T* q = static_cast<const T*>(a.q) + head_of(a, item, group, r) * d;
     for (int c = 0; c < d; c += kChunk) {
       V x[4];
       for (int i = 0; i < 4; i++) x[i] = d > c + 16 * i ? load_upto(q + c + 16 * i, d - c - 16 * i) : zero();
@@ -363,10 +382,12 @@ void attention_as(const Attention& a, const AttentionItem& item, int begin, int 
   const Rows keys = rows_of<C>(a, a.k, a.k_blocks, item.sequence, item.kv_head);
   const Rows values = rows_of<C>(a, a.v, a.v_blocks, item.sequence, item.kv_head);
   for (int segment = begin; segment < end; segment++) {
-    item.tokens <= kFewTokens ? few_rows<C>(a, item, st, keys, values, segment) : many_rows<C>(a, item, st, keys, values, segment);
+    if (item.tokens > 1) many_rows<C>(a, item, st, keys, values, segment);
+    else if (d % kChunk) few_rows<C, false>(a, item, st, keys, values, visible(a, segment, item.position));
+    else few_rows<C, true>(a, item, st, keys, values, visible(a, segment, item.position));
     float* partial = item.partial ? partial_of(item, st.rows, st.dp, segment) : nullptr;
     for (int r = 0; r < st.rows; r++) {
-      const Span span = visible(a, segment, item.position + r / group);
+      const Span span = visible(a, segment, item.position + token_of(item, group, r));
       const float* out = st.out + static_cast<size_t>(r) * st.dp;
       if (span.first >= span.last) continue;
       if (!partial) {
@@ -385,12 +406,12 @@ void attention_as(const Attention& a, const AttentionItem& item, int begin, int 
 template <class C>
 void merge_as(const Attention& a, const AttentionItem& item, float* scratch) {
   const int group = a.heads / a.kv_heads;
-  const State st(scratch, item.tokens * group, a.head_dim);
+  const State st(scratch, item.tokens * item.kv_heads * group, a.head_dim);
   nothing_yet(st);
   for (int segment = item.first_segment; segment < item.end_segment; segment++) {
     const float* partial = partial_of(item, st.rows, st.dp, segment);
     for (int r = 0; r < st.rows; r++) {
-      const Span span = visible(a, segment, item.position + r / group);
+      const Span span = visible(a, segment, item.position + token_of(item, group, r));
       if (span.first < span.last)
         merge(partial + round16(2 * st.rows) + static_cast<size_t>(r) * st.dp, partial[2 * r], partial[2 * r + 1], st.dp,
               st.total_out + static_cast<size_t>(r) * st.dp, st.total_max[r], st.total_sum[r]);

@@ -276,12 +276,9 @@ void Context::rope(const Rope& a, int rows, int64_t num_slots, int64_t num_posit
 void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences, int rows,
                         int num_blocks) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const int group = a.heads / a.kv_heads, tokens_at_once = std::max(1, kAttentionRows / group);
-  items_.clear();
   if (cu_seqlens[0] != 0 || cu_seqlens[sequences] != rows)
     throw std::out_of_range("cu_seqlens_q runs from " + std::to_string(cu_seqlens[0]) + " to " +
                             std::to_string(cu_seqlens[sequences]) + "; q has " + std::to_string(rows) + " rows");
-  int most = 0;
   for (int b = 0; b < sequences; b++) {
     const int tokens = cu_seqlens[b + 1] - cu_seqlens[b], length = seq_lens[b];
     if (tokens < 0 || length < tokens)
@@ -297,59 +294,76 @@ void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* 
       if (table[i] < 0 || table[i] >= num_blocks)
         throw std::out_of_range("block_tables[" + std::to_string(b) + ", " + std::to_string(i) + "] is " +
                                 std::to_string(table[i]) + "; the cache has " + std::to_string(num_blocks) + " blocks");
-    // the last tokens of a prompt see the most keys: start with them, so that no thread ends late
-    for (int last = tokens; last > 0; last -= tokens_at_once) {
-      const int t = std::max(0, last - tokens_at_once), position = length - tokens + t;
-      const int low = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-      const int end = (length - tokens + last - 1) / kSegment + 1;
-      for (int h = 0; h < a.kv_heads; h++)
-        items_.push_back({b, h, cu_seqlens[b] + t, last - t, position, low / kSegment, end, nullptr});
-      most = std::max(most, (last - t) * group);
-    }
   }
-  if (items_.empty()) return;
-  const int grain = plan_attention(group, a.head_dim, a.kv_heads);
+  const int most = plan_attention(a, cu_seqlens, seq_lens, sequences);
+  if (pieces_.empty()) return;
   addresses_.clear();
   for (auto& s : per_thread_) addresses_.push_back(s.floats(attention_scratch(most, a.head_dim)));
   const AttentionCall call{&kernels_, &a, items_.data(), pieces_.data(), pending_.get(), addresses_.data()};
-  pool_.run(AttentionCall::work, &call, static_cast<int>(pieces_.size()), grain);
+  pool_.run(AttentionCall::work, &call, static_cast<int>(pieces_.size()), 1);
 }
 
-// Cuts items_ into pieces_: an item of one token, or any when there are few, segment by segment; others stay whole.
-// Neighbouring pieces are neighbouring heads of one segment, which lie side by side in every block of the cache.
-// Returns how many pieces a thread takes at a time. Affects the time taken, never a result.
-int Context::plan_attention(int group, int head_dim, int kv_heads) {
-  const size_t count = items_.size();
-  const bool few = count < 4 * static_cast<size_t>(threads());
-  const auto splits = [&](const AttentionItem& i) { return i.end_segment - i.first_segment > 1 && (few || i.tokens == 1); };
+// Fills items_ and pieces_, and returns the most rows an item has. How work is cut affects the time taken, never a result:
+// segments are merged in order whoever computed them. Tokens that come alone, and prompts' when there are few, are cut
+// segment by segment. A token takes all KV heads at once, which lie side by side in every block of the cache, unless
+// that leaves too few pieces for the threads.
+int Context::plan_attention(const Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences) {
+  const int group = a.heads / a.kv_heads, tokens_at_once = std::max(1, kAttentionRows / group);
+  const int enough = 4 * threads();
+  const auto first_of = [&](int position) {
+    return (a.window && position + 1 > a.window ? position + 1 - a.window : 0) / kSegment;
+  };
+  int alone = 0, together = 0;  // segments of single tokens; items of several
+  for (int b = 0; b < sequences; b++) {
+    const int tokens = cu_seqlens[b + 1] - cu_seqlens[b];
+    if (tokens == 1) alone += (seq_lens[b] - 1) / kSegment + 1 - first_of(seq_lens[b] - 1);
+    else together += (tokens + tokens_at_once - 1) / tokens_at_once * a.kv_heads;
+  }
+  int heads_at_once = a.kv_heads;
+  while (heads_at_once > 1 && alone * (a.kv_heads / heads_at_once) + together < enough) heads_at_once = (heads_at_once + 1) / 2;
+
+  items_.clear();
+  int most = 0;
+  for (int b = 0; b < sequences; b++) {
+    const int tokens = cu_seqlens[b + 1] - cu_seqlens[b], step = tokens == 1 ? heads_at_once : 1;
+    // the last tokens of a prompt see the most keys: start with them, so that no thread ends late
+    for (int last = tokens; last > 0; last -= tokens_at_once) {
+      const int t = std::max(0, last - tokens_at_once), position = seq_lens[b] - tokens + t;
+      const int end = (position + last - t - 1) / kSegment + 1;
+      for (int h = 0; h < a.kv_heads; h += step) {
+        const int heads = std::min(step, a.kv_heads - h);
+        items_.push_back({b, h, heads, cu_seqlens[b] + t, last - t, position, first_of(position), end, nullptr});
+        most = std::max(most, (last - t) * heads * group);
+      }
+    }
+  }
+
+  const auto splits = [&](const AttentionItem& i) {
+    return i.end_segment - i.first_segment > 1 && (i.tokens == 1 || alone + together < enough);
+  };
+  const auto partial_of = [&](const AttentionItem& i) {
+    return attention_partial(i.tokens * i.kv_heads * group, round_chunk(a.head_dim)) * (i.end_segment - i.first_segment);
+  };
   size_t floats = 0;
-  for (const AttentionItem& i : items_)
-    if (splits(i)) floats += (i.end_segment - i.first_segment) * attention_partial(i.tokens * group, round_chunk(head_dim));
+  for (const AttentionItem& i : items_) floats += splits(i) ? partial_of(i) : 0;
   float* partial = floats ? partials_.floats(floats) : nullptr;
-  if (pending_size_ < count) {
-    pending_ = std::make_unique<std::atomic<int>[]>(count);
-    pending_size_ = count;
+  if (pending_size_ < items_.size()) {
+    pending_ = std::make_unique<std::atomic<int>[]>(items_.size());
+    pending_size_ = items_.size();
   }
   pieces_.clear();
-  bool whole = false;
-  for (size_t first = 0; first < count; first += kv_heads) {  // the items of one piece of a sequence, head by head
-    AttentionItem* items = items_.data() + first;
-    const int begin = items->first_segment, end = items->end_segment, at = static_cast<int>(first);
-    if (!splits(*items)) {
-      whole = true;
-      for (int h = 0; h < kv_heads; h++) pieces_.push_back({at + h, begin, end});
-      continue;
+  for (size_t n = 0; n < items_.size(); n++) {
+    AttentionItem& i = items_[n];
+    const bool split = splits(i);
+    if (split) {
+      i.partial = partial;
+      partial += partial_of(i);
+      pending_[n].store(i.end_segment - i.first_segment, std::memory_order_relaxed);
     }
-    for (int h = 0; h < kv_heads; h++) {
-      items[h].partial = partial;
-      partial += (end - begin) * attention_partial(items[h].tokens * group, round_chunk(head_dim));
-      pending_[first + h].store(end - begin, std::memory_order_relaxed);
-    }
-    for (int s = begin; s < end; s++)
-      for (int h = 0; h < kv_heads; h++) pieces_.push_back({at + h, s, s + 1});
+    const int size = split ? 1 : i.end_segment - i.first_segment;
+    for (int s = i.first_segment; s < i.end_segment; s += size) pieces_.push_back({static_cast<int>(n), s, s + size});
   }
-  const int balanced = static_cast<int>(pieces_.size()) / (8 * threads());
-  return whole ? 1 : std::max(1, std::min(balanced, kv_heads));
+  return most;
 }
 
 void Context::quantize(const PackX& a, uint8_t* codes, uint8_t* scales) {

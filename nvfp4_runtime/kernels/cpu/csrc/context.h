@@ -72,7 +72,7 @@ class Context {
   void quantize(const PackX& a, uint8_t* codes, uint8_t* scales);
 
  private:
-  int plan_attention(int group, int head_dim, int kv_heads);
+  int plan_attention(const Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences);
 
   const Kernels& kernels_;
   Pool pool_;

@@ -5,7 +5,6 @@
 constexpr int kChunk = 64;
 constexpr int kPiece = 16;        // keys looked at together; a block of the cache is cut into pieces
 constexpr int kMaxGroups = kMaxHeadDim / 16;
-constexpr int kFewTokens = 1;     // up to here keys are widened in registers
 
 template <int n>
 struct Count {
@@ -39,7 +38,7 @@ inline float exp1(float x) {
 }
 
 template <class C>
-struct Cached;  // row_bytes(d), widen(bytes of a chunk, its block scales, its width n, out)
+struct Cached;  // row_bytes(d), widen<Whole>(bytes of a chunk, its block scales, its width n, out); Whole: n >= 64
 
 #if defined(__AVX512VBMI__)
 inline __mmask32 mask32(int n) { return n >= 32 ? ~__mmask32{0} : n <= 0 ? 0 : static_cast<__mmask32>((1u << n) - 1); }
@@ -49,10 +48,11 @@ template <>
 struct Cached<bf16> {
   static constexpr int row_bytes(int d) { return 2 * d; }
   static constexpr int dim_of(int s) { return s / 32 * 32 + 2 * (s % 16) + s / 16 % 2; }  // even and odd ones apart
+  template <bool Whole>
   void widen(const uint8_t* p, const float*, int n, V out[4]) const {
     const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
     for (int i = 0; i < 2; i++) {
-      const __m512i x = _mm512_maskz_loadu_epi16(mask32(n - 32 * i), p + 64 * i);
+      const __m512i x = Whole ? _mm512_loadu_si512(p + 64 * i) : _mm512_maskz_loadu_epi16(mask32(n - 32 * i), p + 64 * i);
       out[2 * i] = from_bits({_mm512_slli_epi32(x, 16)});
       out[2 * i + 1] = from_bits({_mm512_and_si512(x, odd)});
     }
@@ -89,8 +89,10 @@ struct Cached<e4m3> {
   __m512i high0 = _mm512_load_si512(kE4M3Bytes.high), high1 = _mm512_load_si512(kE4M3Bytes.high + 64);
   static constexpr int row_bytes(int d) { return d; }
   static constexpr int dim_of(int s) { return s % 16 / 4 * 16 + s / 32 * 8 + s % 4 * 2 + s / 16 % 2; }
+  template <bool Whole>
   void widen(const uint8_t* p, const float*, int n, V out[4]) const {
-    const __m512i x = _mm512_maskz_loadu_epi8(mask64(n), p), odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+    const __m512i x = Whole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask64(n), p);
+    const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
     const __m512i low = _mm512_permutex2var_epi8(low0, x, low1), magnitude = _mm512_permutex2var_epi8(high0, x, high1);
     const __m512i high = _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi8(-128), 0xf8);  // magnitude | sign of x
     const __m512i words[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
@@ -108,11 +110,13 @@ struct Cached<e2m1x2> {
   __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   static constexpr int row_bytes(int d) { return d / 2; }
   static constexpr int dim_of(int s) { return 4 * (s % 16) + s / 16; }
+  template <bool Whole>
   void widen(const uint8_t* p, const float* scales, int n, V out[4]) const {
     const __mmask16 words = static_cast<__mmask16>(mask32(n / 4));
-    const I codes = {_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(words, p))};
+    const __m256i bytes = Whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(words, p);
+    const I codes = {_mm512_cvtepu16_epi32(bytes)};
     const __m512 four = _mm512_zextps128_ps512(_mm_loadu_ps(scales));  // of blocks beyond n: not used
-    const V scale = {_mm512_maskz_permutexvar_ps(words, spread, four)};
+    const V scale = {Whole ? _mm512_permutexvar_ps(spread, four) : _mm512_maskz_permutexvar_ps(words, spread, four)};
     out[0] = mul(decode<0>(codes, table), scale);
     out[1] = mul(decode<4>(codes, table), scale);
     out[2] = mul(decode<8>(codes, table), scale);
@@ -155,6 +159,7 @@ inline void to_dims(V x[4]) {
 template <class C>
 struct Cached {
   static constexpr int row_bytes(int d) { return d * static_cast<int>(sizeof(C)); }
+  template <bool>
   void widen(const uint8_t* p, const float*, int n, V out[4]) const {
     for (int i = 0; i < 4; i++) out[i] = n > 16 * i ? load_upto(reinterpret_cast<const C*>(p) + 16 * i, n - 16 * i) : zero();
   }
@@ -162,6 +167,7 @@ struct Cached {
 template <>
 struct Cached<e2m1x2> {
   static constexpr int row_bytes(int d) { return d / 2; }
+  template <bool>
   void widen(const uint8_t* p, const float* scales, int n, V out[4]) const {
     static constexpr float value[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
     for (int i = 0; i < 4; i++) {
@@ -184,6 +190,7 @@ template <>
 struct Cached<float> {
   static constexpr int row_bytes(int d) { return 4 * d; }
   static constexpr int dim_of(int s) { return s; }
+  template <bool>
   void widen(const uint8_t* p, const float*, int n, V out[4]) const {
     for (int i = 0; i < 4; i++)
       out[i] = {_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask32(n - 16 * i)), p + 64 * i)};
@@ -196,7 +203,8 @@ struct Rows {
   const uint8_t* base;    // rows of the head in block 0
   const uint8_t* scales;  // its block scales, or null
   const int32_t* table;
-  size_t block_stride, scale_stride;  // bytes from block to block
+  size_t block_stride, scale_stride;      // bytes from block to block
+  size_t head_stride, scale_head_stride;  // and from head to head
   int row_bytes, groups, block_size;
   int visible;  // positions a prefetch may reach
 };
@@ -215,13 +223,15 @@ inline Piece piece_at(const Rows& r, int position, int last) {
   return {r.base + b * r.block_stride + static_cast<size_t>(offset) * r.row_bytes,
           r.scales ? r.scales + b * r.scale_stride + static_cast<size_t>(offset) * r.groups : nullptr, count};
 }
-// Asks memory for the piece at `position`, if there is one before `last`.
-inline void prefetch_piece(const Rows& r, int position, int last) {
-  if (position >= last) return;
-  const Piece p = piece_at(r, position, last);
-  for (int i = 0; i < p.count * r.row_bytes; i += 64) __builtin_prefetch(p.rows + i);
+inline void next_head(const Rows& r, Piece& p) {
+  p.rows += r.head_stride;
+  if (p.scales) p.scales += r.scale_head_stride;
+}
+// Asks memory for a piece, into the second-level cache: that takes more requests at a time than the first level does.
+inline void prefetch_piece(const Rows& r, const Piece& p) {
+  for (int i = 0; i < p.count * r.row_bytes; i += 64) __builtin_prefetch(p.rows + i, 0, 2);
   if (p.scales)
-    for (int i = 0; i < p.count * r.groups; i += 64) __builtin_prefetch(p.scales + i);
+    for (int i = 0; i < p.count * r.groups; i += 64) __builtin_prefetch(p.scales + i, 0, 2);
 }
 // Block scales of a piece as FP32, or nothing where the type has none.
 inline const float* widen_scales(const Rows& r, const Piece& p, float* out) {

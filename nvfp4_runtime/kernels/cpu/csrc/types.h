@@ -116,10 +116,10 @@ struct Rope {
   uint8_t* v_blocks;
 };
 
-// Some tokens of one sequence and the query heads of one KV head. Its segments may be computed by several threads;
-// then their results wait in `partial` for attention_merge.
+// One token and the query heads of some KV heads, or some tokens and those of one KV head. Its segments may be computed
+// by several threads; then their results wait in `partial` for attention_merge.
 struct AttentionItem {
-  int sequence, kv_head;
+  int sequence, kv_head, kv_heads;  // the first KV head, and how many
   int row;       // first token row in q
   int tokens;    // of this item
   int position;  // of the first token
