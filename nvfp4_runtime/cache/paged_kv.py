@@ -38,9 +38,7 @@ def allocate(
         k, v = (_zeros((*shape, width), _DTYPES[kv_dtype], device) for _ in "kv")
         scales = (spec.k_scale, spec.v_scale) if kv_dtype in ("fp8", "nvfp4") else (1.0, 1.0)
         if kv_dtype == "nvfp4":
-            k_blocks, v_blocks = (
-                _zeros((*shape, spec.head_dim // 16), torch.float8_e4m3fn, device) for _ in "kv"
-            )
+            k_blocks, v_blocks = (_zeros((*shape, spec.head_dim // 16), torch.float8_e4m3fn, device) for _ in "kv")
             layers.append(KVLayer(k, v, *scales, k_blocks, v_blocks))
         else:
             layers.append(KVLayer(k, v, *scales))
