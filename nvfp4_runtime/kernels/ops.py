@@ -236,11 +236,24 @@ class DecoderLayerOps:
     down: LinearKernel | None
 
 
-class DecoderKernel(Protocol):
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """Embeddings [T, hidden] of the stream's type through all layers -> (x, residual), the input of the last norm.
+@dataclass(frozen=True)
+class DecoderOps:
+    """Everything of a decoder but its head.
 
-        The same bits as the layers' ops called one by one. The memory of x is reused.
+    embedding  [V, hidden] bfloat16, float16 or float32; widened to the stream's type
+    """
+
+    embedding: Tensor
+    layers: Sequence[DecoderLayerOps]
+    norm: NormOp
+
+
+class DecoderKernel(Protocol):
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """The normed hidden states of batch.logits_rows, [R, hidden]: what the head multiplies.
+
+        The same bits as the embedding, the layers' ops and the last norm called one by one. Raises IndexError for
+        token ids, slots, positions, block ids and rows that point outside.
         """
         ...
 
@@ -272,8 +285,8 @@ class Backend(Protocol):
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
-        """The whole stack as one call, or why not, for a person to read."""
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
+        """The whole decoder as one call, or why not, for a person to read."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nvfp4_runtime.kernels.ops import (
     AttentionKernel,
     Backend,
     DecoderKernel,
-    DecoderLayerOps,
+    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -210,11 +210,11 @@ class Kernels:
         spec = QuantizeSpec(weight.n, weight.k, weight.format, form)
         return self._choose(spec)[0].quantize(weight, spec)
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | None:
-        """All layers as one call where a backend has that; None: call their ops one by one."""
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | None:
+        """Everything before the head as one call where a backend has that; None: call their ops one by one."""
         refusals: list[str] = []
         for backend in self.backends:
-            made = backend.decoder(layers)
+            made = backend.decoder(ops)
             if not isinstance(made, str):
                 self.choices.append(Choice("decoder", "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
                 return made

@@ -8,7 +8,7 @@ change a bit. Between ISA variants the last bits differ.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     DecoderKernel,
-    DecoderLayerOps,
+    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -133,12 +133,12 @@ class CPUBackend:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return NativePagedAttention(self._context, self._memo, spec)
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
             return NOT_BUILT
-        if (reason := refuses_decoder(layers)) is not None:
+        if (reason := refuses_decoder(ops)) is not None:
             return reason
-        return NativeDecoder(_native, self._context, self._memo, layers)
+        return NativeDecoder(_native, self._context, self._memo, ops)
 
     def describe(self) -> dict[str, Any]:
         if self._context is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     DecoderKernel,
-    DecoderLayerOps,
+    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -90,7 +90,7 @@ class ReferenceBackend:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return ReferencePagedAttention(spec)
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "the plain kernels are called one by one"
 
     def describe(self) -> dict[str, Any]:

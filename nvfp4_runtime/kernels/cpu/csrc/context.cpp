@@ -312,6 +312,11 @@ void Context::quantize_weight(const QuantizeWeight& a) {
                                                       row_grain(static_cast<size_t>(a.k) * type_bytes(a.type)));
 }
 
+void Context::convert(const void* from, Type type, void* to, Type to_type, int count) {
+  const PlainFloats guard;
+  kernels_.convert(from, type, to, to_type, count);
+}
+
 void Context::rms_norm(const RMSNorm& a, int rows) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
   parallel<RMSNorm, &Kernels::rms_norm>(pool_, kernels_, a, rows, row_grain(static_cast<size_t>(a.width) * 4));

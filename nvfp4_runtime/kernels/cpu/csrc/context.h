@@ -47,6 +47,7 @@ class Context {
   // `a` names the weight: pointers, types, scales, n, k; the rest is filled in here.
   void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
   void quantize_weight(const QuantizeWeight& a);
+  void convert(const void* from, Type type, void* to, Type to_type, int count);  // on the calling thread
   void rms_norm(const RMSNorm& a, int rows);
   void silu_mul(const SiluMul& a, int rows);
   void rope(const Rope& a, int rows, int64_t num_slots, int64_t num_positions);

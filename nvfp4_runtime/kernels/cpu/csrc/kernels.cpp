@@ -19,7 +19,6 @@ namespace {
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
-constexpr bool kPrefetch = false;
 #if defined(__AVX512BF16__)
 constexpr Operand kSixteenBit = Operand::pairs;
 #else
@@ -30,13 +29,11 @@ constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
 constexpr int kDenseFirst = 4;           // up to so many rows meet weights straight from memory
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
-constexpr bool kPrefetch = false;
 constexpr Operand kSixteenBit = Operand::digits;
 constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes two of 16 registers, and decoding five
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"
-constexpr bool kPrefetch = false;
 constexpr Operand kSixteenBit = Operand::floats;
 constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
@@ -63,7 +60,7 @@ int rows_that_share(Operand o) { return max_rows(o); }
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
     NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, kDenseFirst, kDenseM, pack_plain,
-    linear_plain,            rms_norm, silu_mul, rope, attention, quantize, quantize_weight,
+    linear_plain,            convert, rms_norm, silu_mul, rope, attention, quantize, quantize_weight,
 };
 
 }  // namespace nvfp4

@@ -21,6 +21,10 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
+NormWeight norm_weight(const std::tuple<Address, int, float>& w) {
+  return {at(std::get<0>(w)), Type(std::get<1>(w)), std::get<2>(w)};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -137,8 +141,10 @@ NB_MODULE(_native, m) {
   nb::class_<Decoder>(m, "Decoder")
       .def(
           "__init__",
-          [](Decoder* self, Context& context, int hidden, int stream, int input) {
-            new (self) Decoder(context, hidden, Type(stream), Type(input));
+          [](Decoder* self, Context& context, int hidden, int stream, int input, Address embedding, int embedding_type,
+             int64_t vocab, std::tuple<Address, int, float> last_norm) {
+            new (self) Decoder(context, hidden, Type(stream), Type(input), {at(embedding), Type(embedding_type), vocab},
+                               norm_weight(last_norm));
           },
           nb::keep_alive<1, 2>())
       .def(
@@ -148,11 +154,8 @@ NB_MODULE(_native, m) {
              Address cos, Address sin, int64_t num_positions, Address q_norm, Address k_norm, int norm_type, float eps,
              int heads, int kv_heads, int head_dim, int rotary_dim, float scale, int window) {
             DecoderLayer layer{};
-            const auto norm = [](const auto& w) {
-              return NormWeight{at<const void>(std::get<0>(w)), Type(std::get<1>(w)), std::get<2>(w)};
-            };
-            layer.input_norm = norm(input_norm);
-            layer.post_norm = norm(post_norm);
+            layer.input_norm = norm_weight(input_norm);
+            layer.post_norm = norm_weight(post_norm);
             layer.qkv = &qkv;
             layer.o = &o;
             layer.gate_up = &gate_up;
@@ -197,11 +200,11 @@ NB_MODULE(_native, m) {
            })
       .def(
           "run",
-          [](Decoder& d, Address x, Address out, int rows, Address positions, Address slots, Address tables,
-             int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
-            d.run({at(x), at(out), rows, at<const int64_t>(positions), at<const int64_t>(slots),
-                   at<const int32_t>(tables), at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride,
-                   sequences});
+          [](Decoder& d, Address ids, int rows, Address logits_rows, int wanted, Address out, Address positions,
+             Address slots, Address tables, int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
+            d.run({at<const int64_t>(ids), rows, at<const int64_t>(logits_rows), wanted, at(out),
+                   at<const int64_t>(positions), at<const int64_t>(slots), at<const int32_t>(tables),
+                   at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride, sequences});
           },
           no_gil);
 }

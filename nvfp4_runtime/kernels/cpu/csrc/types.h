@@ -186,6 +186,7 @@ struct Kernels {
   int plain_first, plain_width;  // up to plain_first rows make one panel, read with weights from memory; else at most plain_width
   void (*pack_plain)(const PackPlain&, int begin, int end);  // panels
   void (*linear_plain)(const LinearPlain&, int begin, int end, void* scratch);  // groups of 16 output features
+  void (*convert)(const void* from, Type, void* to, Type to_type, int count);
   void (*rms_norm)(const RMSNorm&, int begin, int end);             // tokens
   void (*silu_mul)(const SiluMul&, int begin, int end);             // tokens
   void (*rope)(const Rope&, int begin, int end);                    // tokens
