@@ -8,7 +8,7 @@ change a bit. Between ISA variants the last bits differ.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
