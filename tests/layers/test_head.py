@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def test_a_quantised_head_gives_the_logits_of_the_rounded_weight(
     assert choice.numerics == {"fp8": "w8a16", "nvfp4": "w4a16"}[form]
     assert choice.reason == "quantised at load from fp32"
     assert torch.equal(model.embedding, tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_the_plain_head_does_not_stay_in_memory(tmp_path: Path, form: str) -> None:
+    config = llama_config(vocab_size=304)  # a shape of its own, so that tensors of other tests do not count
+    write_plain(tmp_path, config, random_tensors(config))
+    model, _ = load(tmp_path, "cpu", form)
+    gc.collect()
+    shape = (304, config["hidden_size"])
+    plain = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == shape and t.itemsize > 1]
+    assert [t.data_ptr() for t in plain] == [model.embedding.data_ptr()]
 
 
 def test_auto_keeps_what_the_checkpoint_stores(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
-from server.cli import exit_code, main, parse_bytes
+from server.cli import _parser, exit_code, main, parse_bytes
 from server.config import hash_key, read_api_keys
 from server.screen import backend_line, layer_lines, op_lines, ready_screen
 from server.serve import (
@@ -78,6 +78,12 @@ def test_wrong_flags_are_configuration_errors(arguments: list[str], capsys: pyte
     assert message.startswith("nvfp4: ")
     assert message.endswith("--help)\n")
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp8", "nvfp4"])
+def test_the_heads_type_reaches_the_engine(dtype: str) -> None:
+    args = _parser()[0].parse_args(["serve", "model", "--lm-head-dtype", dtype])
+    assert engine_config(args, "model").lm_head_dtype == dtype
 
 
 def test_key_file_holds_one_key_per_line(tmp_path: Path) -> None:

@@ -13,6 +13,29 @@ float row_amax(const T* w, int k) {
   return finite ? reduce_max(most) : __builtin_nanf("");
 }
 
+// encode_e2m1 of values that are not NaN, by rounding in place: below 1 to steps of 0.5, above to one bit of mantissa.
+inline I encode_finite_e2m1(V y) {
+  const V a = vmin(vabs(y), set1(6.f));
+  const I b = bits(a);
+  const I normal = isub(shr<22>(iadd(b, iadd(iset1(0x1fffff), iand(shr<22>(b), iset1(1))))), iset1(126 << 1));
+  const I small = isub(bits(add(a, set1(0x1p22f))), iset1(0x4a800000));  // 2^22 has steps of 0.5
+  return ior(select(less(a, set1(1.f)), small, normal), shr<28>(sign_of(y)));
+}
+
+// Sixteen codes, a byte each, to eight bytes, even ones in the low nibbles.
+inline void store_nibbles(uint8_t* to, I codes) {
+  uint8_t bytes[16];
+  store_bytes(bytes, codes, 16);
+  for (int half = 0; half < 2; half++) {
+    uint64_t t;
+    __builtin_memcpy(&t, bytes + 8 * half, 8);
+    t = (t | t >> 4) & 0x00ff00ff00ff00ffull;
+    t = (t | t >> 8) & 0x0000ffff0000ffffull;
+    const uint32_t four = static_cast<uint32_t>(t | t >> 16);
+    __builtin_memcpy(to + 4 * half, &four, 4);
+  }
+}
+
 template <class T>
 void quantize_row(const QuantizeWeight& a, int row) {
   const T* w = static_cast<const T*>(a.w) + static_cast<size_t>(row) * a.k;
@@ -40,12 +63,10 @@ void quantize_row(const QuantizeWeight& a, int row) {
     const V step = mul(from_e4m3(bits), set1(a.scale_2));
     float one[16];
     store(one, step);
-    const I codes = encode_e2m1(one[0] == 0.f ? mul(x, zero()) : div(x, step));
+    const I codes = encode_finite_e2m1(one[0] == 0.f ? mul(x, zero()) : div(x, step));
     const size_t block = static_cast<size_t>(row) * (a.k / kGroup) + g;
     store_bytes(a.block_scales + block, bits, 1);
-    uint8_t nibbles[16];
-    store_bytes(nibbles, codes, 16);
-    for (int i = 0; i < 8; i++) a.codes[8 * block + i] = static_cast<uint8_t>(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
+    store_nibbles(a.codes + 8 * block, codes);
   }
 }
 

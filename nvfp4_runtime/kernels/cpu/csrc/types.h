@@ -197,7 +197,7 @@ struct Kernels {
   int (*max_rows)(Operand);  // rows of x that share one decoded weight
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
-  int plain_first, plain_width;  // up to plain_first rows make one panel, read with weights from memory; else at most plain_width
+  int plain_first, plain_width;  // rows of x: up to plain_first make one panel; more make panels of up to plain_width
   void (*pack_plain)(const PackPlain&, int begin, int end);  // panels
   void (*linear_plain)(const LinearPlain&, int begin, int end, void* scratch);  // groups of 16 output features
   void (*convert)(const void* from, Type, void* to, Type to_type, int count);
