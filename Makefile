@@ -35,10 +35,11 @@ check: install
 # The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a venv of its own, so that
 # the installed one stays as it is. Not part of `make test`: it needs GCC's libasan, a second build and minutes, and looks at
 # nothing but csrc/; run it when that changes. --require-sanitizer: a planted fault must be caught, or the run fails.
-# Options: CPython and torch leave memory at exit on purpose; torch's own new/delete pairs are not ours to judge.
+# Options: CPython and torch leave memory at exit on purpose; torch's own new/delete pairs are not ours to judge; a
+# forbidden page ends the process as it would without a sanitizer.
 ASAN := $(VENV)-asan/bin/python
 ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:new_delete_type_mismatch=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:new_delete_type_mismatch=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc OMP_NUM_THREADS=1
 
 test-asan: install
