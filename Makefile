@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine
+.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -62,6 +62,11 @@ check-neon:
 
 bench-engine: install
 	$(BIN)/python -m loadtest.bench_engine
+
+# Shares of this machine's limits, and llama.cpp in turn where LLAMA_CPP_BIN names the bin folder of a build.
+# BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.
+bench-cpu: install
+	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

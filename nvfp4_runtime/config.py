@@ -7,6 +7,7 @@ from typing import Literal
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Numerics = Literal["w4a16", "w4a4", "w4a8"]
+HeadDtype = Literal["auto", "bf16", "fp8", "nvfp4"]
 KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
 
 
@@ -115,11 +116,15 @@ class SimulatedConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything the engine process is told. `model` is a local folder; `simulated` replaces it."""
+    """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
+
+    lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
+    """
 
     model: str = ""
     dtype: Dtype | Literal["auto"] = "auto"
     numerics: Numerics | Literal["auto"] = "auto"
+    lm_head_dtype: HeadDtype = "auto"
     backend: str = "auto"
     threads: int | None = None
     seed: int = 0

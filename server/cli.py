@@ -93,6 +93,12 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--served-model-name", action="append", metavar="NAME", help="name in requests and answers; may repeat")
     add("--numerics", choices=("auto", "w4a16", "w4a8", "w4a4"), default="auto", help="arithmetic of NVFP4 layers")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="type of activations")
+    add(
+        "--lm-head-dtype",
+        choices=("auto", "bf16", "fp8", "nvfp4"),
+        default="auto",
+        help="quantise a plain head at load, for speed; auto keeps what is stored",
+    )
     add("--backend", default="auto", help="auto, cpu or reference: asking for one runs there or fails")
     add("--threads", type=int, help="compute threads (default: the machine's cores)")
     add("--max-model-len", type=int, help="tokens of prompt and answer together (default: the model's)")

@@ -95,6 +95,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         model=model,
         dtype=args.dtype,
         numerics=args.numerics,
+        lm_head_dtype=args.lm_head_dtype,
         backend=args.backend,
         threads=args.threads,
         seed=args.seed,

@@ -68,7 +68,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     backends = available_backends(config.backend, config.threads)
     with phases.phase("weights"):
         kernels = Kernels(backends, _resolve_dtype(config, checkpoint.raw_config), config.numerics)
-        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len)
+        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype)
     with phases.phase("kv_cache"):
         kv_dtype = model.kv_dtype
         if kv_dtype == "fp8" and not all(spec.has_scales for spec in model.kv_specs):

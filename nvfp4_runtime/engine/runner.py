@@ -60,14 +60,23 @@ class ModelRunner:
             cu_seqlens.append(len(ids))
             tables.append(blocks[: -(-stop // block_size)])
         width = max(len(table) for table in tables)
+        count = len(ids)
+        # two tensors, cut up: making one costs more than a view, and after a step's weights no cache line is warm
+        wide = torch.tensor(ids + positions + slots + logits_rows, dtype=torch.int64)
+        narrow = torch.tensor(
+            seq_lens + cu_seqlens + [block for t in tables for block in (*t, *([0] * (width - len(t))))],
+            dtype=torch.int32,
+        )
+        input_ids, position, slot_mapping, logits_row = torch.split(wide, [count, count, count, len(logits_rows)])
+        lengths, bounds, table = torch.split(narrow, [len(seq_lens), len(cu_seqlens), width * len(tables)])
         return ForwardBatch(
-            input_ids=torch.tensor(ids, dtype=torch.int64),
-            positions=torch.tensor(positions, dtype=torch.int64),
-            slot_mapping=torch.tensor(slots, dtype=torch.int64),
-            block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-            cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
-            logits_rows=torch.tensor(logits_rows, dtype=torch.int64),
+            input_ids=input_ids,
+            positions=position,
+            slot_mapping=slot_mapping,
+            block_tables=table.view(len(tables), width),
+            seq_lens=lengths,
+            cu_seqlens_q=bounds,
+            logits_rows=logits_row,
             kv=self._kv,
         )
 

@@ -16,27 +16,73 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.config import Dtype, KVDtype, Numerics
-from nvfp4_runtime.nvfp4.weight import Weight
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
+
+WeightFormat = Literal["nvfp4", "fp8", "mxfp4", "bf16", "fp16", "fp32"]
+WEIGHT_ONLY_NUMERICS: dict[WeightFormat, str] = {"fp8": "w8a16", "mxfp4": "w4a16"}  # what reports call it
 
 
 @dataclass(frozen=True)
 class LinearSpec:
     """y = x W^T (+ bias), x [M, K] of `dtype`, y [M, N] of `out_dtype`.
 
-    weight    "nvfp4", "bf16", "fp16", "fp32": how W is stored
-    numerics  "w4a16", "w4a8" or "w4a4" for nvfp4; None for the others
+    weight    how W is stored: WeightFormat
+    numerics  "w4a16", "w4a8" or "w4a4" for nvfp4; None for the others, which multiply `dtype` activations as they are
+    block     fp8 only: rows and columns under one scale
     W4A16: sum of x * (code * block_scale) in FP32, times weight_scale_2 once, + bias, then one rounding.
     W4A8: the same with x quantised by codec.quantize_int8.
     W4A4: x quantised by codec.quantize_activation; the FP32 sum is multiplied by (input_scale * weight_scale_2) once.
+    FP8 (W8A16): sum of x * code in FP32, times the scale once where a row has one scale; where scales come in blocks of
+    K each block's sum is multiplied by its own. + bias, one rounding.
+    MXFP4 (W4A16): sum of x * (code * block_scale), exact products, in FP32; + bias, one rounding.
     """
 
     n: int
     k: int
-    weight: Literal["nvfp4", "bf16", "fp16", "fp32"]
+    weight: WeightFormat
     numerics: Numerics | None
     dtype: Dtype
     out_dtype: Dtype
+    block: tuple[int, int] | None = None
     kind: str = "linear"
+
+
+@dataclass(frozen=True)
+class GroupedLinearSpec:
+    """`LinearSpec` for `num_experts` weights of one shape and format: rows sorted by expert, each meets its own.
+
+    Each expert keeps its own weight_scale_2, input_scale or scales.
+    """
+
+    num_experts: int
+    n: int
+    k: int
+    weight: WeightFormat
+    numerics: Numerics | None
+    dtype: Dtype
+    out_dtype: Dtype
+    block: tuple[int, int] | None = None
+    kind: str = "grouped_linear"
+
+    @property
+    def each(self) -> LinearSpec:
+        """The spec of one expert alone."""
+        return LinearSpec(self.n, self.k, self.weight, self.numerics, self.dtype, self.out_dtype, self.block)
+
+
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """A plain weight [N, K] quantised at load, bit for bit as nvfp4/fp8.py and nvfp4/codec.py define.
+
+    form  "fp8": E4M3 under one scale per row; "nvfp4": `max` recipe, one weight_scale_2, no input_scale
+    """
+
+    n: int
+    k: int
+    weight: WeightFormat
+    form: Literal["fp8", "nvfp4"]
+    kind: str = "quantize"
 
 
 @dataclass(frozen=True)
@@ -90,7 +136,7 @@ class PagedAttentionSpec:
     kind: str = "paged_attention"
 
 
-OpSpec = LinearSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec
+OpSpec = LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec
 
 
 class LinearKernel(Protocol):
@@ -100,6 +146,20 @@ class LinearKernel(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] contiguous -> [M, N]."""
+        ...
+
+
+class GroupedLinearKernel(Protocol):
+    """Owns every expert's weight."""
+
+    weight_bytes: int
+
+    def __call__(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [T, K] contiguous, sorted by expert -> [T, N]; each row equals the expert's plain linear kernel on it.
+
+        offsets  int32 [E + 1]: rows offsets[e] .. offsets[e + 1] are expert e's; from 0 to T, never falling
+        Raises KernelError for offsets that are not so.
+        """
         ...
 
 
@@ -176,11 +236,24 @@ class DecoderLayerOps:
     down: LinearKernel | None
 
 
-class DecoderKernel(Protocol):
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """Embeddings [T, hidden] of the stream's type through all layers -> (x, residual), the input of the last norm.
+@dataclass(frozen=True)
+class DecoderOps:
+    """Everything of a decoder but its head.
 
-        The same bits as the layers' ops called one by one. The memory of x is reused.
+    embedding  [V, hidden] bfloat16, float16 or float32; widened to the stream's type
+    """
+
+    embedding: Tensor
+    layers: Sequence[DecoderLayerOps]
+    norm: NormOp
+
+
+class DecoderKernel(Protocol):
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """The normed hidden states of batch.logits_rows, [R, hidden]: what the head multiplies.
+
+        The same bits as the embedding, the layers' ops and the last norm called one by one. Raises IndexError for
+        token ids, slots, positions, block ids and rows that point outside.
         """
         ...
 
@@ -200,6 +273,10 @@ class Backend(Protocol):
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel: ...
 
+    def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel: ...
+
+    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight: ...
+
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel: ...
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]: ...
@@ -208,8 +285,8 @@ class Backend(Protocol):
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
-        """The whole stack as one call, or why not, for a person to read."""
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
+        """The whole decoder as one call, or why not, for a person to read."""
         ...
 
     def describe(self) -> dict[str, Any]:

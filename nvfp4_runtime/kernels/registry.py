@@ -10,23 +10,28 @@ from typing import Literal
 from torch import Tensor
 
 from nvfp4_runtime.config import Dtype, Numerics
-from nvfp4_runtime.errors import ConfigError, NoBackendError
+from nvfp4_runtime.errors import ConfigError, KernelError, NoBackendError
 from nvfp4_runtime.kernels.ops import (
+    WEIGHT_ONLY_NUMERICS,
     ActivationSpec,
     AttentionKernel,
     Backend,
     DecoderKernel,
-    DecoderLayerOps,
+    DecoderOps,
+    GroupedLinearKernel,
+    GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
+    QuantizeSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
 )
-from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -101,27 +106,60 @@ class Kernels:
                 return numerics, f"auto: what {backend.name} runs fastest"
         return "w4a16", "auto: no backend runs NVFP4 layers"
 
-    def linear(self, group: str, weight: Weight, names: Sequence[str] = ()) -> LinearKernel:
+    def linear(
+        self, group: str, weight: Weight, names: Sequence[str] = (), made_from: str | None = None
+    ) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
 
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
+        `made_from` is the format the checkpoint stores, where `weight` was quantised from it at load. Such a weight has
+        no calibrated input_scale, so it runs W4A16 where W4A4 was asked for; the report says so.
         """
-        packed = isinstance(weight, NVFP4Weight)
-        numerics = self.resolved_numerics()[0] if packed else None
-        if isinstance(weight, NVFP4Weight) and numerics == "w4a4" and weight.input_scale is None:
-            raise ConfigError(
-                f"w4a4 needs an input_scale for every NVFP4 layer and {group} has none in this checkpoint; "
-                "use --numerics w4a16, or quantise with --calib",
-                "--numerics",
-            )
-        spec = LinearSpec(weight.n, weight.k, weight.format, numerics, self.dtype, self.stream)  # type: ignore[arg-type]  # format is one of the four
+        spec = self.linear_spec(group, weight, made_from)
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
-        bits = 8 * weight.nbytes / (weight.n * weight.k)
-        self.choices.append(
-            Choice(group, weight.format, bits, weight.nbytes, backend.name, numerics or "dense", reason)
-        )
+        self._record_weights(group, [weight], spec, backend, reason, made_from)
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
+
+    def linear_spec(self, group: str, weight: Weight, made_from: str | None = None) -> LinearSpec:
+        """What running `weight` asks of a backend. ConfigError where the numerics cannot be had."""
+        numerics = self.resolved_numerics()[0] if isinstance(weight, NVFP4Weight) else None
+        if isinstance(weight, NVFP4Weight) and numerics == "w4a4" and weight.input_scale is None:
+            if made_from is None:
+                raise ConfigError(
+                    f"w4a4 needs an input_scale for every NVFP4 layer and {group} has none in this checkpoint; "
+                    "use --numerics w4a16, or quantise with --calib",
+                    "--numerics",
+                )
+            numerics = "w4a16"
+        return LinearSpec(
+            weight.n,
+            weight.k,
+            weight.format,
+            numerics,
+            self.dtype,
+            self.stream,
+            weight.block if isinstance(weight, FP8Weight) else None,
+        )
+
+    def _record_weights(
+        self,
+        group: str,
+        weights: Sequence[Weight],
+        spec: LinearSpec | GroupedLinearSpec,
+        backend: Backend,
+        reason: str,
+        made_from: str | None = None,
+    ) -> None:
+        stored, num_bytes = weights[0].format, sum(w.nbytes for w in weights)
+        numerics = spec.numerics or WEIGHT_ONLY_NUMERICS.get(stored, "dense")
+        reasons = [reason] if reason else []
+        if made_from is not None:
+            reasons.insert(0, f"quantised at load from {made_from}")
+            if spec.numerics == "w4a16" and self.numerics == "w4a4":
+                reasons.append("w4a4 needs a calibrated input_scale, which it has not")
+        bits = 8 * num_bytes / sum(w.n * w.k for w in weights)
+        self.choices.append(Choice(group, stored, bits, num_bytes, backend.name, numerics, "; ".join(reasons)))
 
     def rms_norm(self, hidden: int) -> RMSNormKernel:
         spec = NormSpec(hidden, self.stream, self.dtype)
@@ -137,11 +175,46 @@ class Kernels:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return self._record(spec).paged_attention(spec)
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | None:
-        """All layers as one call where a backend has that; None: call their ops one by one."""
+    def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
+        """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
+
+        Raises KernelError when they are not alike. `names` are the experts' module prefixes, for errors.
+        """
+        if not weights:
+            raise KernelError(f"{group}: a grouped layer needs at least one expert, found none")
+        specs = [
+            self.linear_spec(f"{group} {name}", w)
+            for w, name in zip(weights, names or map(str, range(len(weights))), strict=True)
+        ]
+        if different := [i for i, spec in enumerate(specs) if spec != specs[0]]:
+            raise KernelError(
+                f"{group}: all experts must be alike; expert {different[0]} is {specs[different[0]]}, "
+                f"expert 0 is {specs[0]}"
+            )
+        if len({w.bias is None for w in weights}) != 1:
+            raise KernelError(f"{group}: either every expert has a bias or none has")
+        one = specs[0]
+        spec = GroupedLinearSpec(
+            len(weights), one.n, one.k, one.weight, one.numerics, one.dtype, one.out_dtype, one.block
+        )
+        backend, reason = self._choose(spec)
+        kernel = backend.grouped_linear(weights, spec)
+        self._record_weights(group, weights, spec, backend, reason)
+        return kernel
+
+    def quantize(self, weight: DenseWeight, form: Literal["fp8", "nvfp4"]) -> FP8Weight | NVFP4Weight:
+        """`weight` in another format, as nvfp4/fp8.py (a scale per row) or nvfp4/codec.py (`max`) defines it.
+
+        Raises ValueError on NaN or Inf, NVFP4ShapeError when K does not suit.
+        """
+        spec = QuantizeSpec(weight.n, weight.k, weight.format, form)
+        return self._choose(spec)[0].quantize(weight, spec)
+
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | None:
+        """Everything before the head as one call where a backend has that; None: call their ops one by one."""
         refusals: list[str] = []
         for backend in self.backends:
-            made = backend.decoder(layers)
+            made = backend.decoder(ops)
             if not isinstance(made, str):
                 self.choices.append(Choice("decoder", "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
                 return made

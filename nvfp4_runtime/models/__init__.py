@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Literal
 
-from nvfp4_runtime.config import KVDtype
+from nvfp4_runtime.config import HeadDtype, KVDtype
 from nvfp4_runtime.errors import UnsupportedFormatError
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ def load_model(
     kernels: Kernels,
     kv_dtype: KVDtype | Literal["auto"] = "auto",
     max_positions: int | None = None,
+    lm_head_dtype: HeadDtype = "auto",
 ) -> Decoder:
     """Build the model that config.json names, every tensor used or excused.
 
     kv_dtype       "auto": FP8 where the checkpoint asks for an FP8 cache, else the activations' type
     max_positions  the longest sequence to prepare for; None: the config's max_position_embeddings
+    lm_head_dtype  other than "auto": a plain head is brought to this format at load (see layers/head.py)
 
     Raises UnsupportedFormatError for an unknown architecture or feature, and the checkpoint's own errors.
     """
@@ -51,7 +53,7 @@ def load_model(
     if kv_dtype == "auto":
         kv_dtype = "fp8" if ckpt.quant.kv_algo == "FP8" else "float32" if kernels.dtype == "float32" else "bfloat16"
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
-    model: Decoder = module.Decoder(config, ckpt, kernels, kv_dtype, max_positions)
+    model: Decoder = module.Decoder(config, ckpt, kernels, kv_dtype, max_positions, lm_head_dtype)
     for pattern, reason in HARMLESS.items():
         ckpt.excuse(pattern, reason)
     ckpt.finish()

@@ -11,16 +11,14 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.cache.specs import AttentionSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
-from nvfp4_runtime.config import KVDtype, ModelConfig
-from nvfp4_runtime.errors import UnsupportedFormatError
-from nvfp4_runtime.kernels.ops import DecoderLayerOps
+from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
+from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
-from nvfp4_runtime.layers.linear import Linear
+from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.norm import RMSNorm
 from nvfp4_runtime.layers.rope import rope_tables
-from nvfp4_runtime.nvfp4.weight import DenseWeight
 
 
 class Decoder:
@@ -39,6 +37,7 @@ class Decoder:
         kernels: Kernels,
         kv_dtype: KVDtype,
         max_positions: int | None = None,
+        lm_head_dtype: HeadDtype = "auto",
     ) -> None:
         self.config = config
         self.kv_dtype = kv_dtype
@@ -49,24 +48,24 @@ class Decoder:
         self.layers = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
-        self.run_layers = kernels.decoder([layer.ops() for layer in self.layers])
         self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
-        self.lm_head = _lm_head(ckpt, kernels, config, self.embedding)
+        ops = DecoderOps(self.embedding, [layer.ops() for layer in self.layers], self.norm.op)
+        self.run_as_one = kernels.decoder(ops)
+        self.lm_head = lm_head(ckpt, kernels, config, self.embedding, lm_head_dtype)
         self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
+        return self.lm_head(self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch))
+
+    def _op_by_op(self, batch: ForwardBatch) -> Tensor:
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
         residual: Tensor | None = None
-        if self.run_layers is not None:
-            x, residual = self.run_layers(x, batch)
-        else:
-            for layer in self.layers:
-                x, residual = layer(x, residual, batch)
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch)
         assert residual is not None  # a config has at least one layer
         rows = batch.logits_rows
-        x, _ = self.norm(x[rows], residual[rows])
-        return self.lm_head(x)
+        return self.norm(x[rows], residual[rows])[0]
 
 
 class DecoderLayer:
@@ -132,18 +131,3 @@ def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> AttentionS
         v_scale=v_scale,
         has_scales=scales is not None,
     )
-
-
-def _lm_head(ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, embedding: Tensor) -> Linear:
-    """The head's own weight (plain or NVFP4), or the embedding matrix itself where the two are tied."""
-    name = "lm_head.weight"
-    own = ckpt.has(name)
-    if config.tie_word_embeddings and not ckpt.has("lm_head.weight_scale"):
-        if own and not torch.equal(ckpt.tensor(name, tuple(embedding.shape)), embedding):
-            raise UnsupportedFormatError(
-                f"{name} differs from model.embed_tokens.weight although config.json ties them "
-                "(tie_word_embeddings true); set it to false if the head is meant, or delete the tensor"
-            )
-        head = DenseWeight(embedding)
-        return Linear([kernels.linear("lm_head", head, names=["lm_head"])])
-    return Linear.fused(ckpt, kernels, "lm_head", ["lm_head"], [config.vocab_size], config.hidden_size)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nvfp4_runtime.errors import NVFP4ShapeError
-from nvfp4_runtime.nvfp4 import codec
+from nvfp4_runtime.nvfp4 import codec, fp8
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.mx import MXFP4Weight
+
+_PLAIN_FORMATS: dict[torch.dtype, Literal["bf16", "fp16", "fp32"]] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class DenseWeight:
         return self.weight.nbytes
 
     @property
-    def format(self) -> str:
-        return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.weight.dtype]
+    def format(self) -> Literal["bf16", "fp16", "fp32"]:
+        return _PLAIN_FORMATS[self.weight.dtype]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class NVFP4Weight:
         return self.packed.nbytes + self.block_scale.nbytes + self.weight_scale_2.nbytes
 
     @property
-    def format(self) -> str:
+    def format(self) -> Literal["nvfp4"]:
         return "nvfp4"
 
     def row_scale_2(self) -> Tensor:
@@ -102,14 +111,15 @@ class NVFP4Weight:
         return codec.operand(self.packed, self.block_scale)
 
 
-Weight = NVFP4Weight | DenseWeight
+Weight = NVFP4Weight | DenseWeight | FP8Weight | MXFP4Weight
 
 
 def fuse(parts: Sequence[Weight]) -> Weight:
     """Join the rows of weights that share one input (q/k/v, gate/up).
 
-    NVFP4 parts keep their own weight_scale_2; the largest input_scale serves them all, since one activation enters
-    them all. Raises NVFP4ShapeError when formats or K differ: such parts must stay apart (see `can_fuse`).
+    NVFP4 parts keep their own weight_scale_2, FP8 parts their scales; the largest input_scale serves them all, since
+    one activation enters them all. Raises NVFP4ShapeError when formats or K differ: such parts must stay apart (see
+    `can_fuse`).
     """
     if not can_fuse(parts):
         found = ", ".join(f"{p.format}[{p.n}, {p.k}]" for p in parts)
@@ -117,6 +127,11 @@ def fuse(parts: Sequence[Weight]) -> Weight:
     bias = _fuse_bias(parts)
     if isinstance(parts[0], DenseWeight):
         return DenseWeight(torch.cat([p.weight for p in parts if isinstance(p, DenseWeight)]), bias)
+    if isinstance(parts[0], FP8Weight):
+        return fp8.fuse([p for p in parts if isinstance(p, FP8Weight)], bias)
+    if isinstance(parts[0], MXFP4Weight):
+        mx = [p for p in parts if isinstance(p, MXFP4Weight)]
+        return MXFP4Weight(torch.cat([p.packed for p in mx]), torch.cat([p.block_scale for p in mx]), bias)
     packed = [p for p in parts if isinstance(p, NVFP4Weight)]
     input_scales = [p.input_scale for p in packed if p.input_scale is not None]
     return NVFP4Weight(
@@ -132,6 +147,8 @@ def fuse(parts: Sequence[Weight]) -> Weight:
 
 def can_fuse(parts: Sequence[Weight]) -> bool:
     """Whether `fuse` accepts these parts."""
+    if all(isinstance(p, FP8Weight) for p in parts):
+        return fp8.can_fuse([p for p in parts if isinstance(p, FP8Weight)])
     has_scale = {isinstance(p, NVFP4Weight) and p.input_scale is not None for p in parts}
     return len({p.format for p in parts}) == 1 and len({p.k for p in parts}) == 1 and len(has_scale) == 1
 

@@ -53,6 +53,6 @@ def worst_excess(y: Tensor, x: Tensor, weight: NVFP4Weight, numerics: str) -> fl
     if weight.bias is not None:
         exact = exact + weight.bias.double()
         room = room + 2.0**-24 * exact.abs()
-    # one rounding to y's type; 2^-132 is two steps of a subnormal bfloat16, and float32's underflows add up to less
+    # one rounding to y's type; 2^-132 is two steps of a subnormal bfloat16, more than float32's underflows add up to
     room = room + {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}[y.dtype] * exact.abs() + 2.0**-132
     return float(((y.double() - exact).abs() - room).nan_to_num(nan=float("inf")).max())

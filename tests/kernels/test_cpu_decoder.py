@@ -44,10 +44,10 @@ def packed_qwen3(folder: Path) -> Path:
 def load(path: Path, numerics: Numerics, dtype: Dtype, kv_dtype: KVDtype, threads: int, fused: bool) -> Decoder:
     kernels = Kernels([cpu_backend(threads=threads)], dtype, numerics)
     model = load_model(Checkpoint.open(str(path)), kernels, kv_dtype)
-    assert model.run_layers is not None
+    assert model.run_as_one is not None
     assert "decoder" in {choice.group for choice in kernels.choices}
     if not fused:
-        model.run_layers = None
+        model.run_as_one = None
     return model
 
 
@@ -86,7 +86,7 @@ def test_one_call_gives_the_bits_of_the_ops_one_by_one(
 def test_layers_that_calibration_observes_run_op_by_op(tmp_path: Path) -> None:
     kernels = Kernels([cpu_backend()], "bfloat16", observe=lambda names, kernel: lambda x: kernel(x))  # type: ignore[arg-type,return-value]  # a wrapper without weight_bytes
     model = load_model(Checkpoint.open(str(tiny_nvfp4_llama(tmp_path))), kernels, "bfloat16")
-    assert model.run_layers is None
+    assert model.run_as_one is None
     assert "decoder" not in {choice.group for choice in kernels.choices}
 
 
@@ -95,6 +95,18 @@ def test_a_slot_outside_the_cache_is_refused(tmp_path: Path) -> None:
     batch = PagedRunner(model).batch([(0, TOKENS[:4])])
     batch.slot_mapping[2] = 1 << 40
     with pytest.raises(IndexError, match=r"slot_mapping\[2\] is 1099511627776"):
+        model.forward(batch)
+
+
+def test_a_token_or_row_outside_is_refused(tmp_path: Path) -> None:
+    model = load(tiny_nvfp4_llama(tmp_path), "w4a16", "bfloat16", "bfloat16", 2, fused=True)
+    batch = PagedRunner(model).batch([(0, TOKENS[:4])])
+    batch.input_ids[1] = -1
+    with pytest.raises(IndexError, match=r"input_ids\[1\] is -1"):
+        model.forward(batch)
+    batch.input_ids[1] = 0
+    batch.logits_rows[3] = 4
+    with pytest.raises(IndexError, match=r"logits_rows\[3\] is 4"):
         model.forward(batch)
 
 

@@ -18,23 +18,31 @@ from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import MOST, StepMemo
 from nvfp4_runtime.kernels.cpu.cores import physical_cores as physical_cores
 from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
+from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
+from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     DecoderKernel,
-    DecoderLayerOps,
+    DecoderOps,
+    GroupedLinearKernel,
+    GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
+    QuantizeSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
 )
-from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.mx import MXFP4Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 _native: Any
 try:
@@ -45,6 +53,7 @@ except ImportError as e:
 
 NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
+FP8_SCALE_STEP = 64  # csrc/types.h: kPlainChunk
 
 
 class CPUBackend:
@@ -77,12 +86,14 @@ class CPUBackend:
     def refuses(self, spec: OpSpec) -> str | None:
         if self._context is None:
             return f"{NOT_BUILT} ({_missing})"
+        if isinstance(spec, QuantizeSpec):
+            return None
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
-        if isinstance(spec, LinearSpec) and spec.weight == "nvfp4" and spec.numerics not in NUMERICS_CODES:
-            return f"nvfp4 weights need numerics {', '.join(NUMERICS_CODES)}, asked for {spec.numerics}"
+        if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
+            return reason
         for name, size in _sizes(spec).items():
             if not 1 <= size <= MOST:
                 return f"{name} is between 1 and {MOST}, asked for {size}"
@@ -100,7 +111,17 @@ class CPUBackend:
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         if isinstance(weight, NVFP4Weight):
             return NativeLinearNVFP4(self._context, weight, spec)
+        if isinstance(weight, FP8Weight):
+            return NativeLinearFP8(_native, self._context, weight, spec)
+        if isinstance(weight, MXFP4Weight):
+            return NativeLinearMXFP4(self._context, weight, spec)
         return NativeLinearDense(_native, self._context, weight, spec)
+
+    def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
+        return NativeGroupedLinear(_native, self._context, [self.linear(weight, spec.each) for weight in weights], spec)
+
+    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight:
+        return quantize_fp8(self._context, weight) if spec.form == "fp8" else quantize_nvfp4(self._context, weight)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return NativeRMSNorm(self._context, spec)
@@ -114,12 +135,12 @@ class CPUBackend:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return NativePagedAttention(self._context, self._memo, spec)
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
             return NOT_BUILT
-        if (reason := refuses_decoder(layers)) is not None:
+        if (reason := refuses_decoder(ops)) is not None:
             return reason
-        return NativeDecoder(_native, self._context, self._memo, layers)
+        return NativeDecoder(_native, self._context, self._memo, ops)
 
     def describe(self) -> dict[str, Any]:
         if self._context is None:
@@ -132,6 +153,19 @@ class CPUBackend:
         }
 
 
+def _refuses_format(spec: LinearSpec | GroupedLinearSpec) -> str | None:
+    if spec.weight == "nvfp4" and spec.numerics not in NUMERICS_CODES:
+        return f"nvfp4 weights need numerics {', '.join(NUMERICS_CODES)}, asked for {spec.numerics}"
+    if spec.weight != "nvfp4" and spec.numerics is not None:
+        return f"{spec.weight} weights have no choice of numerics, asked for {spec.numerics}"
+    if spec.weight == "fp8":
+        if spec.block is None:
+            return "fp8 weights need the block of their scales in the spec, found none"
+        if spec.block[1] < spec.k and spec.block[1] % FP8_SCALE_STEP:
+            return f"fp8 scales change every multiple of {FP8_SCALE_STEP} inputs or never, asked for {spec.block[1]}"
+    return None
+
+
 def supported_isas() -> list[str]:
     """ISA variants this machine can run, best first; empty when the extension is not built."""
     return [] if _native is None else list(_native.supported_isas())
@@ -139,7 +173,7 @@ def supported_isas() -> list[str]:
 
 def _sizes(spec: OpSpec) -> dict[str, int]:
     """Every size of `spec` that native code counts in 32 bits."""
-    if isinstance(spec, LinearSpec):
+    if isinstance(spec, LinearSpec | GroupedLinearSpec | QuantizeSpec):
         return {"N": spec.n, "K": spec.k}
     if isinstance(spec, NormSpec):
         return {"hidden": spec.hidden}

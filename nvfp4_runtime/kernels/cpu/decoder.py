@@ -1,8 +1,7 @@
-"""All decoder layers as one native call: the same kernels, handed over once instead of eleven times a layer."""
+"""A decoder up to its head as one native call: the same kernels, handed over once instead of eleven times a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.errors import KernelError
-from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix
+from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_tensor
 from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import (
     NativePagedAttention,
     NativeRMSNorm,
@@ -19,14 +19,17 @@ from nvfp4_runtime.kernels.cpu.ops import (
     NativeSiluMul,
     check_norm_weight,
 )
-from nvfp4_runtime.kernels.ops import DecoderLayerOps, NormOp
+from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps, NormOp
 
-NATIVE_LINEARS = (NativeLinearNVFP4, NativeLinearDense)
+NativeLinear = NativeLinearNVFP4 | NativeLinearDense | NativeLinearFP8 | NativeLinearMXFP4
+NATIVE_LINEARS = (NativeLinearNVFP4, NativeLinearDense, NativeLinearFP8, NativeLinearMXFP4)
 
 
-def refuses_decoder(layers: Sequence[DecoderLayerOps]) -> str | None:
-    """None when every op of every layer is native, or the first that is not."""
-    for i, layer in enumerate(layers):
+def refuses_decoder(ops: DecoderOps) -> str | None:
+    """None when every op is native, or the first that is not."""
+    if not isinstance(ops.norm.kernel, NativeRMSNorm):
+        return f"the last norm is a {type(ops.norm.kernel).__name__}"
+    for i, layer in enumerate(ops.layers):
         for name, op, kinds in (
             ("input_norm", layer.input_norm.kernel, (NativeRMSNorm,)),
             ("qkv", layer.qkv, NATIVE_LINEARS),
@@ -47,15 +50,27 @@ def refuses_decoder(layers: Sequence[DecoderLayerOps]) -> str | None:
 class NativeDecoder:
     """See `DecoderKernel`. Raises IndexError for slots, positions and block tables outside the cache and the tables."""
 
-    def __init__(self, native: Any, context: Any, memo: StepMemo, layers: Sequence[DecoderLayerOps]) -> None:
-        first = layers[0]
-        assert isinstance(first.input_norm.kernel, NativeRMSNorm)
-        self.hidden = first.input_norm.kernel.hidden
-        self.stream, self.dtype = first.input_norm.kernel.dtype, first.input_norm.kernel.out_dtype
+    def __init__(self, native: Any, context: Any, memo: StepMemo, ops: DecoderOps) -> None:
+        assert isinstance(ops.norm.kernel, NativeRMSNorm)
+        self.hidden = ops.norm.kernel.hidden
+        self.stream, self.dtype = ops.norm.kernel.dtype, ops.norm.kernel.out_dtype
         self._memo = memo
-        self._layers = tuple(layers)  # the native side keeps addresses only
-        self._decoder = native.Decoder(context, self.hidden, TYPE_CODES[self.stream], TYPE_CODES[self.dtype])
-        for layer in layers:
+        self._ops = ops  # the native side keeps addresses only
+        self._layers = tuple(ops.layers)
+        embedding = ops.embedding
+        dtype = embedding.dtype if embedding.dtype in (torch.bfloat16, torch.float16) else torch.float32
+        check_tensor("embedding", embedding, dtype, (-1, self.hidden))
+        self._decoder = native.Decoder(
+            context,
+            self.hidden,
+            TYPE_CODES[self.stream],
+            TYPE_CODES[self.dtype],
+            embedding.data_ptr(),
+            TYPE_CODES[dtype],
+            embedding.size(0),
+            self._norm(ops.norm),
+        )
+        for layer in self._layers:
             self._add(layer)
         self._kv: tuple[KVLayer, ...] = ()
 
@@ -89,12 +104,12 @@ class NativeDecoder:
         check_norm_weight("weight", norm.weight, self.hidden)
         return norm.weight.data_ptr(), TYPE_CODES[norm.weight.dtype], norm.eps
 
-    def _linears(self, layer: DecoderLayerOps) -> list[NativeLinearNVFP4 | NativeLinearDense]:
+    def _linears(self, layer: DecoderLayerOps) -> list[NativeLinear]:
         """qkv, o, gate_up and down, whose shapes must follow one another."""
         assert isinstance(layer.rope, NativeRope)
         spec = layer.rope.spec
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        found = []
+        found: list[NativeLinear] = []
         assert isinstance(layer.down, NATIVE_LINEARS)
         inner = layer.down.k
         for name, linear, n, k in (
@@ -112,18 +127,21 @@ class NativeDecoder:
             found.append(linear)
         return found
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        check_matrix("x", x, self.stream, self.hidden)
-        rows = x.size(0)
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        rows, wanted = batch.input_ids.size(0), batch.logits_rows.size(0)
+        check_tensor("input_ids", batch.input_ids, torch.int64, (rows,))
+        check_tensor("logits_rows", batch.logits_rows, torch.int64, (wanted,))
         self._memo.check_slots(batch.positions, batch.slot_mapping, rows)
         self._memo.check_batch(batch)
         if batch.kv is not self._kv:
             self._set_cache(batch.kv)
-        out = torch.empty_like(x)
+        out = torch.empty((wanted, self.hidden), dtype=self.dtype)
         self._decoder.run(
-            x.data_ptr(),
-            out.data_ptr(),
+            batch.input_ids.data_ptr(),
             rows,
+            batch.logits_rows.data_ptr(),
+            wanted,
+            out.data_ptr(),
             batch.positions.data_ptr(),
             batch.slot_mapping.data_ptr(),
             batch.block_tables.data_ptr(),
@@ -132,7 +150,7 @@ class NativeDecoder:
             batch.seq_lens.data_ptr(),
             batch.seq_lens.size(0),
         )
-        return out, x
+        return out
 
     def _set_cache(self, kv: tuple[KVLayer, ...]) -> None:
         if len(kv) != len(self._layers):

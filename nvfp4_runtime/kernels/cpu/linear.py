@@ -85,7 +85,8 @@ class NativeLinearNVFP4:
 class NativeLinearDense:
     """A plain weight, read from the tensor it came in (a tied embedding is not copied).
 
-    Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree.
+    Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree. With bfloat16 on
+    both sides the avx512bf16 variant multiplies pairs by vdpbf16ps: subnormals (below 2^-126) count as zero.
     Error before the final rounding at most (K/16 + 6) * 2^-24 * sum |x w|.
     weight_bytes  bytes of that tensor
     """

@@ -14,22 +14,28 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     DecoderKernel,
-    DecoderLayerOps,
+    DecoderOps,
+    GroupedLinearKernel,
+    GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
+    QuantizeSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
 )
-from nvfp4_runtime.kernels.reference.linear import ReferenceLinear
+from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
+from nvfp4_runtime.kernels.reference.linear import reference_linear
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
 from nvfp4_runtime.kernels.reference.rope_and_cache import ReferenceRope
 from nvfp4_runtime.kernels.reference.silu_mul import silu_mul
-from nvfp4_runtime.nvfp4.weight import Weight
+from nvfp4_runtime.nvfp4 import codec, fp8
+from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 
 class ReferenceBackend:
@@ -50,12 +56,27 @@ class ReferenceBackend:
             torch.set_num_threads(threads)
 
     def refuses(self, spec: OpSpec) -> str | None:
+        if isinstance(spec, QuantizeSpec):
+            return None
         if spec.dtype == "float16":
             return "activations are bfloat16 or float32, asked for float16"
+        if isinstance(spec, LinearSpec | GroupedLinearSpec) and spec.weight != "nvfp4" and spec.numerics is not None:
+            return f"{spec.weight} weights have no choice of numerics, asked for {spec.numerics}"
         return None
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
-        return ReferenceLinear(weight, spec)
+        return reference_linear(weight, spec)
+
+    def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
+        return ReferenceGroupedLinear(weights, spec)
+
+    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight:
+        if spec.form == "fp8":
+            codes, scale = fp8.quantize_rows(weight.weight)
+            return FP8Weight(codes, scale, (1, weight.k), bias=weight.bias)
+        scale_2 = codec.weight_scale_2(weight.weight.abs().max())
+        packed, block_scale = codec.quantize(weight.weight, scale_2)
+        return NVFP4Weight(packed, block_scale, scale_2.reshape(1), (weight.n,), bias=weight.bias)
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return functools.partial(rms_norm, out_dtype=getattr(torch, spec.out_dtype))
@@ -69,7 +90,7 @@ class ReferenceBackend:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return ReferencePagedAttention(spec)
 
-    def decoder(self, layers: Sequence[DecoderLayerOps]) -> DecoderKernel | str:
+    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "the plain kernels are called one by one"
 
     def describe(self) -> dict[str, Any]:

@@ -16,6 +16,18 @@ std::vector<std::string> supported_isas();  // best first
 
 static inline size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
 
+int64_t find_nan_e4m3(const uint8_t* codes, int64_t count);  // index of the first, or -1
+
+// Experts of one layer, alike in shape, format and numerics. Does not own them.
+struct ExpertsNVFP4 {
+  std::vector<const PackedNVFP4*> experts;
+  explicit ExpertsNVFP4(std::vector<const PackedNVFP4*> e);  // throws std::invalid_argument when they are not alike
+};
+
+struct ExpertPiece {
+  int expert, begin, end;  // of its blocks of rows, or of its panels
+};
+
 class Context {
  public:
   Context(int threads, const std::string& isa);  // throws std::invalid_argument when the machine lacks `isa`
@@ -29,8 +41,13 @@ class Context {
   std::unique_ptr<PackedNVFP4> pack(const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
                                     int k, Numerics numerics, float input_scale, bool e8m0);
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
-  void linear_dense(const void* w, Type w_type, const float* bias, const void* x, Type type, int m, int n, int k,
-                    void* out, Type out_type);
+  void convert(const void* from, Type type, void* to, Type to_type, int count);  // on the calling thread
+  // Rows offsets[e] .. offsets[e + 1] of x meet expert e. Offsets run from 0 to `rows` and never fall.
+  void grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
+                     Type out_type);
+  // `a` names the weight: pointers, types, scales, n, k; the rest is filled in here.
+  void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
+  void quantize_weight(const QuantizeWeight& a);
   void rms_norm(const RMSNorm& a, int rows);
   void silu_mul(const SiluMul& a, int rows);
   void rope(const Rope& a, int rows, int64_t num_slots, int64_t num_positions);
@@ -39,6 +56,8 @@ class Context {
   void quantize(const PackX& a, uint8_t* codes, uint8_t* scales);
 
  private:
+  Operand operand_of(const PackedNVFP4& w, Type type) const;
+
   const Kernels& kernels_;
   Pool pool_;
   std::recursive_mutex mutex_;  // a decoder holds it over the ops it calls
@@ -46,6 +65,9 @@ class Context {
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_
   std::vector<AttentionItem> items_;
+  std::vector<PackX> expert_packs_;  // of the experts that have rows
+  std::vector<LinearNVFP4> expert_linears_;
+  std::vector<ExpertPiece> expert_pieces_;
 };
 
 }  // namespace nvfp4

@@ -1,19 +1,61 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace nvfp4 {
 
-Decoder::Decoder(Context& context, int hidden, Type stream, Type input)
-    : context_(context), hidden_(hidden), stream_(stream), input_(input) {}
+Decoder::Decoder(Context& context, int hidden, Type stream, Type input, Embedding embedding, NormWeight last_norm)
+    : context_(context), hidden_(hidden), stream_(stream), input_(input), embedding_(embedding), last_norm_(last_norm) {}
+
+void Decoder::check(const DecoderStep& step) const {
+  for (int t = 0; t < step.rows; t++)
+    if (step.ids[t] < 0 || step.ids[t] >= embedding_.vocab)
+      throw std::out_of_range("input_ids[" + std::to_string(t) + "] is " + std::to_string(step.ids[t]) +
+                              "; the embedding has " + std::to_string(embedding_.vocab) + " rows");
+  for (int i = 0; i < step.wanted; i++)
+    if (step.logits_rows[i] < 0 || step.logits_rows[i] >= step.rows)
+      throw std::out_of_range("logits_rows[" + std::to_string(i) + "] is " + std::to_string(step.logits_rows[i]) +
+                              "; the batch has " + std::to_string(step.rows) + " tokens");
+}
 
 void Decoder::run(const DecoderStep& step) {
+  check(step);
   const auto lock = context_.lock();
+  const size_t bytes = static_cast<size_t>(step.rows) * hidden_ * type_bytes(stream_);
+  residual_rows_ = residual_.bytes(bytes);
+  out_rows_ = out_.bytes(bytes);
+  embed(step);
   bool first = true;
   for (DecoderLayer& layer : layers_) {
     run_layer(layer, step, first);
     first = false;
   }
+  finish(step);
+}
+
+void Decoder::embed(const DecoderStep& step) {
+  const size_t row = static_cast<size_t>(hidden_);
+  for (int t = 0; t < step.rows; t++) {
+    const char* from = static_cast<const char*>(embedding_.data) + step.ids[t] * row * type_bytes(embedding_.type);
+    char* to = static_cast<char*>(residual_rows_) + t * row * type_bytes(stream_);
+    context_.convert(from, embedding_.type, to, stream_, hidden_);
+  }
+}
+
+// The rows whose logits are wanted move to the front (they are in ascending order or not: copies go to other memory).
+void Decoder::finish(const DecoderStep& step) {
+  const size_t row = static_cast<size_t>(hidden_) * type_bytes(stream_);
+  char* x = static_cast<char*>(wide_.bytes(2 * row * std::max(1, step.wanted)));
+  char* residual = x + row * step.wanted;
+  for (int i = 0; i < step.wanted; i++) {
+    std::memcpy(x + i * row, static_cast<const char*>(out_rows_) + step.logits_rows[i] * row, row);
+    std::memcpy(residual + i * row, static_cast<const char*>(residual_rows_) + step.logits_rows[i] * row, row);
+  }
+  context_.rms_norm({x, residual, last_norm_.data, last_norm_.type, step.out, stream_, input_, hidden_, last_norm_.eps},
+                    step.wanted);
 }
 
 void Decoder::run_layer(DecoderLayer& layer, const DecoderStep& step, bool first) {
@@ -28,7 +70,7 @@ void Decoder::run_layer(DecoderLayer& layer, const DecoderStep& step, bool first
   const auto norm = [&](const NormWeight& weight, void* x, void* residual) {
     context_.rms_norm({x, residual, weight.data, weight.type, normed, stream_, input_, hidden_, weight.eps}, step.rows);
   };
-  first ? norm(layer.input_norm, step.x, nullptr) : norm(layer.input_norm, step.out, step.x);
+  first ? norm(layer.input_norm, residual_rows_, nullptr) : norm(layer.input_norm, out_rows_, residual_rows_);
 
   layer.qkv->run(context_, normed, input_, step.rows, wide, stream_);
   Rope& rope = layer.rope;
@@ -44,12 +86,12 @@ void Decoder::run_layer(DecoderLayer& layer, const DecoderStep& step, bool first
   attention.block_tables = step.block_tables;
   attention.table_stride = step.table_stride;
   context_.attention(attention, step.cu_seqlens, step.seq_lens, step.sequences, step.rows, layer.num_blocks);
-  layer.o->run(context_, normed, input_, step.rows, step.out, stream_);
+  layer.o->run(context_, normed, input_, step.rows, out_rows_, stream_);
 
-  norm(layer.post_norm, step.out, step.x);
+  norm(layer.post_norm, out_rows_, residual_rows_);
   layer.gate_up->run(context_, normed, input_, step.rows, wide, stream_);
   context_.silu_mul({wide, normed, stream_, input_, layer.down->k}, step.rows);
-  layer.down->run(context_, normed, input_, step.rows, step.out, stream_);
+  layer.down->run(context_, normed, input_, step.rows, out_rows_, stream_);
 }
 
 }  // namespace nvfp4

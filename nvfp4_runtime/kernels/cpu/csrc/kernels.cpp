@@ -28,7 +28,7 @@ constexpr Operand kSixteenBit = Operand::digits;
 #endif
 constexpr int kFloatRows = 16, kIntegerRows = 16, kPairRows = 12;  // totals that fit beside the decoded weights
 constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
-constexpr int kDenseFirst = 8;           // rows of its first pass
+constexpr int kDenseFirst = 4;           // up to so many rows meet weights straight from memory
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 constexpr Operand kSixteenBit = Operand::digits;
@@ -58,16 +58,17 @@ int block_width(Operand operand, int rows);
 
 #include "activations.h"
 #include "attention.h"
-#include "linear.h"
 #include "linear_nvfp4.h"
+#include "linear_plain.h"
+#include "quantize.h"
 
 int rows_that_share(Operand o) { return max_rows(o); }
 
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
-    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, widen,
-    linear_dense,            rms_norm, silu_mul, rope, attention, quantize,
+    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, kDenseFirst, kDenseM, pack_plain,
+    linear_plain,            convert, rms_norm, silu_mul, rope, attention, quantize, quantize_weight,
 };
 
 }  // namespace nvfp4

@@ -8,6 +8,7 @@
 
 #include "context.h"
 #include "decoder.h"
+#include "limits.h"
 
 namespace nb = nanobind;
 using namespace nvfp4;
@@ -34,6 +35,10 @@ void* at(Address a, int type) {
   return reinterpret_cast<void*>(a);
 }
 
+NormWeight norm_weight(const std::tuple<Address, int, float>& w) {
+  return {at(std::get<0>(w), std::get<1>(w)), Type(std::get<1>(w)), std::get<2>(w)};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -50,12 +55,30 @@ NB_MODULE(_native, m) {
 
   const nb::call_guard<nb::gil_scoped_release> no_gil;
 
+  nb::class_<Rate>(m, "Rate")
+      .def_ro("median", &Rate::median)
+      .def_ro("low", &Rate::low)
+      .def_ro("high", &Rate::high)
+      .def_ro("how", &Rate::how);
+  m.def("peak_kinds", &peak_kinds, "What measure_peak can measure on this CPU.");
+  m.def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("threads"), nb::arg("bytes"), nb::arg("seconds"),
+        no_gil);
+  m.def("measure_peak", &measure_peak, nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"), no_gil);
+
   nb::class_<Linear>(m, "Linear").def_ro("nbytes", &Linear::bytes);
   nb::class_<PackedNVFP4, Linear>(m, "PackedNVFP4");
   nb::class_<PlainWeight, Linear>(m, "PlainWeight")
       .def("__init__", [](PlainWeight* self, Address weights, int type, Address bias, int n, int k) {
         new (self) PlainWeight(at(weights, type), Type(type), at<const float>(bias), n, k);
+      })
+      .def("scale_by", [](PlainWeight& self, Address scale, int rows, int columns) {
+        self.scale_by(at<const float>(scale), rows, columns);
       });
+  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
+      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
+  m.def(
+      "find_nan_e4m3", [](Address codes, int64_t count) { return find_nan_e4m3(at<const uint8_t>(codes), count); }, no_gil,
+      "Index of the first NaN among E4M3 codes, or -1.");
 
   nb::class_<Context>(m, "Context")
       .def(nb::init<int, const std::string&>())
@@ -76,6 +99,21 @@ NB_MODULE(_native, m) {
           "linear",
           [](Context& c, const Linear& w, Address x, int type, int rows, Address out, int out_type) {
             w.run(c, at(x, type), Type(type), rows, at(out, out_type), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "grouped_nvfp4",
+          [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
+             int out_type) {
+            c.grouped_nvfp4(w, at(x, type), Type(type), at<const int32_t>(offsets), rows, at(out, out_type), Type(out_type));
+          },
+          no_gil)
+      .def(
+          "quantize_weight",
+          [](Context& c, Address w, int type, int n, int k, Address codes, Address row_amax, Address block_scales,
+             float scale_2) {
+            c.quantize_weight({at(w, type), Type(type), n, k, at<uint8_t>(codes), at<float>(row_amax),
+                               at<uint8_t>(block_scales), scale_2});
           },
           no_gil)
       .def(
@@ -136,8 +174,10 @@ NB_MODULE(_native, m) {
   nb::class_<Decoder>(m, "Decoder")
       .def(
           "__init__",
-          [](Decoder* self, Context& context, int hidden, int stream, int input) {
-            new (self) Decoder(context, hidden, Type(stream), Type(input));
+          [](Decoder* self, Context& context, int hidden, int stream, int input, Address embedding, int embedding_type,
+             int64_t vocab, std::tuple<Address, int, float> last_norm) {
+            new (self) Decoder(context, hidden, Type(stream), Type(input), {at(embedding, embedding_type), Type(embedding_type), vocab},
+                               norm_weight(last_norm));
           },
           nb::keep_alive<1, 2>())
       .def(
@@ -147,11 +187,8 @@ NB_MODULE(_native, m) {
              Address cos, Address sin, int64_t num_positions, Address q_norm, Address k_norm, int norm_type, float eps,
              int heads, int kv_heads, int head_dim, int rotary_dim, float scale, int window) {
             DecoderLayer layer{};
-            const auto norm = [](const auto& w) {
-              return NormWeight{at(std::get<0>(w), std::get<1>(w)), Type(std::get<1>(w)), std::get<2>(w)};
-            };
-            layer.input_norm = norm(input_norm);
-            layer.post_norm = norm(post_norm);
+            layer.input_norm = norm_weight(input_norm);
+            layer.post_norm = norm_weight(post_norm);
             layer.qkv = &qkv;
             layer.o = &o;
             layer.gate_up = &gate_up;
@@ -194,11 +231,11 @@ NB_MODULE(_native, m) {
            })
       .def(
           "run",
-          [](Decoder& d, Address x, Address out, int rows, Address positions, Address slots, Address tables,
-             int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
-            d.run({at(x, int(d.stream())), at(out, int(d.stream())), rows, at<const int64_t>(positions), at<const int64_t>(slots),
-                   at<const int32_t>(tables), at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride,
-                   sequences});
+          [](Decoder& d, Address ids, int rows, Address logits_rows, int wanted, Address out, Address positions,
+             Address slots, Address tables, int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
+            d.run({at<const int64_t>(ids), rows, at<const int64_t>(logits_rows), wanted, at(out, int(d.input())),
+                   at<const int64_t>(positions), at<const int64_t>(slots), at<const int32_t>(tables),
+                   at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride, sequences});
           },
           no_gil);
 }

@@ -132,7 +132,7 @@ void PackedNVFP4::run(Context& context, const void* x, Type type, int m, void* o
 }
 
 void PlainWeight::run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const {
-  context.linear_dense(weights, weight_type, bias, x, type, m, n, k, out, out_type);
+  context.linear_plain(weight, x, type, m, out, out_type);
 }
 
 }  // namespace nvfp4

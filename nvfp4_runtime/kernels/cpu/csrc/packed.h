@@ -65,16 +65,23 @@ struct PackedNVFP4 final : Linear {
   float *row_scales_ = nullptr, *biases_ = nullptr;
 };
 
-// Plain weights where they lie; the caller keeps them alive.
+// Plain and FP8 weights where they lie; the caller keeps them alive.
 struct PlainWeight final : Linear {
-  const void* weights;  // [n][k]
-  Type weight_type;
-  const float* bias;  // fp32 [n] or null
-  PlainWeight(const void* weights_in, Type type, const float* bias_in, int n_in, int k_in)
-      : weights(weights_in), weight_type(type), bias(bias_in) {
-    n = n_in;
-    k = k_in;
-    bytes = static_cast<size_t>(n) * k * (type == Type::f32 ? 4 : 2);
+  LinearPlain weight{};  // pointers, type, scales, n, k
+  PlainWeight(const void* weights, Type type, const float* bias, int n_in, int k_in) {
+    weight.weights = weights;
+    weight.weight_type = type;
+    weight.bias = bias;
+    weight.n = n = n_in;
+    weight.k = k = k_in;
+    bytes = static_cast<size_t>(n) * k * (type == Type::f32 ? 4 : type == Type::e4m3 ? 1 : 2);
+  }
+  // FP8: one scale per `rows` x `columns`, fp32 [ceil(n / rows)][ceil(k / columns)]
+  void scale_by(const float* scale, int rows, int columns) {
+    weight.scale = scale;
+    weight.scale_rows = rows;
+    weight.scale_k = columns;
+    bytes += sizeof(float) * static_cast<size_t>((n + rows - 1) / rows) * ((k + columns - 1) / columns);
   }
   void run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const override;
 };

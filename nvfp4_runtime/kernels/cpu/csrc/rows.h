@@ -22,6 +22,15 @@ inline float inverse_rms(V squares, int width, float eps) {
 inline V as_stored(V v, const float*) { return v; }
 inline V as_stored(V v, const bf16*) { return from_bits(shl<16>(to_bf16_bits(bits(v)))); }
 
+template <class O>
+void convert_to(const void* from, Type type, O* to, int count) {
+  for (int i = 0; i < count; i += 16) store_upto(to + i, load_weight(from, type, i, count - i), count - i);
+}
+void convert(const void* from, Type type, void* to, Type to_type, int count) {
+  to_type == Type::bf16 ? convert_to(from, type, static_cast<bf16*>(to), count)
+                        : convert_to(from, type, static_cast<float*>(to), count);
+}
+
 template <class T, class O>
 void rms_norm_as(const RMSNorm& a, int begin, int end) {
   for (int t = begin; t < end; t++) {

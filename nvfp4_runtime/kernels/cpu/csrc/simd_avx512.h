@@ -175,3 +175,54 @@ inline void transpose16(V r[16]) {
     r[12 + i].v = _mm512_shuffle_f32x4(b, d, 0xdd);
   }
 }
+
+// E4M3 weights, 64 at a time: two table look-ups give the bytes of their BF16 values, interleaving makes them words.
+// fp8_place(i) is where weight i of 64 comes to lie; NaN codes are refused at load.
+struct FP8Tables {
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+  constexpr FP8Tables() {
+    for (int b = 0; b < 127; b++) {
+      int exponent = 120 + (b >> 3), mantissa = (b & 7) << 4;  // BF16: value = 1.mantissa * 2^(exponent - 127)
+      if (b == 0) {
+        exponent = mantissa = 0;
+      } else if (b < 8) {  // b * 2^-9
+        const int top = b >= 4 ? 2 : b >= 2 ? 1 : 0;
+        exponent = 127 - 9 + top;
+        mantissa = (b << (7 - top)) & 0x7f;
+      }
+      const int word = exponent << 7 | mantissa;
+      low[b] = static_cast<uint8_t>(word & 0xff);
+      high[b] = static_cast<uint8_t>(word >> 8);
+    }
+  }
+};
+static constexpr FP8Tables kFP8;
+struct FP8Words {
+  __m512i low, high;  // BF16 of k = 16 j + (0..7) and 16 j + 8 + (0..7) in 128-bit lane j
+};
+inline FP8Words fp8_words(const e4m3* p, __mmask64 mask) {
+  const __m512i b = mask == ~__mmask64{0} ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask, p);
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kFP8.low), b, _mm512_load_si512(kFP8.low + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kFP8.high), b, _mm512_load_si512(kFP8.high + 64));
+  high = _mm512_ternarylogic_epi32(high, b, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // high | (b & 0x80)
+  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+inline __mmask64 first64(int n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
+inline void decode_fp8(const e4m3* p, int n, V* out) {
+  const FP8Words w = fp8_words(p, first64(n));
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  out[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(w.low, 16))};
+  out[1] = {_mm512_castsi512_ps(_mm512_and_si512(w.low, odd))};
+  out[2] = {_mm512_castsi512_ps(_mm512_slli_epi32(w.high, 16))};
+  out[3] = {_mm512_castsi512_ps(_mm512_and_si512(w.high, odd))};
+}
+inline int fp8_place(int i) { return (2 * (i / 8 % 2) + i % 2) * 16 + i / 16 * 4 + i % 8 / 2; }
+#if defined(__AVX512BF16__)
+inline void decode_fp8(const e4m3* p, int n, Pairs* out) {
+  const FP8Words w = fp8_words(p, first64(n));
+  out[0] = {w.low};
+  out[1] = {w.high};
+}
+inline int fp8_pair_place(int i) { return i / 8 % 2 * 32 + i / 16 * 8 + i % 8; }
+inline void store_pairs(bf16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
+#endif

@@ -224,4 +224,24 @@ inline void transpose16(V r[16]) {
     for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
   for (int i = 0; i < 16; i++) r[i] = load(to[i]);
 }
+
+// E4M3 weights, 64 at a time, in order. NaN codes are refused at load.
+struct FP8Table {
+  float value[256] = {};
+  constexpr FP8Table() {
+    for (int b = 0; b < 128; b++) {
+      float v = static_cast<float>(b < 8 ? b : 8 + b % 8) * 0x1p-9f;
+      for (int e = 1; e < b / 8; e++) v *= 2.f;
+      value[b] = v;
+      value[128 + b] = -v;
+    }
+  }
+};
+static constexpr FP8Table kFP8;
+inline void decode_fp8(const e4m3* p, int n, V* out) {
+  float t[64] = {};
+  for (int i = 0; i < (n < 64 ? n : 64); i++) t[i] = kFP8.value[p[i].bits];
+  for (int i = 0; i < 4; i++) out[i] = load(t + 16 * i);
+}
+inline int fp8_place(int i) { return i; }
 #undef NVFP4_QUARTERS

@@ -63,23 +63,45 @@ struct LinearNVFP4 {
   Type out_type;
 };
 
-struct LinearDense {
-  const void* weights;  // [n][k]
+// Plain and FP8 weights, read where they lie. Activations come in panels of `width` rows (the last one may be lower):
+// [panel][vector][row] of 64 bytes, zero beyond k. A vector is 16 floats, or 32 bfloat16 on an ISA that multiplies pairs,
+// in the order in which the ISA decodes weights of this type (see linear_plain.h).
+struct PackPlain {
+  const void* x;  // [m][k] of `type`
+  Type type;
   Type weight_type;
+  int m, k, width;
+  void* packed;
+};
+
+struct LinearPlain {
+  const void* weights;  // [n][k]
+  Type weight_type;     // f32, bf16, fp16 or e4m3
+  const float* scale;   // e4m3: [ceil(n / scale_rows)][ceil(k / scale_k)], else null
+  int scale_rows, scale_k;
   const float* bias;  // fp32 [n] or null
-  const float* x;     // fp32 [m][stride], zeros beyond k
-  const bf16* pairs;  // or bf16 [m][k] as it came, with bf16 weights on an ISA that multiplies them; else null
-  int stride;
+  const void* x;      // from PackPlain
+  bool pairs;         // x holds bfloat16
+  int width;          // rows of a panel of x
   int m, n, k;
-  void* out;
+  void* out;  // [m][n]
   Type out_type;
 };
 
-struct Widen {
-  const void* x;  // [m][k]
+constexpr int kPlainChunk = 64;  // k are packed in multiples of this
+static constexpr int plain_vectors(int k, bool pairs) { return (k + kPlainChunk - 1) / kPlainChunk * (pairs ? 2 : 4); }
+// bytes of scratch linear_plain needs: 16 rows of weights, decoded
+static constexpr size_t plain_scratch(int k, bool pairs) { return static_cast<size_t>(16 * 64) * plain_vectors(k, pairs); }
+
+// Weights quantised at load, bit for bit as nvfp4/fp8.py and nvfp4/codec.py do.
+struct QuantizeWeight {
+  const void* w;  // [n][k] of `type`
   Type type;
-  int m, k, stride;
-  float* out;  // fp32 [m][stride], zeros beyond k
+  int n, k;
+  uint8_t* codes;         // e4m3: [n][k]; nvfp4: [n][k / 2]; null: only row_amax
+  float* row_amax;        // [n]; NaN where a row holds NaN or infinity
+  uint8_t* block_scales;  // nvfp4: e4m3 [n][k / 16]; null: FP8 under row_amax / 448
+  float scale_2;          // nvfp4
 };
 
 struct RMSNorm {
@@ -161,13 +183,16 @@ struct Kernels {
   int (*max_rows)(Operand);  // rows of x that share one decoded weight
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
-  void (*widen)(const Widen&, int begin, int end);                  // rows
-  void (*linear_dense)(const LinearDense&, int begin, int end);     // output features
+  int plain_first, plain_width;  // up to plain_first rows make one panel, read with weights from memory; else at most plain_width
+  void (*pack_plain)(const PackPlain&, int begin, int end);  // panels
+  void (*linear_plain)(const LinearPlain&, int begin, int end, void* scratch);  // groups of 16 output features
+  void (*convert)(const void* from, Type, void* to, Type to_type, int count);
   void (*rms_norm)(const RMSNorm&, int begin, int end);             // tokens
   void (*silu_mul)(const SiluMul&, int begin, int end);             // tokens
   void (*rope)(const Rope&, int begin, int end);                    // tokens
   void (*attention)(const Attention&, int item, float* scratch);    // one item
   void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
+  void (*quantize_weight)(const QuantizeWeight&, int begin, int end);  // rows
 };
 
 extern const Kernels kernels_portable;
