@@ -238,15 +238,19 @@ def _torch_version() -> str:
 
 
 def _native_kernels() -> str:
-    """The compiled extension's ISA variants. Imports the extension alone, not torch."""
+    """The compiled extension's ISA variants and threads. Imports the extension alone, not torch."""
     from importlib import import_module
+
+    from nvfp4_runtime.kernels.cpu.cores import physical_cores
 
     try:
         native = import_module("nvfp4_runtime.kernels.cpu._native")
     except ImportError:
         return "extension not built (install a C++17 compiler and run `pip install .` again)"
     isas = list(native.supported_isas())
-    return f"built, runs {isas[0]} here (of {', '.join(isas)})"
+    threads = physical_cores()
+    on = f"{threads} thread{'s' * (threads > 1)} unless --threads is given"
+    return f"built, runs {isas[0]} (of {', '.join(isas)}) on {on}"
 
 
 if __name__ == "__main__":

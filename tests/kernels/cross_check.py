@@ -57,7 +57,7 @@ def compile_for(cpu: str, folder: Path) -> Path:
     ]
     for source in (*(p for p in sorted(CSRC.glob("*.cpp")) if p.stem not in ("kernels", "module")), DIGEST):
         output = str(folder / f"{cpu}-{source.stem}.o")
-        jobs.append([*common, "-O2", "-Wall", "-Wextra", f"-I{CSRC}", "-c", str(source), "-o", output])
+        jobs.append([*common, "-O2", "-Wall", "-Wextra", f"-iquote{CSRC}", "-c", str(source), "-o", output])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, jobs))
     program = folder / f"digest-{cpu}"

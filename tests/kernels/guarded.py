@@ -11,6 +11,7 @@ import dataclasses
 import mmap
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -93,6 +94,8 @@ def survives(work: Callable[[], bool]) -> str:
         try:
             signal.alarm(60)
             code = 0 if work() else 1
+        except Exception:  # noqa: BLE001 - printed, and the status says so
+            traceback.print_exc()
         finally:
             os._exit(code)
     status = os.waitpid(child, 0)[1]

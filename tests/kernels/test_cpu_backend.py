@@ -74,5 +74,5 @@ def test_an_isa_the_machine_lacks_and_no_threads_are_config_errors() -> None:
 def test_default_threads_are_the_physical_cores_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_backend().row_invariant
     assert 1 <= module.CPUBackend().threads == module.physical_cores()
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     assert module.physical_cores() == 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from nvfp4_runtime.kernels.cpu.backend import _native
 from tests.kernels.conftest import cpu_backend
 
 MAPS = Path("/proc/self/maps")
@@ -27,7 +29,11 @@ def report_of(work: Callable[[], None]) -> str:
         child = os.fork()
         if child == 0:
             os.dup2(stderr.fileno(), 2)
-            work()
+            try:
+                work()
+            except Exception:  # noqa: BLE001 - printed, and the status says so
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         stderr.seek(0)
@@ -56,5 +62,6 @@ def test_one_row_too_many_is_reported_in_every_isa(isa: str, argument: str) -> N
 def test_signed_overflow_is_reported() -> None:
     """csrc rounds K up; the largest int overflows. checks.py never lets it through."""
     context = cpu_backend()._context
-    found = report_of(lambda: context.linear_dense(0, 0, 0, 0, 0, 0, 0, 2**31 - 1, 0, 0))
+    weight = _native.PlainWeight(0, 0, 0, 0, 2**31 - 1)
+    found = report_of(lambda: context.linear(weight, 0, 0, 0, 0, 0))
     assert "signed integer overflow" in found, found[:2000]

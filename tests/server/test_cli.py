@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
+from nvfp4_runtime.kernels.cpu.backend import physical_cores, supported_isas
 from server.cli import _parser, exit_code, main, parse_bytes
 from server.config import hash_key, read_api_keys
 from server.screen import backend_line, layer_lines, op_lines, ready_screen
@@ -59,7 +60,11 @@ def test_version_names_torch_and_kernels_without_importing_torch() -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == f"nvfp4 {__version__}"
     assert any(line.startswith("torch 2.") for line in lines)
-    assert any(line.startswith("backend cpu: ") for line in lines)
+    (kernels,) = (line for line in lines if line.startswith("backend cpu: "))
+    if isas := supported_isas():
+        threads = physical_cores()
+        words = f"{threads} thread{'s' * (threads > 1)} unless --threads is given"
+        assert kernels == f"backend cpu: built, runs {isas[0]} (of {', '.join(isas)}) on {words}"
     assert lines[-1] == "False"
 
 

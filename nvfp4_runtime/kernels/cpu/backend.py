@@ -7,10 +7,8 @@ change a bit. Between ISA variants the last bits differ.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import MOST, StepMemo
+from nvfp4_runtime.kernels.cpu.cores import physical_cores as physical_cores
 from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
 from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
@@ -186,24 +185,3 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     heads = {"the number of heads": spec.num_heads, "of KV heads": spec.num_kv_heads, "head_dim": spec.head_dim}
     return heads | {"the width of q, k and v": width}
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use: hyperthreads of a core count once, a cgroup CPU quota is a ceiling."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in allowed:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:  # not Linux, or a sandbox that hides the topology: every CPU is a core
-            cores.add(str(cpu))
-    return max(1, min(len(cores), _cpu_quota() or len(cores)))
-
-
-def _cpu_quota() -> int | None:
-    """CPUs allowed by cgroup v2's cpu.max, rounded up; None without a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):  # no cgroup v2 here
-        return None
-    return None if quota == "max" else -(-int(quota) // int(period))

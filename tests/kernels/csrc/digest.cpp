@@ -84,12 +84,21 @@ void linear_nvfp4(Context& c, Numerics numerics, int m, int n, int k, Type type,
              std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k), hash(out, out_type));
 }
 
-void linear_dense(Context& c, int m, int n, int k, Type w_type, Type type) {
+void linear_plain(Context& c, int m, int n, int k, Type w_type, Type type) {
   Random random{static_cast<uint64_t>(m + n + k)};
   const auto w = values(random, static_cast<size_t>(n) * k, w_type), x = values(random, static_cast<size_t>(m) * k, type);
   std::vector<uint8_t> out(static_cast<size_t>(m) * n * 4);
-  c.linear_dense(w.data(), w_type, nullptr, x.data(), type, m, n, k, out.data(), Type::f32);
-  report(c, std::string("dense-") + name(w_type) + "-" + name(type) + "-" + std::to_string(m) + "x" + std::to_string(n) +
+  const float scale = 0.25f;
+  LinearPlain a{};
+  a.weights = w.data();
+  a.weight_type = w_type;
+  a.scale = w_type == Type::e4m3 ? &scale : nullptr;
+  a.scale_rows = n;
+  a.scale_k = k;
+  a.n = n;
+  a.k = k;
+  c.linear_plain(a, x.data(), type, m, out.data(), Type::f32);
+  report(c, std::string("plain-") + name(w_type) + "-" + name(type) + "-" + std::to_string(m) + "x" + std::to_string(n) +
              "x" + std::to_string(k), hash(out, Type::f32));
 }
 
@@ -148,7 +157,7 @@ int main() {
         linear_nvfp4(c, numerics, s[0], s[1], s[2], bf16, f32, false);
         linear_nvfp4(c, numerics, s[0], s[1], s[2], f32, bf16, true);
       }
-      for (const Type w : {bf16, Type::fp16, f32}) linear_dense(c, s[0], s[1], s[2] + 3, w, s[0] % 2 ? bf16 : f32);
+      for (const Type w : {bf16, Type::fp16, f32, Type::e4m3}) linear_plain(c, s[0], s[1], s[2] + 3, w, s[0] % 2 ? bf16 : f32);
     }
     for (const int width : {1, 16, 40, 131}) {
       rows(c, width, f32, bf16, Type::fp16);

@@ -37,7 +37,6 @@ constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes tw
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #elif defined(NVFP4_NEON)  // not __ARM_NEON, which every 64-bit ARM compiler defines for the portable variant too
 #include "simd_neon.h"
-constexpr bool kPrefetch = false;
 constexpr Operand kSixteenBit = Operand::digits;
 constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes four of 32 registers, and decoding ten or more
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
