@@ -11,12 +11,14 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.config import KVDtype
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import Backend, LinearSpec, NormSpec, OpSpec, PagedAttentionSpec
 from nvfp4_runtime.kernels.registry import available_backends
@@ -127,6 +129,84 @@ def attention_case(sequences: int, length: int, new: int) -> Case:
     )
 
 
+@dataclass(frozen=True)
+class AttentionTime:
+    """One layer's decode attention: median seconds of a call, and the bytes of keys and values it reads."""
+
+    name: str
+    seconds: float
+    num_bytes: int
+
+
+def attention_cache(kv_dtype: KVDtype, num_blocks: int, kv_heads: int, head_dim: int, seed: int) -> KVLayer:
+    """A cache whose every byte was written, so that reading it costs what it will cost in a server."""
+
+    def values(width: int, low: int, high: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(low, high, (num_blocks, kv_heads, BLOCK_SIZE, width), generator=g, dtype=torch.uint8)
+
+    if kv_dtype == "nvfp4":
+        scales = (values(head_dim // 16, 0x28, 0x38).view(torch.float8_e4m3fn) for _ in "kv")
+        k_blocks, v_blocks = scales
+        return KVLayer(values(head_dim // 2, 0, 256), values(head_dim // 2, 0, 256), 1.0, 1.0, k_blocks, v_blocks)
+    k, v = (values(head_dim, 0, 0x40).view(torch.float8_e4m3fn) for _ in "kv")
+    if kv_dtype == "fp8":
+        return KVLayer(k, v)
+    dtype = torch.bfloat16 if kv_dtype == "bfloat16" else torch.float32
+    return KVLayer(k.to(dtype), v.to(dtype))
+
+
+def time_decode_attention(
+    backend: Backend,
+    length: int = 8192,
+    heads: int = 16,
+    kv_heads: int = 8,
+    head_dim: int = 64,
+    kv_dtypes: Sequence[KVDtype] = ("bfloat16", "fp8", "nvfp4"),
+    total_bytes: int = 128 << 20,
+    rounds: int = 8,
+) -> list[AttentionTime]:
+    """One sequence decodes at `length` tokens: time and bytes per layer, for each type of cache.
+
+    total_bytes  of cache walked layer after layer, so that it comes from memory; more than the last-level cache
+
+    Types that the backend refuses are left out. Seconds are the median over layers and rounds.
+    """
+    width = math.ceil(length / BLOCK_SIZE)
+    g = torch.Generator().manual_seed(length)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    batch = ForwardBatch(
+        input_ids=nothing,
+        positions=nothing,
+        slot_mapping=nothing,
+        block_tables=torch.randperm(width, generator=g).to(torch.int32).view(1, width) + 1,
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+        logits_rows=nothing,
+        kv=(),
+    )
+    q = torch.randn(1, heads, head_dim, generator=g)
+    found = []
+    for kv_dtype in kv_dtypes:
+        spec = PagedAttentionSpec(heads, kv_heads, head_dim, None, kv_dtype, "float32", "bfloat16")
+        if backend.refuses(spec) is not None:
+            continue
+        layers = [attention_cache(kv_dtype, width + 1, kv_heads, head_dim, 0)]
+        parts = (layers[0].k, layers[0].v, layers[0].k_blocks, layers[0].v_blocks)
+        num_bytes = sum(t.nbytes for t in parts if t is not None) // (width + 1) * width
+        for seed in range(1, total_bytes // num_bytes):
+            layers.append(attention_cache(kv_dtype, width + 1, kv_heads, head_dim, seed))
+        kernel, seconds = backend.paged_attention(spec), []
+        for _ in range(rounds):
+            for kv in layers:
+                start = time.perf_counter()
+                kernel(q, kv, batch, head_dim**-0.5)
+                seconds.append(time.perf_counter() - start)
+        name = f"decode attention {heads}/{kv_heads}x{head_dim} at {length}, {kv_dtype} cache"
+        found.append(AttentionTime(name, statistics.median(seconds), num_bytes))
+    return found
+
+
 def cases(rows: list[int], numerics: list[str]) -> Iterator[Case]:
     for m in rows:
         for name, (n, k) in LINEARS.items():
@@ -189,6 +269,11 @@ def main() -> None:
                 f"{case.flop / median * 1e-9:9.1f}",
                 flush=True,
             )
+    for backend in backends:
+        if backend.name != "reference":  # which takes a second a call
+            for row in time_decode_attention(backend):
+                rate = row.num_bytes / row.seconds * 1e-9
+                print(f"{row.name:56}{backend.name:>10}{row.seconds * 1e6:10.1f}{rate:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ struct Count {
 // Sums over lanes, several vectors at once; lane i of the result belongs to vector i.
 #if defined(__AVX512F__)
 constexpr int kSums = 16;
-inline V add_lanes(const V* x) { return reduce16(x); }
+ALWAYS_INLINE V add_lanes(const V* x) { return reduce16(x); }
 inline void store_from(float* p, V x, int from, int n) {  // lanes from .. from + n - 1
   _mm512_mask_storeu_ps(p - from, static_cast<__mmask16>(lanes(n) << from), x.v);
 }
 #else
 constexpr int kSums = 4;
-inline V add_lanes(const V* x) {
+ALWAYS_INLINE V add_lanes(const V* x) {
   float t[16] = {};
   for (int i = 0; i < kSums; i++) t[i] = reduce_add(x[i]);
   return load(t);
@@ -233,9 +233,20 @@ inline void prefetch_piece(const Rows& r, const Piece& p) {
   if (p.scales)
     for (int i = 0; i < p.count * r.groups; i += 64) __builtin_prefetch(p.scales + i, 0, 2);
 }
+#if defined(__AVX512VBMI__)
+// Sixteen E4M3 values: the byte's exponent and mantissa, shifted into an FP16's place, are 2^-8 of them; NaN apart.
+inline V widen_e4m3(const uint8_t* p, int n) {
+  const __m128i b = n == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi8(lanes(n), p);
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  const Mask nan = _mm_cmpeq_epi8_mask(_mm_or_si128(b, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+  return select(nan, set1(__builtin_nanf("")), mul({_mm512_cvtph_ps(half)}, set1(256.f)));
+}
+#else
+inline V widen_e4m3(const uint8_t* p, int n) { return from_e4m3(load_bytes(p, n)); }
+#endif
 // Block scales of a piece as FP32, or nothing where the type has none.
 inline const float* widen_scales(const Rows& r, const Piece& p, float* out) {
   if (p.scales)
-    for (int i = 0, n = p.count * r.groups; i < n; i += 16) store(out + i, from_e4m3(load_bytes(p.scales + i, n - i < 16 ? n - i : 16)));
+    for (int i = 0, n = p.count * r.groups; i < n; i += 16) store(out + i, widen_e4m3(p.scales + i, n - i < 16 ? n - i : 16));
   return out;
 }
