@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test check clean bench-engine
+.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -32,9 +32,39 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a venv of its own, so that
+# the installed one stays as it is. Not part of `make test`: it needs GCC's libasan, a second build and minutes, and looks at
+# nothing but csrc/; run it when that changes. --require-sanitizer: a planted fault must be caught, or the run fails.
+# Options: CPython and torch leave memory at exit on purpose; torch's own new/delete pairs are not ours to judge.
+ASAN := $(VENV)-asan/bin/python
+ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:new_delete_type_mismatch=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONMALLOC=malloc OMP_NUM_THREADS=1
+
+test-asan: install
+	test -x $(ASAN) || $(PYTHON) -m venv $(VENV)-asan
+	# the packages of the first venv serve here too; only ours is built again
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ASAN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(ASAN) -m pip install --quiet --disable-pip-version-check --no-deps -e . \
+		--config-settings=cmake.build-type=RelWithDebInfo --config-settings=cmake.define.NVFP4_SANITIZE=address,undefined
+	$(ASAN_ENV) $(ASAN) -m pytest -p no:cacheprovider --require-backend cpu --require-sanitizer tests/kernels $(PYTEST)
+
+# The native core for 64-bit ARM and RISC-V by a cross compiler from the Python index; with qemu-aarch64 on PATH the kernels
+# also run, and must give AVX2's bits. In a venv of its own: nothing else needs that compiler.
+check-neon:
+	test -x $(VENV)-cross/bin/python || $(PYTHON) -m venv $(VENV)-cross
+	$(VENV)-cross/bin/python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
+	$(VENV)-cross/bin/python tests/kernels/cross_check.py
+
 bench-engine: install
 	$(BIN)/python -m loadtest.bench_engine
 
+# Shares of this machine's limits, and llama.cpp in turn where LLAMA_CPP_BIN names the bin folder of a build.
+# BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.
+bench-cpu: install
+	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`nvfp4 serve` as a child process, for as long as a measurement needs it."""
+"""A server as a child process, for as long as a measurement needs it: `nvfp4 serve`, or another with a /health."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it answers, its process, and the seconds from exec until /health answered 200."""
+
+    url: str
+    pid: int
+    ready_seconds: float
 
 
 @contextmanager
@@ -21,15 +33,34 @@ def serving(arguments: Sequence[str], environment: dict[str, str], ready_seconds
 
     Raises RuntimeError with the end of the server's log when it dies or is not ready in `ready_seconds`.
     """
+    with nvfp4_server(arguments, environment, ready_seconds, log) as server:
+        yield server.url
+
+
+@contextmanager
+def nvfp4_server(
+    arguments: Sequence[str], environment: dict[str, str], ready_seconds: float, log: Path
+) -> Iterator[Server]:
+    """As `serving`, with what is known of the process."""
+    command = [str(Path(sys.executable).with_name("nvfp4")), "serve", *arguments]
+    with running(lambda port: [*command, "--port", str(port)], environment, ready_seconds, log) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Callable[[int], Sequence[str]], environment: dict[str, str], ready_seconds: float, log: Path
+) -> Iterator[Server]:
+    """Start `command(free port)` and wait until its /health answers 200; stop it afterwards. Errors as `serving`."""
     url = f"http://127.0.0.1:{(port := _free_port())}"
-    command = [str(Path(sys.executable).with_name("nvfp4")), "serve", *arguments, "--port", str(port)]
     with log.open("wb") as output:
+        started = time.monotonic()
         process = subprocess.Popen(
-            command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command(port), env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         _wait_until_ready(process, url, ready_seconds, log)
-        yield url
+        yield Server(url, process.pid, time.monotonic() - started)
     finally:
         _stop(process)
 
@@ -43,15 +74,16 @@ def _free_port() -> int:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, ready_seconds: float, log: Path) -> None:
     deadline = time.monotonic() + ready_seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with code {process.returncode}:\n{_tail(log)}")
-        try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.1)
+    with httpx.Client(base_url=url, timeout=2) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with code {process.returncode}:\n{_tail(log)}")
+            try:
+                if client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(POLL_SECONDS)
     raise RuntimeError(f"the server was not ready within {ready_seconds:.0f} s:\n{_tail(log)}")
 
 

@@ -1,11 +1,12 @@
 """Fixtures and flags that every test directory shares.
 
-A skip is honest only where somebody looks at it. Three flags turn skips into failures, so that a run which is meant to
+A skip is honest only where somebody looks at it. Four flags turn skips into failures, so that a run which is meant to
 test something cannot pass by testing nothing:
 
 --require-backend NAME   backend NAME refused, or its extension is not built
 --require-shared         the folder ../shared (fixtures, reference data) is not there
 --require-model          the default model's package is not installed
+--require-sanitizer      the process runs without AddressSanitizer (see `make test-asan`)
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail where a test would skip because this backend refuses or is not built (may be repeated)",
     )
     group.addoption("--require-shared", action="store_true", help="fail where a test would skip for lack of ../shared")
+    group.addoption(
+        "--require-sanitizer", action="store_true", help="fail where a test would skip for lack of a sanitizer"
+    )
     group.addoption("--require-model", action="store_true", help="fail where a test would skip for lack of the model")
 
 
@@ -57,6 +61,8 @@ def forbidden_skip(reason: str, config: pytest.Config) -> str | None:
         return "--require-shared"
     if config.getoption("--require-model") and MODEL_PACKAGE in reason:
         return "--require-model"
+    if config.getoption("--require-sanitizer") and "sanitizer" in reason:
+        return "--require-sanitizer"
     return None
 
 

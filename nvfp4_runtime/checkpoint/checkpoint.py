@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nvfp4_runtime.checkpoint import bf16, modelopt
 from nvfp4_runtime.checkpoint.detect import check_readable, detect, is_excluded, read_config
+from nvfp4_runtime.checkpoint.pages import release_pages
 from nvfp4_runtime.checkpoint.shards import Shards
 from nvfp4_runtime.config import QuantConfig
 from nvfp4_runtime.errors import MissingTensorError, TensorShapeError, UnexpectedTensorError, UnsupportedFormatError
@@ -116,6 +117,7 @@ class Checkpoint:
             files = {info.name: info.file.name for info in self._shards}
             raise UnexpectedTensorError([f"{name} ({files[name]})" for name in sorted(unread)], self._shards.where)
         self._shards.close()
+        release_pages(self._shards.files)  # what was repacked need not stay; what is read in place comes back by itself
 
     def nbytes_by_format(self) -> dict[str, int]:
         """Bytes on disk by stored format: "nvfp4" (codes and all their scales), "bf16", "fp16", "fp32", others."""

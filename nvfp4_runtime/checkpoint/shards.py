@@ -99,6 +99,10 @@ class Shards:
             return str(self._files[0])
         return f"{self.folder} ({len(self._files)} shards)"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self._files)
+
     def info(self, name: str) -> TensorInfo | None:
         return self._tensors.get(name)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
-from nvfp4_runtime.kernels.cpu.checks import StepMemo
+from nvfp4_runtime.kernels.cpu.checks import MOST, StepMemo
 from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
 from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
@@ -95,6 +95,9 @@ class CPUBackend:
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
         if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
             return reason
+        for name, size in _sizes(spec).items():
+            if not 1 <= size <= MOST:
+                return f"{name} is between 1 and {MOST}, asked for {size}"
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             if spec.head_dim > MAX_HEAD_DIM:
                 return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"
@@ -167,6 +170,19 @@ def _refuses_format(spec: LinearSpec | GroupedLinearSpec) -> str | None:
 def supported_isas() -> list[str]:
     """ISA variants this machine can run, best first; empty when the extension is not built."""
     return [] if _native is None else list(_native.supported_isas())
+
+
+def _sizes(spec: OpSpec) -> dict[str, int]:
+    """Every size of `spec` that native code counts in 32 bits."""
+    if isinstance(spec, LinearSpec | GroupedLinearSpec | QuantizeSpec):
+        return {"N": spec.n, "K": spec.k}
+    if isinstance(spec, NormSpec):
+        return {"hidden": spec.hidden}
+    if isinstance(spec, ActivationSpec):
+        return {"twice the width": 2 * spec.width}
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    heads = {"the number of heads": spec.num_heads, "of KV heads": spec.num_kv_heads, "head_dim": spec.head_dim}
+    return heads | {"the width of q, k and v": width}
 
 
 def physical_cores() -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.errors import KernelError
 
+MOST = 2**30  # csrc counts rows and columns in 32 bits, and rounds them up
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # csrc/types.h: Type
 
 
@@ -26,6 +27,7 @@ def check_matrix(name: str, tensor: Tensor, dtype: torch.dtype, width: int) -> N
         and tensor.dim() == 2
         and tensor.size(1) == width
         and tensor.is_contiguous()
+        and tensor.size(0) <= MOST
     ):
         return
     _refuse(name, tensor, dtype, (-1, width))
@@ -39,19 +41,36 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
         and tensor.is_cpu
         and tensor.is_contiguous()
         and len(found) == len(shape)
-        and all(want in (-1, have) for want, have in zip(shape, found, strict=True))
+        and all(want == have or (want == -1 and have <= MOST) for want, have in zip(shape, found, strict=True))
     ):
         return
     _refuse(name, tensor, dtype, shape)
 
 
 def _refuse(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> NoReturn:
+    if tensor.dim() > 0 and tensor.size(0) > MOST:
+        raise KernelError(f"{name}: found {tensor.size(0)} rows, expected at most {MOST}; split it")
     wanted = ", ".join("any" if s < 0 else str(s) for s in shape)
     layout = "contiguous" if tensor.is_contiguous() else f"with strides {list(tensor.stride())}"
     raise KernelError(
         f"{name}: expected a contiguous {dtype} tensor [{wanted}] on cpu, found {tensor.dtype} {list(tensor.shape)} "
         f"{layout} on {tensor.device}; convert it before the call"
     )
+
+
+def check_bias(bias: Tensor | None, rows: int) -> Tensor | None:
+    """The bias of a weight with `rows` rows, as float32 to hand over."""
+    if bias is None:
+        return None
+    if tuple(bias.shape) != (rows,) or bias.device.type != "cpu":
+        raise KernelError(f"bias: expected [{rows}] on cpu like its weight, found {list(bias.shape)} on {bias.device}")
+    return aligned(bias.to(torch.float32))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and at an address its elements may have; a file that is mapped into memory need not give one."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 @dataclass

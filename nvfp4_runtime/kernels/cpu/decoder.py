@@ -155,6 +155,7 @@ class NativeDecoder:
     def _set_cache(self, kv: tuple[KVLayer, ...]) -> None:
         if len(kv) != len(self._layers):
             raise KernelError(f"{len(self._layers)} layers need as many KV caches, found {len(kv)}")
+        self._kv = ()  # should one be refused, the next call starts again: some addresses are already the new ones
         for i, (layer, cache) in enumerate(zip(self._layers, kv, strict=True)):
             assert isinstance(layer.rope, NativeRope)
             checked = layer.rope.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.errors import ConfigError, KernelError
-from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix
+from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, aligned, check_bias, check_matrix
 from nvfp4_runtime.kernels.ops import LinearSpec
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
 
@@ -45,8 +45,8 @@ class NativeLinearNVFP4:
             row_scale = scale * row_scale
         codes = weight.packed.contiguous()
         scales = weight.block_scale.contiguous()
-        row_scale = row_scale.contiguous()
-        bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
+        row_scale = aligned(row_scale)
+        bias = check_bias(weight.bias, weight.n)
         for tensor, name in (
             (codes, "weight"),
             (scales, "weight_scale"),
@@ -92,10 +92,10 @@ class NativeLinearDense:
     """
 
     def __init__(self, native: Any, context: Any, weight: DenseWeight, spec: LinearSpec) -> None:
-        self.weight = weight.weight.contiguous()
+        self.weight = aligned(weight.weight)
         if self.weight.device.type != "cpu":
             raise KernelError(f"the cpu backend got a weight on {self.weight.device}; load the checkpoint on the CPU")
-        self.bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
+        self.bias = check_bias(weight.bias, weight.n)
         self._run = context.linear
         self.n, self.k = weight.n, weight.k
         self.dtype: torch.dtype = getattr(torch, spec.dtype)

@@ -85,6 +85,8 @@ class CheckedCache:
         if self._seen is None or self._seen() is not kv:
             check_tensor("kv.k", kv.k, self.dtype, (-1, self.num_kv_heads, -1, self.head_dim))
             check_tensor("kv.v", kv.v, self.dtype, tuple(kv.k.shape))
+            if kv.k.size(0) * kv.k.size(2) == 0:
+                raise KernelError(f"kv.k: found {list(kv.k.shape)}, expected at least one block of at least one token")
             self._seen = weakref.ref(kv)
             self._arguments = (kv.k.data_ptr(), kv.v.data_ptr(), TYPE_CODES[self.dtype], kv.k_scale, kv.v_scale)
             self.num_blocks, self.block_size = kv.k.size(0), kv.k.size(2)

@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace nvfp4 {
@@ -28,19 +30,46 @@ class [[maybe_unused]] PlainFloats {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  PlainFloats() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (saved_ & kFlush) set(saved_ & ~kFlush);
+  }
+  ~PlainFloats() {
+    if (saved_ & kFlush) set(saved_);
+  }
+
+ private:
+  static constexpr uint64_t kFlush = 1u << 24;
+  static void set(uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr)); }
+  uint64_t saved_;
 #endif
 };
 
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP of the Linux ABI
+  return getauxval(AT_HWCAP) & kDotProducts;
+#elif defined(__APPLE__)
+  return true;  // since the first of Apple's 64-bit desktop processors
+#else
+  return false;
+#endif
+}
+#endif
+
 const Kernels& find_kernels(const std::string& isa) {
-#if defined(__x86_64__)
   const auto isas = supported_isas();
   if (std::find(isas.begin(), isas.end(), isa) == isas.end())
     throw std::invalid_argument("this machine cannot run ISA variant '" + isa + "'");
+#if defined(__x86_64__)
   if (isa == "avx512bf16") return kernels_avx512bf16;
   if (isa == "avx512") return kernels_avx512;
   if (isa == "avx2") return kernels_avx2;
-#else
-  if (isa != "portable") throw std::invalid_argument("this build has no ISA variant '" + isa + "'");
+#elif defined(__aarch64__)
+  if (isa == "dotprod") return kernels_dotprod;
+  if (isa == "neon") return kernels_neon;
 #endif
   return kernels_portable;
 }
@@ -147,6 +176,9 @@ std::vector<std::string> supported_isas() {
       isas.insert(__builtin_cpu_is("amd") ? isas.begin() : isas.end(), "avx512bf16");
   }
   if (avx2) isas.push_back("avx2");
+#elif defined(__aarch64__)
+  if (has_dot_products()) isas.push_back("dotprod");
+  isas.push_back("neon");
 #endif
   isas.push_back("portable");
   return isas;
@@ -351,12 +383,13 @@ void Context::attention(Attention& a, const int32_t* cu_seqlens, const int32_t* 
                             std::to_string(cu_seqlens[sequences]) + "; q has " + std::to_string(rows) + " rows");
   int most = 0;
   for (int b = 0; b < sequences; b++) {
-    const int tokens = cu_seqlens[b + 1] - cu_seqlens[b], length = seq_lens[b];
-    if (tokens < 0 || length < tokens)
-      throw std::out_of_range("sequence " + std::to_string(b) + " has " + std::to_string(tokens) +
+    const int64_t fresh = int64_t{cu_seqlens[b + 1]} - cu_seqlens[b];  // 64 bits: the bounds may be any
+    const int tokens = static_cast<int>(fresh), length = seq_lens[b];
+    if (fresh < 0 || length < fresh)
+      throw std::out_of_range("sequence " + std::to_string(b) + " has " + std::to_string(fresh) +
                               " new tokens and seq_lens " + std::to_string(length));
     if (tokens == 0) continue;
-    const int used = (length + a.block_size - 1) / a.block_size;
+    const int64_t used = (int64_t{length} + a.block_size - 1) / a.block_size;  // 64 bits: a length may be 2^31 - 1
     if (used > a.table_stride)
       throw std::out_of_range("sequence " + std::to_string(b) + " of " + std::to_string(length) + " tokens needs " +
                               std::to_string(used) + " blocks; its block table holds " + std::to_string(a.table_stride));

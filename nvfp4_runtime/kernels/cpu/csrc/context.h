@@ -41,13 +41,13 @@ class Context {
   std::unique_ptr<PackedNVFP4> pack(const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
                                     int k, Numerics numerics, float input_scale, bool e8m0);
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
+  void convert(const void* from, Type type, void* to, Type to_type, int count);  // on the calling thread
   // Rows offsets[e] .. offsets[e + 1] of x meet expert e. Offsets run from 0 to `rows` and never fall.
   void grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
                      Type out_type);
   // `a` names the weight: pointers, types, scales, n, k; the rest is filled in here.
   void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
   void quantize_weight(const QuantizeWeight& a);
-  void convert(const void* from, Type type, void* to, Type to_type, int count);  // on the calling thread
   void rms_norm(const RMSNorm& a, int rows);
   void silu_mul(const SiluMul& a, int rows);
   void rope(const Rope& a, int rows, int64_t num_slots, int64_t num_positions);

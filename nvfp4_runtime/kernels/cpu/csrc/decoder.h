@@ -50,6 +50,7 @@ class Decoder {
   // The cache of one layer: everything of Rope and Attention that points into it.
   DecoderLayer& layer(int i) { return layers_.at(static_cast<size_t>(i)); }
   void run(const DecoderStep& step);  // throws std::out_of_range
+  Type input() const { return input_; }
 
  private:
   void check(const DecoderStep& step) const;

@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(NVFP4_NEON)
+#include <arm_neon.h>
 #endif
 
 #define NVFP4_PASTE2(a, b) a##b
@@ -31,6 +33,12 @@ constexpr int kDenseFirst = 4;           // up to so many rows meet weights stra
 #include "simd_avx2.h"
 constexpr Operand kSixteenBit = Operand::digits;
 constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes two of 16 registers, and decoding five
+constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
+#elif defined(NVFP4_NEON)  // not __ARM_NEON, which every 64-bit ARM compiler defines for the portable variant too
+#include "simd_neon.h"
+constexpr bool kPrefetch = false;
+constexpr Operand kSixteenBit = Operand::digits;
+constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes four of 32 registers, and decoding ten or more
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"

@@ -8,6 +8,7 @@
 
 #include "context.h"
 #include "decoder.h"
+#include "limits.h"
 
 namespace nb = nanobind;
 using namespace nvfp4;
@@ -16,13 +17,26 @@ namespace {
 
 using Address = uintptr_t;  // 0: absent
 
-template <class T = void>
+// Raised as nvfp4_runtime.errors.KernelError.
+struct Misaligned : std::runtime_error {
+  explicit Misaligned(size_t size)
+      : std::runtime_error("found a tensor whose address is not a multiple of its element size, expected a multiple of " +
+                           std::to_string(size) + "; clone() it before the call") {}
+};
+
+template <class T>
 T* at(Address a) {
+  if (a % alignof(T)) throw Misaligned(alignof(T));
   return reinterpret_cast<T*>(a);
+}
+void* at(Address a, int type) {
+  const size_t size = type_bytes(Type(type));
+  if (a % size) throw Misaligned(size);
+  return reinterpret_cast<void*>(a);
 }
 
 NormWeight norm_weight(const std::tuple<Address, int, float>& w) {
-  return {at(std::get<0>(w)), Type(std::get<1>(w)), std::get<2>(w)};
+  return {at(std::get<0>(w), std::get<1>(w)), Type(std::get<1>(w)), std::get<2>(w)};
 }
 
 }  // namespace
@@ -31,13 +45,31 @@ NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels. Use nvfp4_runtime.kernels.cpu.backend.CPUBackend, which checks what this does not.";
   m.def("supported_isas", &supported_isas, "ISA variants this machine can run, best first.");
 
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const Misaligned& e) {
+      PyErr_SetString(nb::module_::import_("nvfp4_runtime.errors").attr("KernelError").ptr(), e.what());
+    }
+  });
+
   const nb::call_guard<nb::gil_scoped_release> no_gil;
+
+  nb::class_<Rate>(m, "Rate")
+      .def_ro("median", &Rate::median)
+      .def_ro("low", &Rate::low)
+      .def_ro("high", &Rate::high)
+      .def_ro("how", &Rate::how);
+  m.def("peak_kinds", &peak_kinds, "What measure_peak can measure on this CPU.");
+  m.def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("threads"), nb::arg("bytes"), nb::arg("seconds"),
+        no_gil);
+  m.def("measure_peak", &measure_peak, nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"), no_gil);
 
   nb::class_<Linear>(m, "Linear").def_ro("nbytes", &Linear::bytes);
   nb::class_<PackedNVFP4, Linear>(m, "PackedNVFP4");
   nb::class_<PlainWeight, Linear>(m, "PlainWeight")
       .def("__init__", [](PlainWeight* self, Address weights, int type, Address bias, int n, int k) {
-        new (self) PlainWeight(at(weights), Type(type), at<const float>(bias), n, k);
+        new (self) PlainWeight(at(weights, type), Type(type), at<const float>(bias), n, k);
       })
       .def("scale_by", [](PlainWeight& self, Address scale, int rows, int columns) {
         self.scale_by(at<const float>(scale), rows, columns);
@@ -66,21 +98,21 @@ NB_MODULE(_native, m) {
       .def(
           "linear",
           [](Context& c, const Linear& w, Address x, int type, int rows, Address out, int out_type) {
-            w.run(c, at(x), Type(type), rows, at(out), Type(out_type));
+            w.run(c, at(x, type), Type(type), rows, at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
           "grouped_nvfp4",
           [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
              int out_type) {
-            c.grouped_nvfp4(w, at(x), Type(type), at<const int32_t>(offsets), rows, at(out), Type(out_type));
+            c.grouped_nvfp4(w, at(x, type), Type(type), at<const int32_t>(offsets), rows, at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
           "quantize_weight",
           [](Context& c, Address w, int type, int n, int k, Address codes, Address row_amax, Address block_scales,
              float scale_2) {
-            c.quantize_weight({at(w), Type(type), n, k, at<uint8_t>(codes), at<float>(row_amax),
+            c.quantize_weight({at(w, type), Type(type), n, k, at<uint8_t>(codes), at<float>(row_amax),
                                at<uint8_t>(block_scales), scale_2});
           },
           no_gil)
@@ -88,15 +120,15 @@ NB_MODULE(_native, m) {
           "rms_norm",
           [](Context& c, Address x, Address residual, Address weight, int weight_type, Address out, int type,
              int out_type, int rows, int width, float eps) {
-            c.rms_norm({at(x), at(residual), at(weight), Type(weight_type), at(out), Type(type), Type(out_type), width,
-                        eps},
+            c.rms_norm({at(x, type), at(residual, type), at(weight, weight_type), Type(weight_type), at(out, out_type),
+                        Type(type), Type(out_type), width, eps},
                        rows);
           },
           no_gil)
       .def(
           "silu_mul",
           [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
-            c.silu_mul({at(x), at(out), Type(type), Type(out_type), width}, rows);
+            c.silu_mul({at(x, type), at(out, out_type), Type(type), Type(out_type), width}, rows);
           },
           no_gil)
       .def(
@@ -105,8 +137,9 @@ NB_MODULE(_native, m) {
              Address k_norm, int norm_type, float eps, Address q_out, Address k, Address v, int kv_type, float k_scale,
              float v_scale, Address slots, int heads, int kv_heads, int head_dim, int rotary_dim, int block_size,
              int64_t num_slots, int64_t num_positions) {
-            c.rope({at(qkv), Type(type), at<const int64_t>(positions), at<const float>(cos), at<const float>(sin),
-                    at(q_norm), at(k_norm), Type(norm_type), eps, at(q_out), at(k), at(v), Type(kv_type), k_scale,
+            c.rope({at(qkv, type), Type(type), at<const int64_t>(positions), at<const float>(cos), at<const float>(sin),
+                    at(q_norm, norm_type), at(k_norm, norm_type), Type(norm_type), eps, at(q_out, type), at(k, kv_type),
+                    at(v, kv_type), Type(kv_type), k_scale,
                     v_scale, at<const int64_t>(slots), heads, kv_heads, head_dim, rotary_dim, block_size},
                    rows, num_slots, num_positions);
           },
@@ -116,8 +149,8 @@ NB_MODULE(_native, m) {
           [](Context& c, Address q, int type, int rows, Address out, int out_type, Address k, Address v, int kv_type,
              float k_scale, float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
              int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks) {
-            Attention a{at(q),    Type(type),   at(out), Type(out_type),
-                        at(k),    at(v),        Type(kv_type),
+            Attention a{at(q, type), Type(type), at(out, out_type), Type(out_type),
+                        at(k, kv_type), at(v, kv_type), Type(kv_type),
                         k_scale,  v_scale,      scale,
                         at<const int32_t>(tables), table_stride, heads,
                         kv_heads, head_dim,     block_size,
@@ -129,7 +162,7 @@ NB_MODULE(_native, m) {
           "quantize_activation",
           [](Context& c, Address x, int type, int rows, int k, float input_scale, Address codes, Address scales) {
             PackX a{};
-            a.x = at(x);
+            a.x = at(x, type);
             a.type = Type(type);
             a.m = rows;
             a.k = k;
@@ -143,7 +176,7 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Decoder* self, Context& context, int hidden, int stream, int input, Address embedding, int embedding_type,
              int64_t vocab, std::tuple<Address, int, float> last_norm) {
-            new (self) Decoder(context, hidden, Type(stream), Type(input), {at(embedding), Type(embedding_type), vocab},
+            new (self) Decoder(context, hidden, Type(stream), Type(input), {at(embedding, embedding_type), Type(embedding_type), vocab},
                                norm_weight(last_norm));
           },
           nb::keep_alive<1, 2>())
@@ -164,8 +197,8 @@ NB_MODULE(_native, m) {
             rope.type = Type(stream);
             rope.cos = at<const float>(cos);
             rope.sin = at<const float>(sin);
-            rope.q_norm = at(q_norm);
-            rope.k_norm = at(k_norm);
+            rope.q_norm = at(q_norm, norm_type);
+            rope.k_norm = at(k_norm, norm_type);
             rope.norm_type = Type(norm_type);
             rope.eps = eps;
             rope.heads = heads;
@@ -188,10 +221,8 @@ NB_MODULE(_native, m) {
            [](Decoder& d, int i, Address k, Address v, int type, float k_scale, float v_scale, int num_blocks,
               int block_size) {
              DecoderLayer& layer = d.layer(i);
-             layer.rope.k = at(k);
-             layer.rope.v = at(v);
-             layer.attention.k = at(k);
-             layer.attention.v = at(v);
+             layer.attention.k = layer.rope.k = at(k, type);
+             layer.attention.v = layer.rope.v = at(v, type);
              layer.rope.kv_type = layer.attention.kv_type = Type(type);
              layer.rope.k_scale = layer.attention.k_scale = k_scale;
              layer.rope.v_scale = layer.attention.v_scale = v_scale;
@@ -202,7 +233,7 @@ NB_MODULE(_native, m) {
           "run",
           [](Decoder& d, Address ids, int rows, Address logits_rows, int wanted, Address out, Address positions,
              Address slots, Address tables, int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
-            d.run({at<const int64_t>(ids), rows, at<const int64_t>(logits_rows), wanted, at(out),
+            d.run({at<const int64_t>(ids), rows, at<const int64_t>(logits_rows), wanted, at(out, int(d.input())),
                    at<const int64_t>(positions), at<const int64_t>(slots), at<const int32_t>(tables),
                    at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride, sequences});
           },

@@ -200,6 +200,9 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+extern const Kernels kernels_dotprod;
 #endif
 
 }  // namespace nvfp4
