@@ -11,15 +11,20 @@ from torch import Tensor
 class KVLayer:
     """One layer's paged keys and values.
 
-    k, v     [num_blocks, H_kv, block_size, D]   bfloat16, float32 or float8_e4m3fn
-    k_scale  stored value * k_scale = key        1.0 unless the cache is FP8
-    v_scale  likewise for values
+    k, v      [num_blocks, H_kv, block_size, D]   bfloat16, float32 or float8_e4m3fn
+              uint8 [.., D/2] for NVFP4           packed E2M1 codes, the even dimension in the low nibble
+    k_scale   stored value * k_scale = key        1.0 unless the cache is FP8 or NVFP4 and the checkpoint stores one
+    v_scale   likewise for values
+    k_blocks  e4m3 [num_blocks, H_kv, block_size, D/16], NVFP4 only: key = code * block scale * k_scale
+    v_blocks  likewise for values
     """
 
     k: Tensor
     v: Tensor
     k_scale: float = 1.0
     v_scale: float = 1.0
+    k_blocks: Tensor | None = None
+    v_blocks: Tensor | None = None
 
     @property
     def block_size(self) -> int:

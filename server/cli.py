@@ -105,7 +105,14 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=int, default=64, help="requests in one step (default: %(default)s)")
     add("--max-num-batched-tokens", type=int, default=1024, help="tokens in one step (default: %(default)s)")
     add("--max-queued-requests", type=int, default=1024, help="more are refused with 429 (default: %(default)s)")
-    add("--kv-cache-dtype", choices=("auto", "bfloat16", "float32", "fp8"), default="auto")
+    add(
+        "--kv-cache-dtype",
+        type=lambda name: {"bf16": "bfloat16"}.get(name, name),
+        choices=("auto", "bfloat16", "float32", "fp8", "nvfp4"),
+        default="auto",
+        metavar="{auto,bf16,fp8,nvfp4,float32}",
+        help="how keys and values are kept; auto: as the checkpoint declares, else bf16",
+    )
     add(
         "--kv-cache-memory",
         type=parse_bytes,

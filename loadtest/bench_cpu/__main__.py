@@ -74,9 +74,9 @@ class Benchmark:
                 started, neighbours = time.strftime("%Y-%m-%d %H:%M", time.gmtime()), Neighbours()
                 num_bars = len(self.bars)
                 sections[name]()
-                new = "\n".join(f"    {bar}" for bar in self.bars[num_bars:])
-                self.show(name, *[new] * bool(new))
-                self.show(name, f"{started} UTC, commit {docs.commit()}, {self.args.rounds} rounds.", busy(neighbours))
+                warning = busy(neighbours)  # first: a bar that was met beside a neighbour has proved nothing
+                what = f"{started} UTC, commit {docs.commit()}, {self.args.rounds} round(s)."
+                self.show(name, warning, what, "\n".join(f"    {bar}" for bar in self.bars[num_bars:]))
 
     def show(self, section: str, *parts: str) -> None:
         """Print Markdown, and keep it for the document."""

@@ -11,7 +11,12 @@ import torch
 from nvfp4_runtime.batch import KVLayer
 from nvfp4_runtime.cache.specs import AttentionSpec
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+    "nvfp4": torch.uint8,  # two codes a byte
+}
 
 
 def bytes_per_block(specs: Sequence[AttentionSpec], kv_dtype: str, block_size: int) -> int:
@@ -22,17 +27,21 @@ def bytes_per_block(specs: Sequence[AttentionSpec], kv_dtype: str, block_size: i
 def allocate(
     specs: Sequence[AttentionSpec], kv_dtype: str, num_blocks: int, block_size: int, device: torch.device
 ) -> tuple[KVLayer, ...]:
-    """Zeroed caches [num_blocks, H_kv, block_size, D], one per layer.
+    """Zeroed caches [num_blocks, H_kv, block_size, D], one per layer; NVFP4 ones as codes and block scales.
 
     Zeroed because a padded read of an unwritten slot must be finite; the pages stay untouched until first use.
     """
-    dtype = _DTYPES[kv_dtype]
     layers = []
     for spec in specs:
-        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        k, v = (_zeros(shape, dtype, device) for _ in "kv")
-        scaled = kv_dtype == "fp8"
-        layers.append(KVLayer(k, v, spec.k_scale if scaled else 1.0, spec.v_scale if scaled else 1.0))
+        shape = (num_blocks, spec.num_kv_heads, block_size)
+        width = spec.head_dim // 2 if kv_dtype == "nvfp4" else spec.head_dim
+        k, v = (_zeros((*shape, width), _DTYPES[kv_dtype], device) for _ in "kv")
+        scales = (spec.k_scale, spec.v_scale) if kv_dtype in ("fp8", "nvfp4") else (1.0, 1.0)
+        if kv_dtype == "nvfp4":
+            k_blocks, v_blocks = (_zeros((*shape, spec.head_dim // 16), torch.float8_e4m3fn, device) for _ in "kv")
+            layers.append(KVLayer(k, v, *scales, k_blocks, v_blocks))
+        else:
+            layers.append(KVLayer(k, v, *scales))
     return tuple(layers)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class AttentionSpec:
     """Keys and values of one attention layer, per token.
 
-    k_scale, v_scale  the checkpoint's FP8 multipliers (stored * scale = value); 1.0 where it has none
+    k_scale, v_scale  the checkpoint's multipliers (stored * scale = value); 1.0 where it has none
     has_scales        the checkpoint asks for an FP8 KV cache
     window            sliding window in tokens, or None
     """
@@ -22,5 +22,7 @@ class AttentionSpec:
     has_scales: bool = False
 
     def bytes_per_token(self, kv_dtype: str) -> int:
-        """Bytes one token's K and V take in this layer."""
+        """Bytes one token's K and V take in this layer, the block scales of NVFP4 included."""
+        if kv_dtype == "nvfp4":
+            return 2 * self.num_kv_heads * (self.head_dim // 2 + self.head_dim // 16)
         return 2 * self.num_kv_heads * self.head_dim * {"bfloat16": 2, "float32": 4, "fp8": 1}[kv_dtype]

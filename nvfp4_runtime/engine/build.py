@@ -73,6 +73,11 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         kv_dtype = model.kv_dtype
         if kv_dtype == "fp8" and not all(spec.has_scales for spec in model.kv_specs):
             logger.warning("the checkpoint has no scales for an FP8 KV cache; 1.0 is used: values beyond 448 saturate")
+        if kv_dtype == "nvfp4" and not all(spec.has_scales for spec in model.kv_specs):
+            logger.warning(
+                "the checkpoint has no scales for its KV cache; 1.0 is used: in an NVFP4 cache values beyond 2688 "
+                "saturate and blocks of 16 below 0.006 become zeros"
+            )
         block_bytes = bytes_per_block(model.kv_specs, kv_dtype, config.cache.block_size)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)

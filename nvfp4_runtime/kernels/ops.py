@@ -136,6 +136,16 @@ class PagedAttentionSpec:
     kind: str = "paged_attention"
 
 
+def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
+    """Why no backend can keep this cache, or None."""
+    if spec.kv_dtype == "nvfp4" and spec.head_dim % 16:
+        return (
+            f"an nvfp4 KV cache needs a head_dim divisible by 16 (one block scale per 16 dimensions), found "
+            f"{spec.head_dim}: use --kv-cache-dtype fp8"
+        )
+    return None
+
+
 OpSpec = LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec
 
 
@@ -191,7 +201,8 @@ class RopeKernel(Protocol):
         cos, sin  fp32 [max_positions, rotary_dim / 2], scaled by the rope variant's attention factor
         Halves rotate together: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 = first half of rotary_dim.
         q_norm, k_norm [D]: RMSNorm weights applied per head before the rotation, or None.
-        An FP8 cache stores e4m3(saturate(k / k_scale)).
+        An FP8 cache stores e4m3(saturate(k / k_scale)); an NVFP4 one codec.quantize_activation(k, k_scale), each block
+        of 16 dimensions with its own E4M3 scale.
         """
         ...
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
+from nvfp4_runtime.config import CacheConfig, EngineConfig, KVDtype, SchedulerConfig
 from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.runner import ModelRunner
+from nvfp4_runtime.errors import KernelError
 from tests.engine.helpers import run_to_end, submit, tokens_of
 from tests.tiny import tiny_llama, tiny_nvfp4_llama, tiny_qwen2, tiny_qwen3
 
@@ -139,3 +140,25 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(tmp_path: Path) -> 
         engine.add(submit("single", [3, 1, 4], 10, temperature=1.0, seed=i))
         assert tokens_of(run_to_end(engine)["single"]) == together[f"r{i}"]
     assert len({tuple(tokens) for tokens in together.values()}) > 1
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "nvfp4"])
+def test_a_narrow_cache_gives_the_same_tokens_whatever_the_schedule_and_is_named(
+    tmp_path: Path, kv_dtype: KVDtype
+) -> None:
+    folder = tiny_nvfp4_llama(tmp_path / "m", kv_scales=(0.02, 0.02))
+    outputs = []
+    for name in ("one batch", "chunked prefill", "preempted"):
+        options = dict(CONFIGS[name])
+        cache = CacheConfig(num_blocks=options.pop("num_blocks", 65), kv_dtype=kv_dtype)
+        config = EngineConfig(model=str(folder), cache=cache, scheduler=SchedulerConfig(**options), backend="cpu")
+        try:
+            engine = build_engine(config)
+        except KernelError as error:
+            pytest.skip(str(error))
+        assert engine.info.kv_dtype == kv_dtype
+        for i, prompt in enumerate(PROMPTS):
+            engine.add(submit(f"r{i}", prompt, NEW_TOKENS))
+        outputs.append({request: tokens_of(found) for request, found in run_to_end(engine).items()})
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert all(outputs[0].values())

@@ -11,6 +11,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.kernels.cpu.backend import NOT_BUILT, CPUBackend, supported_isas
 from nvfp4_runtime.kernels.ops import Backend, OpSpec
+from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight
 
 ISAS = supported_isas()
@@ -81,12 +82,30 @@ class Sequence:
 def random_cache(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, seed: int, dtype: torch.dtype = torch.bfloat16
 ) -> KVLayer:
-    """A cache full of random values; an FP8 one has scales."""
+    """A cache full of random values; an FP8 one has scales, and so has an NVFP4 one (`dtype` uint8)."""
     k = random_tensor(num_blocks, num_kv_heads, block_size, head_dim, seed=seed, dtype=torch.float32)
     v = random_tensor(num_blocks, num_kv_heads, block_size, head_dim, seed=seed + 1, dtype=torch.float32)
     if dtype == torch.float8_e4m3fn:
         return KVLayer((k * 8).to(dtype), (v * 16).to(dtype), k_scale=0.125, v_scale=0.0625)
+    if dtype == torch.uint8:
+        (k, k_blocks), (v, v_blocks) = nvfp4_rows(k, 0.125), nvfp4_rows(v, 0.0625)
+        return KVLayer(k, v, k_scale=0.125, v_scale=0.0625, k_blocks=k_blocks, v_blocks=v_blocks)
     return KVLayer(k.to(dtype), v.to(dtype))
+
+
+def nvfp4_rows(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """float [.., D] as packed codes [.., D/2] and block scales [.., D/16] of an NVFP4 cache."""
+    codes, blocks = codec.quantize_activation(x.flatten(0, -2), torch.tensor(scale))
+    return codec.pack_codes(codes).view(*x.shape[:-1], -1), blocks.view(*x.shape[:-1], -1)
+
+
+def cached_values(kv: KVLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values of a whole cache in FP64, [num_blocks, H_kv, block_size, D]."""
+    found = []
+    for cache, blocks, scale in ((kv.k, kv.k_blocks, kv.k_scale), (kv.v, kv.v_blocks, kv.v_scale)):
+        wide = cache.float() if blocks is None else codec.dequantize(cache, blocks, torch.ones(()))
+        found.append(wide.double() * scale)
+    return found[0], found[1]
 
 
 def make_batch(sequences: list[Sequence], block_size: int, num_blocks: int, seed: int = 0) -> ForwardBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from nvfp4_runtime.config import Dtype, KVDtype
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec
 from nvfp4_runtime.kernels.reference import paged_attention
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+from nvfp4_runtime.nvfp4 import codec
 
 BACKEND = ReferenceBackend()
 BLOCK = 4
@@ -150,3 +152,24 @@ def test_a_nan_query_stays_in_its_row() -> None:
     y = run(q, batch, None, "float32", 0.35)
     assert bool(y[2].isnan().all())
     torch.testing.assert_close(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_an_nvfp4_cache_attends_as_its_dequantised_values_do(window: int | None) -> None:
+    dim = 32
+    batch = random_batch(RAGGED, 2, dim, "float32", poison=False)
+    kv = batch.kv[0]
+    parts = []
+    for cache in (kv.k, kv.v):
+        codes, blocks = codec.quantize_activation(cache.flatten(0, 2), torch.tensor(0.5))
+        shape = cache.shape[:3]
+        parts.append((codec.pack_codes(codes).view(*shape, -1), blocks.view(*shape, -1)))
+    (k, k_blocks), (v, v_blocks) = parts
+    plain = [codec.dequantize(c, s, torch.tensor(0.5)) for c, s in parts]
+    q = random_q(batch, 6, dim, torch.float32)
+    packed = dataclasses.replace(batch, kv=(KVLayer(k, v, 0.5, 0.5, k_blocks, v_blocks),))
+    wide = dataclasses.replace(batch, kv=(KVLayer(*plain),))
+    spec = PagedAttentionSpec(6, 2, dim, window, "nvfp4", "float32", "float32")
+    y = BACKEND.paged_attention(spec)(q, packed.kv[0], packed, 0.35)
+    # one scale on the gathered values or two on the stored ones: a rounding each, and the order of the sums is the same
+    torch.testing.assert_close(y, run(q, wide, window, "float32", 0.35), rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from nvfp4_runtime.batch import KVLayer
 from nvfp4_runtime.config import Dtype, KVDtype
 from nvfp4_runtime.kernels.ops import RopeSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+from nvfp4_runtime.nvfp4 import codec
 
 BACKEND = ReferenceBackend()
 KV_TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -100,3 +101,37 @@ def test_fp8_stores_the_nearest_of_every_representable_value() -> None:
     slots = torch.arange(len(codes))
     rope(qkv.view(-1, 6), positions, torch.ones(1, 1), torch.zeros(1, 1), None, None, 0.0, kv, slots)
     assert torch.equal(kv.k[:, 0, 0, 0].float(), codes)
+
+
+def test_nvfp4_stores_the_codecs_codes_and_block_scales() -> None:
+    """Keys after the rotation, values as they came; a read gives code * block scale * k_scale."""
+    tokens, dim, block = 5, 32, 4
+    qkv = torch.randn(tokens, 3 * dim, generator=torch.Generator().manual_seed(0))
+    angles = torch.rand(9, dim // 2, generator=torch.Generator().manual_seed(1)) * 6
+    slots = torch.tensor([9, 4, 11, 5, 0])
+    kv = KVLayer(
+        *(torch.zeros(3, 1, block, dim // 2, dtype=torch.uint8) for _ in "kv"),
+        0.5,
+        0.25,
+        *(torch.zeros(3, 1, block, dim // 16).to(torch.float8_e4m3fn) for _ in "kv"),
+    )
+    spec = RopeSpec(1, 1, dim, dim, False, "nvfp4", "float32")
+    positions = torch.tensor([0, 8, 3, 1, 2])
+    BACKEND.rope_and_cache(spec)(qkv, positions, angles.cos(), angles.sin(), None, None, 1e-6, kv, slots)
+    key = torch.stack(
+        [turned(qkv[t, dim : 2 * dim], angles[p].cos(), angles[p].sin(), None, 0) for t, p in enumerate(positions)]
+    )
+    for values, cache, blocks, scale in (
+        (key.float(), kv.k, kv.k_blocks, 0.5),
+        (qkv[:, 2 * dim :], kv.v, kv.v_blocks, 0.25),
+    ):
+        assert blocks is not None
+        at = (slots // block, 0, slots % block)
+        stored = codec.dequantize(cache[at], blocks[at], torch.tensor(scale))
+        # a block scale is off by at most half a step of E4M3 (2^-4), a code by half the widest step of E2M1 (1 of 6)
+        amax = values.view(tokens, -1, 16).abs().amax(-1, keepdim=True).expand(-1, -1, 16).reshape(tokens, dim)
+        assert bool(((stored - values).abs() <= (1 / 6 + 2.0**-4) * amax).all())
+    codes, block_scale = codec.quantize_activation(qkv[:, 2 * dim :], torch.tensor(0.25))
+    assert kv.v_blocks is not None
+    assert torch.equal(kv.v[slots // block, 0, slots % block], codec.pack_codes(codes))
+    assert torch.equal(kv.v_blocks[slots // block, 0, slots % block].float(), block_scale.float())

@@ -247,3 +247,16 @@ def test_simulated_vocabulary_is_the_tokenizers() -> None:
     assert config.simulated.vocab_size == TEXT.tokenizer.vocab_size == 259
     assert config.simulated.script == tuple("Hé".encode())
     assert config.cache.num_blocks == 9
+
+
+@pytest.mark.parametrize(
+    ("word", "kv_dtype"),
+    [("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("fp8", "fp8"), ("nvfp4", "nvfp4")],
+)
+def test_every_cache_type_has_its_word_and_bf16_two(word: str, kv_dtype: str) -> None:
+    assert serve_arguments("m", "--kv-cache-dtype", word).kv_cache_dtype == kv_dtype
+
+
+def test_an_unknown_cache_type_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="nvfp4"):
+        serve_arguments("m", "--kv-cache-dtype", "int4")

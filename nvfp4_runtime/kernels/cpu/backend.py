@@ -40,6 +40,7 @@ from nvfp4_runtime.kernels.ops import (
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
+    refuses_kv,
 )
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.mx import MXFP4Weight
@@ -103,6 +104,8 @@ class CPUBackend:
                 return f"head_dim is at most {MAX_HEAD_DIM}, asked for {spec.head_dim}"
             if spec.num_heads % spec.num_kv_heads:
                 return f"{spec.num_heads} query heads do not divide over {spec.num_kv_heads} KV heads"
+            if (reason := refuses_kv(spec)) is not None:
+                return reason
         if isinstance(spec, RopeSpec) and (spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim):
             return f"rotary_dim must be even and at most head_dim {spec.head_dim}, asked for {spec.rotary_dim}"
         if isinstance(spec, PagedAttentionSpec) and spec.window is not None and spec.window < 1:

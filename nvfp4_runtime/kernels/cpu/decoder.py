@@ -160,5 +160,5 @@ class NativeDecoder:
             assert isinstance(layer.rope, NativeRope)
             checked = layer.rope.cache
             arguments = checked.arguments(cache)
-            self._decoder.set_cache(i, *arguments, checked.num_blocks, checked.block_size)
+            self._decoder.set_cache(i, *arguments, checked.num_blocks, checked.block_size, *checked.blocks)
         self._kv = kv

@@ -13,7 +13,13 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix, check_tensor
 from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, RopeSpec
 
-KV_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
+KV_TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+    "nvfp4": torch.uint8,
+}
+NVFP4_CODE = 16  # csrc/types.h: Type::nvfp4
 
 
 class NativeRMSNorm:
@@ -76,21 +82,38 @@ class CheckedCache:
 
     def __init__(self, kv_dtype: str, num_kv_heads: int, head_dim: int) -> None:
         self.dtype = KV_TORCH_DTYPES[kv_dtype]
+        self._nvfp4 = kv_dtype == "nvfp4"
+        self._type = NVFP4_CODE if self._nvfp4 else TYPE_CODES[self.dtype]
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self._seen: weakref.ref[KVLayer] | None = None
         self._arguments: tuple[int, int, int, float, float] = (0, 0, 0, 0.0, 0.0)
+        self.blocks = (0, 0)  # addresses of the block scales of K and V, 0 unless nvfp4
 
     def arguments(self, kv: KVLayer) -> tuple[int, int, int, float, float]:
-        """Addresses of K and V, their type, k_scale, v_scale."""
+        """Addresses of K and V, their type, k_scale, v_scale; and `blocks` is set."""
         if self._seen is None or self._seen() is not kv:
-            check_tensor("kv.k", kv.k, self.dtype, (-1, self.num_kv_heads, -1, self.head_dim))
+            width = self.head_dim // 2 if self._nvfp4 else self.head_dim
+            check_tensor("kv.k", kv.k, self.dtype, (-1, self.num_kv_heads, -1, width))
             check_tensor("kv.v", kv.v, self.dtype, tuple(kv.k.shape))
             if kv.k.size(0) * kv.k.size(2) == 0:
                 raise KernelError(f"kv.k: found {list(kv.k.shape)}, expected at least one block of at least one token")
+            self.blocks = self._check_blocks(kv)
             self._seen = weakref.ref(kv)
-            self._arguments = (kv.k.data_ptr(), kv.v.data_ptr(), TYPE_CODES[self.dtype], kv.k_scale, kv.v_scale)
+            self._arguments = (kv.k.data_ptr(), kv.v.data_ptr(), self._type, kv.k_scale, kv.v_scale)
             self.num_blocks, self.block_size = kv.k.size(0), kv.k.size(2)
         return self._arguments
+
+    def _check_blocks(self, kv: KVLayer) -> tuple[int, int]:
+        if not self._nvfp4:
+            if kv.k_blocks is not None or kv.v_blocks is not None:
+                raise KernelError(f"kv: a cache of {self.dtype} has no block scales; leave k_blocks and v_blocks None")
+            return 0, 0
+        if kv.k_blocks is None or kv.v_blocks is None:
+            raise KernelError("kv: an nvfp4 cache needs block scales; expected k_blocks and v_blocks, found None")
+        shape = (*kv.k.shape[:3], self.head_dim // 16)
+        check_tensor("kv.k_blocks", kv.k_blocks, torch.float8_e4m3fn, shape)
+        check_tensor("kv.v_blocks", kv.v_blocks, torch.float8_e4m3fn, shape)
+        return kv.k_blocks.data_ptr(), kv.v_blocks.data_ptr()
 
 
 class NativeRope:
@@ -140,6 +163,7 @@ class NativeRope:
             self.cache.block_size,
             self.cache.num_blocks * self.cache.block_size,
             self.num_positions,
+            *self.cache.blocks,
         )
         return q
 
@@ -199,6 +223,7 @@ class NativePagedAttention:
             self._cache.block_size,
             spec.window or 0,
             self._cache.num_blocks,
+            *self._cache.blocks,
         )
         return out
 

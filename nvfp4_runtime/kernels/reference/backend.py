@@ -26,6 +26,7 @@ from nvfp4_runtime.kernels.ops import (
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
+    refuses_kv,
 )
 from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
 from nvfp4_runtime.kernels.reference.linear import reference_linear
@@ -62,6 +63,8 @@ class ReferenceBackend:
             return "activations are bfloat16 or float32, asked for float16"
         if isinstance(spec, LinearSpec | GroupedLinearSpec) and spec.weight != "nvfp4" and spec.numerics is not None:
             return f"{spec.weight} weights have no choice of numerics, asked for {spec.numerics}"
+        if isinstance(spec, RopeSpec | PagedAttentionSpec):
+            return refuses_kv(spec)
         return None
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:

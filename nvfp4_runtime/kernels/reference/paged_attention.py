@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec
+from nvfp4_runtime.nvfp4 import codec
 
 _QUERY_TILE = 128  # queries scored together; bounds the score matrix
 _GATHER_VALUES = 1 << 20  # keys gathered together for decoding: 4 MiB of float32
@@ -54,7 +55,7 @@ class ReferencePagedAttention:
         visible = positions < lens
         if self.window is not None:
             visible &= positions >= lens - self.window
-        k, v = gather(kv.k, blocks, kv.k_scale), gather(kv.v, blocks, kv.v_scale)
+        k, v = keys_and_values(kv, blocks)
         # what lies in slots nobody may see can be anything; 0 * NaN would still be NaN
         v.masked_fill_(~visible[:, None, :, None], 0.0)
         return attend(q.unsqueeze(1), k, v, visible.unsqueeze(1), scale).squeeze(1)
@@ -65,8 +66,7 @@ class ReferencePagedAttention:
         position = seq_len - num_queries  # of the first query
         base = self._first_visible(position) // size * size  # keys before it are seen by no query
         blocks = table[base // size : math.ceil(seq_len / size)].to(torch.int64).unsqueeze(0)
-        k = gather(kv.k, blocks, kv.k_scale)[:, :, : seq_len - base]
-        v = gather(kv.v, blocks, kv.v_scale)[:, :, : seq_len - base]
+        k, v = (x[:, :, : seq_len - base] for x in keys_and_values(kv, blocks))
         # a weight of 0 does not hide NaN or Inf: where there are any, each query gets only the keys it sees
         tile = _QUERY_TILE if bool(v.isfinite().all()) else 1
         for i in range(0, num_queries, tile):
@@ -103,29 +103,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     return out.permute(0, 3, 1, 2, 4).reshape(n, t, num_heads, head_dim)
 
 
-def gather(cache: Tensor, blocks: Tensor, scale: float) -> Tensor:
+def keys_and_values(kv: KVLayer, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """`gather` of both caches of a layer."""
+    return gather(kv.k, kv.k_blocks, blocks, kv.k_scale), gather(kv.v, kv.v_blocks, blocks, kv.v_scale)
+
+
+def gather(cache: Tensor, block_scales: Tensor | None, blocks: Tensor, scale: float) -> Tensor:
     """The given blocks of a cache [num_blocks, Hkv, block_size, D] as float32 values.
 
-    blocks   int64 [n, w]
-    returns  fp32 [n, Hkv, w * block_size, D]
+    block_scales  None, or e4m3 [num_blocks, Hkv, block_size, D/16] of a cache of packed E2M1 codes
+    blocks        int64 [n, w]
+    returns       fp32 [n, Hkv, w * block_size, D]
     """
-    num_blocks, num_heads, block_size, head_dim = cache.shape
+    values = _take(cache, blocks)
+    if block_scales is not None:
+        values = codec.dequantize(values, _take(block_scales, blocks), torch.ones(()))
+    else:
+        values = values.to(torch.float32)
+    return values * scale if scale != 1.0 else values
+
+
+def _take(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks of a cache as stored, [n, Hkv, w * block_size, last axis]."""
+    num_blocks, num_heads, block_size, width = cache.shape
     heads = torch.arange(num_heads, device=cache.device)
     rows = (blocks.unsqueeze(1) * num_heads + heads[:, None]).flatten()  # [n * Hkv * w]
-    flat = cache.view(num_blocks * num_heads, block_size * head_dim)
+    flat = cache.view(num_blocks * num_heads, block_size * width)
     if cache.dtype == torch.float8_e4m3fn:  # not every index op knows float8; bytes are bytes
         stored = flat.view(torch.uint8).index_select(0, rows).view(cache.dtype)
     else:
         stored = flat.index_select(0, rows)
-    values = stored.to(torch.float32)
-    if scale != 1.0:
-        values = values * scale
-    return values.view(blocks.shape[0], num_heads, -1, head_dim)
+    return stored.view(blocks.shape[0], num_heads, -1, width)
 
 
 def _groups_of_bounded_size(decoding: list[int], lens: list[int], kv: KVLayer) -> list[list[int]]:
     """Sequences of similar length together, so that padding to the longest stays small and fits into the cache."""
-    per_key = kv.k.shape[1] * kv.k.shape[3]
+    per_key = kv.k.shape[1] * kv.k.shape[3] * (1 if kv.k_blocks is None else 2)
     groups: list[list[int]] = []
     for b in sorted(decoding, key=lambda b: -lens[b]):
         room = groups and (len(groups[-1]) + 1) * lens[groups[-1][0]] * per_key <= _GATHER_VALUES

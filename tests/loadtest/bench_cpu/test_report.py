@@ -107,6 +107,7 @@ def test_bars_are_met_or_missed_by_the_numbers_and_take_the_fastest_four_bit_pee
     }
     missed = str(bars["0.44B w4a8 prefill 512 / VNNI peak"])
     assert missed == "MISSED  0.44B w4a8 prefill 512 / VNNI peak: 39.0 % (asked >= 40.0 %)"
+    assert report.speed_bars(SMALL, [summary("nvfp4 w4a16", "prefill 128", 300.0, 0.9)], NUMERICS) == []
     assert report.speed_bars(SMALL, [s for s in SUMMARIES if "llama" in s.side], NUMERICS) == []
 
 

@@ -1,5 +1,6 @@
 // The ops as the binding sees them: one context per backend owns the threads, the scratch and the choice of ISA.
 #pragma once
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -14,7 +15,7 @@ namespace nvfp4 {
 
 std::vector<std::string> supported_isas();  // best first
 
-static inline size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 ? 1 : 2; }
+static inline size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 || t == Type::nvfp4 ? 1 : 2; }
 
 int64_t find_nan_e4m3(const uint8_t* codes, int64_t count);  // index of the first, or -1
 
@@ -26,6 +27,11 @@ struct ExpertsNVFP4 {
 
 struct ExpertPiece {
   int expert, begin, end;  // of its blocks of rows, or of its panels
+};
+
+// Segments begin .. end - 1 of items_[item].
+struct AttentionPiece {
+  int item, begin, end;
 };
 
 class Context {
@@ -57,6 +63,7 @@ class Context {
 
  private:
   Operand operand_of(const PackedNVFP4& w, Type type) const;
+  int plan_attention(const Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences);
 
   const Kernels& kernels_;
   Pool pool_;
@@ -64,10 +71,14 @@ class Context {
   Scratch x_;
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_
+  Scratch partials_;
   std::vector<AttentionItem> items_;
   std::vector<PackX> expert_packs_;  // of the experts that have rows
   std::vector<LinearNVFP4> expert_linears_;
   std::vector<ExpertPiece> expert_pieces_;
+  std::vector<AttentionPiece> pieces_;
+  std::unique_ptr<std::atomic<int>[]> pending_;  // per item: pieces not yet done
+  size_t pending_size_ = 0;
 };
 
 }  // namespace nvfp4

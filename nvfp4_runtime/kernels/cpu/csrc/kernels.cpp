@@ -15,6 +15,7 @@
 
 // Loops over registers must disappear: an array indexed at run time lives in memory. Compilers stop at 16 by themselves.
 #define UNROLL _Pragma("GCC unroll 32")
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace nvfp4 {
 namespace {
@@ -56,11 +57,14 @@ int block_width(Operand operand, int rows);
 
 #include "rows.h"
 
+#include "kv.h"
+
 #include "activations.h"
 #include "attention.h"
 #include "linear_nvfp4.h"
 #include "linear_plain.h"
 #include "quantize.h"
+#include "rope.h"
 
 int rows_that_share(Operand o) { return max_rows(o); }
 
@@ -68,7 +72,7 @@ int rows_that_share(Operand o) { return max_rows(o); }
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
     NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, kDenseFirst, kDenseM, pack_plain,
-    linear_plain,            convert, rms_norm, silu_mul, rope, attention, quantize, quantize_weight,
+    linear_plain,            convert, rms_norm, silu_mul, rope, attention, attention_merge, quantize, quantize_weight,
 };
 
 }  // namespace nvfp4

@@ -136,11 +136,13 @@ NB_MODULE(_native, m) {
           [](Context& c, Address qkv, int type, int rows, Address positions, Address cos, Address sin, Address q_norm,
              Address k_norm, int norm_type, float eps, Address q_out, Address k, Address v, int kv_type, float k_scale,
              float v_scale, Address slots, int heads, int kv_heads, int head_dim, int rotary_dim, int block_size,
-             int64_t num_slots, int64_t num_positions) {
+             int64_t num_slots, int64_t num_positions, Address k_blocks,
+             Address v_blocks) {
             c.rope({at(qkv, type), Type(type), at<const int64_t>(positions), at<const float>(cos), at<const float>(sin),
                     at(q_norm, norm_type), at(k_norm, norm_type), Type(norm_type), eps, at(q_out, type), at(k, kv_type),
                     at(v, kv_type), Type(kv_type), k_scale,
-                    v_scale, at<const int64_t>(slots), heads, kv_heads, head_dim, rotary_dim, block_size},
+                    v_scale, at<const int64_t>(slots), heads, kv_heads, head_dim, rotary_dim, block_size,
+                    at<uint8_t>(k_blocks), at<uint8_t>(v_blocks)},
                    rows, num_slots, num_positions);
           },
           no_gil)
@@ -148,13 +150,14 @@ NB_MODULE(_native, m) {
           "attention",
           [](Context& c, Address q, int type, int rows, Address out, int out_type, Address k, Address v, int kv_type,
              float k_scale, float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
-             int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks) {
+             int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks,
+             Address k_blocks, Address v_blocks) {
             Attention a{at(q, type), Type(type), at(out, out_type), Type(out_type),
                         at(k, kv_type), at(v, kv_type), Type(kv_type),
                         k_scale,  v_scale,      scale,
                         at<const int32_t>(tables), table_stride, heads,
                         kv_heads, head_dim,     block_size,
-                        window,   nullptr};
+                        window,   at<const uint8_t>(k_blocks), at<const uint8_t>(v_blocks)};
             c.attention(a, at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), sequences, rows, num_blocks);
           },
           no_gil)
@@ -219,7 +222,7 @@ NB_MODULE(_native, m) {
           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
       .def("set_cache",
            [](Decoder& d, int i, Address k, Address v, int type, float k_scale, float v_scale, int num_blocks,
-              int block_size) {
+              int block_size, Address k_blocks, Address v_blocks) {
              DecoderLayer& layer = d.layer(i);
              layer.attention.k = layer.rope.k = at(k, type);
              layer.attention.v = layer.rope.v = at(v, type);
@@ -227,6 +230,8 @@ NB_MODULE(_native, m) {
              layer.rope.k_scale = layer.attention.k_scale = k_scale;
              layer.rope.v_scale = layer.attention.v_scale = v_scale;
              layer.rope.block_size = layer.attention.block_size = block_size;
+             layer.attention.k_blocks = layer.rope.k_blocks = at<uint8_t>(k_blocks);
+             layer.attention.v_blocks = layer.rope.v_blocks = at<uint8_t>(v_blocks);
              layer.num_blocks = num_blocks;
            })
       .def(

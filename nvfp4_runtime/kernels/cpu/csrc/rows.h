@@ -1,4 +1,4 @@
-// Ops whose rows are tokens: RMSNorm, SiLU-multiply, rotary embedding with the write into the paged cache.
+// Ops whose rows are tokens: RMSNorm and SiLU-multiply.
 
 template <class T>
 inline V load_upto(const T* p, int left) {
@@ -86,68 +86,3 @@ void silu_mul(const SiluMul& a, int begin, int end) {
 }
 
 constexpr int kMaxHeadDim = 512;
-
-// One head into `buffer` (FP32), normalised and rotated.
-template <class T>
-void rotate_head(const Rope& a, const T* x, const void* norm, const float* cos, const float* sin, float* buffer) {
-  const int d = a.head_dim, half = a.rotary_dim / 2;
-  V squares = zero();
-  for (int i = 0; i < d; i += 16) {
-    const V v = load_upto(x + i, d - i);
-    squares = fma(v, v, squares);
-    store(buffer + i, v);
-  }
-  if (norm) {
-    const V scale = set1(inverse_rms(squares, d, a.eps));
-    for (int i = 0; i < d; i += 16)
-      store(buffer + i, mul(load_weight(norm, a.norm_type, i, d - i), mul(load(buffer + i), scale)));
-  }
-  for (int i = 0; i < half; i += 16) {
-    const int n = half - i < 16 ? half - i : 16;
-    const V c = load(cos + i, n), s = load(sin + i, n);
-    const V x1 = load(buffer + i, n), x2 = load(buffer + half + i, n);
-    store(buffer + i, sub(mul(x1, c), mul(x2, s)), n);
-    store(buffer + half + i, add(mul(x2, c), mul(x1, s)), n);
-  }
-}
-
-inline V divided(V v, float scale) { return scale == 1.f ? v : div(v, set1(scale)); }
-
-template <class T, class C>
-void rope_as(const Rope& a, int begin, int end) {
-  float buffer[kMaxHeadDim + 16];
-  const int d = a.head_dim, half = a.rotary_dim / 2;
-  for (int t = begin; t < end; t++) {
-    const T* x = static_cast<const T*>(a.qkv) + static_cast<size_t>(t) * (a.heads + 2 * a.kv_heads) * d;
-    const float* cos = a.cos + a.positions[t] * half;
-    const float* sin = a.sin + a.positions[t] * half;
-    T* q = static_cast<T*>(a.q_out) + static_cast<size_t>(t) * a.heads * d;
-    for (int h = 0; h < a.heads; h++, x += d, q += d) {
-      rotate_head(a, x, a.q_norm, cos, sin, buffer);
-      for (int i = 0; i < d; i += 16) store_upto(q + i, load(buffer + i), d - i);
-    }
-    const int64_t block = a.slots[t] / a.block_size, offset = a.slots[t] % a.block_size;
-    for (int h = 0; h < a.kv_heads; h++, x += d) {
-      const size_t to = static_cast<size_t>((block * a.kv_heads + h) * a.block_size + offset) * d;
-      C* k = static_cast<C*>(a.k) + to;
-      C* v = static_cast<C*>(a.v) + to;
-      const T* value = x + static_cast<size_t>(a.kv_heads) * d;
-      rotate_head(a, x, a.k_norm, cos, sin, buffer);
-      for (int i = 0; i < d; i += 16) {
-        store_upto(k + i, divided(load(buffer + i), a.k_scale), d - i);
-        store_upto(v + i, divided(load_upto(value + i, d - i), a.v_scale), d - i);
-      }
-    }
-  }
-}
-template <class T>
-void rope_from(const Rope& a, int begin, int end) {
-  switch (a.kv_type) {
-    case Type::bf16: rope_as<T, bf16>(a, begin, end); break;
-    case Type::e4m3: rope_as<T, e4m3>(a, begin, end); break;
-    default: rope_as<T, float>(a, begin, end); break;
-  }
-}
-void rope(const Rope& a, int begin, int end) {
-  a.type == Type::bf16 ? rope_from<bf16>(a, begin, end) : rope_from<float>(a, begin, end);
-}

@@ -17,8 +17,12 @@ struct fp16 {
 struct e4m3 {
   uint8_t bits;
 };
+struct e2m1x2 {  // two codes, the even element in the low nibble
+  uint8_t bits;
+};
 
-enum class Type : int { f32 = 0, bf16 = 1, fp16 = 2, e4m3 = 3 };
+// nvfp4: e2m1x2 under E4M3 block scales, in the paged cache.
+enum class Type : int { f32 = 0, bf16 = 1, fp16 = 2, e4m3 = 3, nvfp4 = 16 };
 
 // Packed NVFP4 weights: panels of 16 rows. Per 64 of K one line of 64 block scales (4 groups x 16 rows), then per group
 // 128 bytes of codes: 9 cache lines per 1024 weights, one sequential stream. K is padded to 64 with zeros.
@@ -141,13 +145,19 @@ struct Rope {
   float k_scale, v_scale;
   const int64_t* slots;
   int heads, kv_heads, head_dim, rotary_dim, block_size;
+  uint8_t* k_blocks;  // nvfp4: E4M3 block scales [blocks][hkv][block_size][d / 16]; else null
+  uint8_t* v_blocks;
 };
 
+// One token and the query heads of some KV heads, or some tokens and those of one KV head. Its segments may be computed
+// by several threads; then their results wait in `partial` for attention_merge.
 struct AttentionItem {
-  int sequence, kv_head;
-  int row;           // first token row in q
-  int tokens;        // of this item
-  int position;      // of the first token
+  int sequence, kv_head, kv_heads;  // the first KV head, and how many
+  int row;       // first token row in q
+  int tokens;    // of this item
+  int position;  // of the first token
+  int first_segment, end_segment;
+  float* partial;  // or null: one call takes all segments and finishes
 };
 
 struct Attention {
@@ -163,16 +173,20 @@ struct Attention {
   int table_stride;
   int heads, kv_heads, head_dim, block_size;
   int window;  // 0: none
-  const AttentionItem* items;
+  const uint8_t* k_blocks;  // as in Rope
+  const uint8_t* v_blocks;
 };
 
-constexpr int kTile = 64;           // KV positions per softmax step, always starting at a multiple of 64
-constexpr int kAttentionRows = 64;  // query rows (tokens x heads of one group) that share a staged tile
+constexpr int kSegment = 256;       // KV positions between two merges, always starting at a multiple of it
+constexpr int kTile = 64;           // of these, widened together for many rows
+constexpr int kAttentionRows = 64;  // query rows (tokens x heads of one group) that share a widened tile
 static constexpr int round16(int x) { return (x + 15) / 16 * 16; }
-// floats of scratch one attention item needs
+static constexpr int round_chunk(int d) { return (d + 63) / 64 * 64; }
+// floats of scratch one attention item needs, and of its results for one segment
 static constexpr size_t attention_scratch(int rows, int d) {
-  return static_cast<size_t>(rows) * (2 * round16(d) + kTile + 16) + 2 * static_cast<size_t>(kTile) * round16(d) + 64;
+  return static_cast<size_t>(round16(rows)) * (3 * round_chunk(d) + kSegment + 4) + 2 * static_cast<size_t>(kTile) * round_chunk(d);
 }
+static constexpr size_t attention_partial(int rows, int dp) { return round16(2 * rows) + static_cast<size_t>(rows) * dp; }
 
 // One ISA's kernels. Every function works on [begin, end) of its outermost axis and touches nothing else, so any split
 // over threads gives the same bits.
@@ -184,13 +198,14 @@ struct Kernels {
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
   int plain_first, plain_width;  // rows of x: up to plain_first make one panel; more make panels of up to plain_width
-  void (*pack_plain)(const PackPlain&, int begin, int end);                     // panels
+  void (*pack_plain)(const PackPlain&, int begin, int end);  // panels
   void (*linear_plain)(const LinearPlain&, int begin, int end, void* scratch);  // groups of 16 output features
   void (*convert)(const void* from, Type, void* to, Type to_type, int count);
   void (*rms_norm)(const RMSNorm&, int begin, int end);             // tokens
   void (*silu_mul)(const SiluMul&, int begin, int end);             // tokens
   void (*rope)(const Rope&, int begin, int end);                    // tokens
-  void (*attention)(const Attention&, int item, float* scratch);    // one item
+  void (*attention)(const Attention&, const AttentionItem&, int begin, int end, float* scratch);  // segments of one item
+  void (*attention_merge)(const Attention&, const AttentionItem&, float* scratch);
   void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
   void (*quantize_weight)(const QuantizeWeight&, int begin, int end);  // rows
 };
