@@ -62,11 +62,6 @@ def test_one_row_too_many_is_reported_in_every_isa(isa: str, argument: str) -> N
 def test_signed_overflow_is_reported() -> None:
     """csrc rounds K up; the largest int overflows. checks.py never lets it through."""
     context = cpu_backend()._context
-<<<<<<< HEAD
-=======
-    from nvfp4_runtime.kernels.cpu import _native  # type: ignore[attr-defined]  # compiled, has no stub
-
->>>>>>> h-fmt
     weight = _native.PlainWeight(0, 0, 0, 0, 2**31 - 1)
     found = report_of(lambda: context.linear(weight, 0, 0, 0, 0, 0))
     assert "signed integer overflow" in found, found[:2000]

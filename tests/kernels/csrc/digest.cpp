@@ -88,7 +88,6 @@ void linear_plain(Context& c, int m, int n, int k, Type w_type, Type type) {
   Random random{static_cast<uint64_t>(m + n + k)};
   const auto w = values(random, static_cast<size_t>(n) * k, w_type), x = values(random, static_cast<size_t>(m) * k, type);
   std::vector<uint8_t> out(static_cast<size_t>(m) * n * 4);
-<<<<<<< HEAD
   const float scale = 0.25f;
   LinearPlain a{};
   a.weights = w.data();
@@ -100,14 +99,6 @@ void linear_plain(Context& c, int m, int n, int k, Type w_type, Type type) {
   a.k = k;
   c.linear_plain(a, x.data(), type, m, out.data(), Type::f32);
   report(c, std::string("plain-") + name(w_type) + "-" + name(type) + "-" + std::to_string(m) + "x" + std::to_string(n) +
-=======
-  PlainWeight weight(w.data(), w_type, nullptr, n, k);
-  std::vector<float> scale(static_cast<size_t>((n + 15) / 16) * ((k + 63) / 64));
-  for (size_t i = 0; i < scale.size(); i++) scale[i] = 0.25f * static_cast<float>(1 + i % 7);
-  if (w_type == Type::e4m3) weight.scale_by(scale.data(), 16, m % 2 ? 64 : k);
-  weight.run(c, x.data(), type, m, out.data(), Type::f32);
-  report(c, std::string("dense-") + name(w_type) + "-" + name(type) + "-" + std::to_string(m) + "x" + std::to_string(n) +
->>>>>>> h-fmt
              "x" + std::to_string(k), hash(out, Type::f32));
 }
 
@@ -166,11 +157,7 @@ int main() {
         linear_nvfp4(c, numerics, s[0], s[1], s[2], bf16, f32, false);
         linear_nvfp4(c, numerics, s[0], s[1], s[2], f32, bf16, true);
       }
-<<<<<<< HEAD
       for (const Type w : {bf16, Type::fp16, f32, Type::e4m3}) linear_plain(c, s[0], s[1], s[2] + 3, w, s[0] % 2 ? bf16 : f32);
-=======
-      for (const Type w : {bf16, Type::fp16, f32, Type::e4m3}) linear_dense(c, s[0], s[1], s[2] + 3, w, s[0] % 2 ? bf16 : f32);
->>>>>>> h-fmt
     }
     for (const int width : {1, 16, 40, 131}) {
       rows(c, width, f32, bf16, Type::fp16);

@@ -227,7 +227,6 @@ inline void transpose16(V r[16]) {
 
 // E4M3 weights, 64 at a time, in order: the byte, moved into an FP16's place, is 2^-8 of the value. NaN codes are
 // refused at load.
-<<<<<<< HEAD
 inline float32x4_t fp8_quarter(int16x4_t words) {
   const uint16x4_t h = vand_u16(vreinterpret_u16_s16(words), vdup_n_u16(0xbfff));  // the sign lies in two bits
   return vmulq_f32(vcvt_f32_f16(vreinterpret_f16_u16(h)), vdupq_n_f32(256.f));
@@ -246,18 +245,6 @@ inline void decode_fp8(const e4m3* p, int n, V* out) {
     out[i].q[1] = fp8_quarter(vget_high_s16(low));
     out[i].q[2] = fp8_quarter(vget_low_s16(high));
     out[i].q[3] = fp8_quarter(vget_high_s16(high));
-=======
-inline void decode_fp8(const e4m3* p, int n, V* out) {
-  uint8_t t[64] = {};
-  __builtin_memcpy(t, p, static_cast<size_t>(n < 64 ? n : 64));
-  for (int i = 0; i < 8; i++) {
-    const int16x8_t words = vshlq_n_s16(vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(t) + 8 * i)), 7);
-    const uint16x8_t h = vandq_u16(vreinterpretq_u16_s16(words), vdupq_n_u16(0xbfff));  // the sign lies in two bits
-    V& v = out[i / 2];
-    const int half = i % 2 * 2;
-    v.q[half] = vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(h))), 256.f);
-    v.q[half + 1] = vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(h))), 256.f);
->>>>>>> h-fmt
   }
 }
 inline int fp8_place(int i) { return i; }
