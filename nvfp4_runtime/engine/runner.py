@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,11 +63,9 @@ class ModelRunner:
         width = max(len(table) for table in tables)
         count = len(ids)
         # two tensors, cut up: making one costs more than a view, and after a step's weights no cache line is warm
-        wide = torch.tensor(ids + positions + slots + logits_rows, dtype=torch.int64)
-        narrow = torch.tensor(
-            seq_lens + cu_seqlens + [block for t in tables for block in (*t, *([0] * (width - len(t))))],
-            dtype=torch.int32,
-        )
+        wide = torch.from_numpy(np.array(ids + positions + slots + logits_rows, dtype=np.int64))
+        blocks = [block for t in tables for block in (*t, *([0] * (width - len(t))))]
+        narrow = torch.from_numpy(np.array(seq_lens + cu_seqlens + blocks, dtype=np.int32))
         input_ids, position, slot_mapping, logits_row = torch.split(wide, [count, count, count, len(logits_rows)])
         lengths, bounds, table = torch.split(narrow, [len(seq_lens), len(cu_seqlens), width * len(tables)])
         return ForwardBatch(
@@ -86,12 +85,14 @@ class ModelRunner:
             offsets.append(offsets[-1] + len(wanted))
         sampling = [i for i, entry in enumerate(schedule.entries) if entry.samples]
         last_rows = [offsets[i + 1] - 1 for i in sampling]
-        picked = logits if last_rows == list(range(len(logits))) else logits[last_rows]
+        picked = logits if last_rows == list(range(offsets[-1])) else logits[last_rows]
         states = [schedule.entries[i].request.sampling for i in sampling]
         sampled = dict(zip(sampling, self._sampler.sample(picked, states), strict=True)) if sampling else {}
         results = []
         for i, entry in enumerate(schedule.entries):
-            scores, finite = _prompt_scores(entry, logits[offsets[i] : offsets[i + 1]])
+            scores, finite = None, True
+            if entry.request.params.prompt_logprobs is not None:
+                scores, finite = _prompt_scores(entry, logits[offsets[i] : offsets[i + 1]])
             if i in sampled:
                 choice = sampled[i]
                 logprob = None if choice.logprob is None else _to_wire(choice.logprob)

@@ -41,15 +41,15 @@ class BatchSampler:
         best = rows.argmax(axis=-1)  # the first NaN, if a row has one
         largest = rows[np.arange(len(rows)), best]
         answers: list[Sampled] = []
-        # A row's -Inf, and what overflows to it when divided by a small temperature, are probability 0 as meant.
-        with np.errstate(over="ignore"):
-            for row, token_id, value, state in zip(rows, best.tolist(), largest, requests, strict=True):
-                if not math.isfinite(value):
-                    answers.append(Sampled(-1, finite=False))
-                    continue
-                if state.edits_logits or state.awaits_min_tokens or state.params.temperature > 0:
+        for row, token_id, value, state in zip(rows, best.tolist(), largest, requests, strict=True):
+            if not math.isfinite(value):
+                answers.append(Sampled(-1, finite=False))
+                continue
+            if state.edits_logits or state.awaits_min_tokens or state.params.temperature > 0:
+                # a row's -Inf, and what overflows to it when divided by a small temperature, are probability 0 as meant
+                with np.errstate(over="ignore"):
                     token_id = self._choose(row, token_id, value, state)
-                answers.append(_answer(row, token_id, state))
+            answers.append(_answer(row, token_id, state))
         return answers
 
     def _choose(self, row: FloatRow, token_id: int, largest: np.float32, state: SamplingState) -> int:
@@ -92,5 +92,8 @@ def _answer(row: FloatRow, token_id: int, state: SamplingState) -> Sampled:
 
 def _rows(logits: Tensor) -> FloatRow:
     """The logits as numpy float32 [R, V]; no copy for a contiguous tensor in CPU memory."""
-    rows: FloatRow = logits.cpu().float().contiguous().numpy()  # each is a no-op on what the CPU kernels give
-    return rows
+    if logits.is_cpu and logits.is_contiguous() and logits.dtype.itemsize == 4:  # what the CPU kernels give
+        rows: FloatRow = logits.numpy()
+        return rows
+    copied: FloatRow = logits.cpu().float().contiguous().numpy()
+    return copied
