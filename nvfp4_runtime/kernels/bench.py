@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
-from nvfp4_runtime.config import KVDtype
+from nvfp4_runtime.config import KVDtype, Numerics
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import Backend, LinearSpec, NormSpec, OpSpec, PagedAttentionSpec
 from nvfp4_runtime.kernels.registry import available_backends
@@ -207,12 +207,12 @@ def time_decode_attention(
     return found
 
 
-def cases(rows: list[int], numerics: list[str]) -> Iterator[Case]:
+def cases(rows: list[int], numerics: list[Numerics]) -> Iterator[Case]:
     for m in rows:
         for name, (n, k) in LINEARS.items():
             weights: list[Weight] = [random_nvfp4(n, k, seed) for seed in range(LAYERS)]
             for kind in numerics:
-                spec = LinearSpec(n, k, "nvfp4", "w4a4" if kind == "w4a4" else "w4a16", "bfloat16", "bfloat16")
+                spec = LinearSpec(n, k, "nvfp4", kind, "bfloat16", "bfloat16")
                 yield linear_case(name, weights, spec, m)
         if m <= 64:
             head = DenseWeight(torch.randn(VOCAB, HIDDEN).to(torch.bfloat16))
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="auto: all of them")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rows", default="1,8,32,512", help="M of the linears, comma-separated")
-    parser.add_argument("--numerics", default="w4a16,w4a4")
+    parser.add_argument("--numerics", default="w4a16,w4a8,w4a4")
     parser.add_argument("--seconds", type=float, default=0.3, help="per case and backend")
     args = parser.parse_args()
     backends = available_backends(args.backend, args.threads)

@@ -59,7 +59,10 @@ def available_backends(name: str = "auto", threads: int | None = None) -> list[B
         return [make() for make in makers.values()]
     if name not in makers:
         raise ConfigError(f"unknown backend {name!r}; expected one of auto, {', '.join(makers)}", "--backend")
-    return [makers[name]()]
+    backend = makers[name]()
+    if isinstance(backend, CPUBackend) and backend.missing is not None:
+        raise ConfigError(f"the cpu backend was asked for: {backend.missing}", "--backend")
+    return [backend]
 
 
 @dataclass(frozen=True)

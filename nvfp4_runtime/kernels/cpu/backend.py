@@ -63,7 +63,8 @@ class CPUBackend:
     threads  worker threads; None: one per physical core this process may use
     isa      "portable", "avx2", "avx512" or "avx512bf16"; None: the best this machine has
 
-    Raises ConfigError when the machine lacks `isa`. Without the extension it refuses every op with one reason.
+    Raises ConfigError when the machine lacks `isa`. Without the extension it refuses every op in three words; `missing`
+    and describe() say what to do.
     """
 
     name = "cpu"
@@ -84,9 +85,14 @@ class CPUBackend:
             )
         self._context = _native.Context(self.threads, isa or "")
 
+    @property
+    def missing(self) -> str | None:
+        """Why the extension is not here and what to do, or None."""
+        return f"{NOT_BUILT} ({_missing})" if self._context is None else None
+
     def refuses(self, spec: OpSpec) -> str | None:
         if self._context is None:
-            return f"{NOT_BUILT} ({_missing})"
+            return "extension not built"
         if isinstance(spec, QuantizeSpec):
             return None
         if spec.dtype not in ("bfloat16", "float32"):
@@ -140,7 +146,7 @@ class CPUBackend:
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
-            return NOT_BUILT
+            return "extension not built"
         if (reason := refuses_decoder(ops)) is not None:
             return reason
         return NativeDecoder(_native, self._context, self._memo, ops)

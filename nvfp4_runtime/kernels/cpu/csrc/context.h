@@ -13,8 +13,6 @@
 
 namespace nvfp4 {
 
-std::vector<std::string> supported_isas();  // best first
-
 static inline size_t type_bytes(Type t) { return t == Type::f32 ? 4 : t == Type::e4m3 || t == Type::nvfp4 ? 1 : 2; }
 
 int64_t find_nan_e4m3(const uint8_t* codes, int64_t count);  // index of the first, or -1

@@ -8,6 +8,7 @@
 
 #include "context.h"
 #include "decoder.h"
+#include "isa.h"
 #include "limits.h"
 
 namespace nb = nanobind;

@@ -213,6 +213,7 @@ struct Kernels {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx2vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
 #elif defined(__aarch64__)
