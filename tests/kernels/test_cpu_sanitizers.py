@@ -29,6 +29,7 @@ def report_of(work: Callable[[], None]) -> str:
         child = os.fork()
         if child == 0:
             os.dup2(stderr.fileno(), 2)
+            torch.set_num_threads(1)  # see guarded.survives
             try:
                 work()
             except Exception:  # noqa: BLE001 - printed, and the status says so

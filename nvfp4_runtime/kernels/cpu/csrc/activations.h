@@ -111,16 +111,17 @@ void pack_values(const PackX& a, const T* x, uint32_t* packed, int rows, int wid
   for (int r0 = 0; r0 < width; r0 += 16) {
     const int n = width - r0 < 16 ? width - r0 : 16;
     for (int g = 0; g < a.k / kGroup; g++) {
-      V r[16];
-      for (int i = 0; i < 16; i++) {
-        r[i] = r0 + i < rows ? load(x + static_cast<size_t>(r0 + i) * a.k + g * kGroup) : zero();
-        if constexpr (operand == Operand::pairs) r[i] = as_pairs(r[i]);
-      }
+      const auto row = [&](int i) {
+        const V v = load(x + static_cast<size_t>(i) * a.k + g * kGroup);
+        return operand == Operand::pairs ? as_pairs(v) : v;
+      };
       float* o = out + static_cast<size_t>(g) * words * width + r0;
       if (width == 1) {
-        store(o, r[0], words);
+        store(o, row(0), words);
         continue;
       }
+      V r[16];
+      for (int i = 0; i < 16; i++) r[i] = r0 + i < rows ? row(r0 + i) : zero();
       transpose16(r);
       for (int i = 0; i < words; i++) store(o + static_cast<size_t>(i) * width, r[i], n);
     }
