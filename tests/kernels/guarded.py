@@ -95,7 +95,7 @@ def survives(work: Callable[[], bool]) -> str:
             signal.alarm(60)
             torch.set_num_threads(
                 1
-            )  # the parent's OpenMP threads are not here, and whoever waits for them waits for ever
+            )  # the parent's OpenMP threads are not here; nobody must wait for them
             code = 0 if work() else 1
         except Exception:  # noqa: BLE001 - printed, and the status says so
             traceback.print_exc()
