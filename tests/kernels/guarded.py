@@ -93,9 +93,7 @@ def survives(work: Callable[[], bool]) -> str:
         code = 2
         try:
             signal.alarm(60)
-            torch.set_num_threads(
-                1
-            )  # the parent's OpenMP threads are not here; nobody must wait for them
+            torch.set_num_threads(1)  # the parent's OpenMP threads are not here; nobody must wait for them
             code = 0 if work() else 1
         except Exception:  # noqa: BLE001 - printed, and the status says so
             traceback.print_exc()
