@@ -93,7 +93,8 @@ def pss_by_process(root: int) -> dict[str, int]:
     for pid in process_tree(root):
         folder = Path("/proc") / str(pid)
         try:
-            name = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            program, *arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            name = " ".join([Path(program).name, *(Path(a).name for a in arguments)]).strip()  # no folders
             rollup = (folder / "smaps_rollup").read_text()
         except OSError:
             continue  # it ended meanwhile
