@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "context.h"
+#include "isa.h"
 
 using namespace nvfp4;
 
