@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -156,3 +157,9 @@ def test_combinations_that_mean_nothing_are_refused(numerics: Any, block: Any, m
     reason = cpu_backend().refuses(LinearSpec(16, 64, "fp8", numerics, "bfloat16", "float32", block))
     assert reason is not None
     assert message in reason
+
+
+def test_a_bias_shorter_than_the_weight_is_refused() -> None:
+    weight = dataclasses.replace(random_fp8(32, 64, (1, 64), seed=1), bias=torch.zeros(31))
+    with pytest.raises(KernelError, match=r"bias: expected \[32\] on cpu like its weight, found \[31\]"):
+        cpu_backend().linear(weight, spec_of(weight, torch.bfloat16, torch.float32))

@@ -10,8 +10,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_tensor
-from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
-from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
+from nvfp4_runtime.kernels.cpu.linear import NativeLinear
 from nvfp4_runtime.kernels.cpu.ops import (
     NativePagedAttention,
     NativeRMSNorm,
@@ -21,9 +20,6 @@ from nvfp4_runtime.kernels.cpu.ops import (
 )
 from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps, NormOp
 
-NativeLinear = NativeLinearNVFP4 | NativeLinearDense | NativeLinearFP8 | NativeLinearMXFP4
-NATIVE_LINEARS = (NativeLinearNVFP4, NativeLinearDense, NativeLinearFP8, NativeLinearMXFP4)
-
 
 def refuses_decoder(ops: DecoderOps) -> str | None:
     """None when every op is native, or the first that is not."""
@@ -32,14 +28,14 @@ def refuses_decoder(ops: DecoderOps) -> str | None:
     for i, layer in enumerate(ops.layers):
         for name, op, kinds in (
             ("input_norm", layer.input_norm.kernel, (NativeRMSNorm,)),
-            ("qkv", layer.qkv, NATIVE_LINEARS),
+            ("qkv", layer.qkv, (NativeLinear,)),
             ("rope", layer.rope, (NativeRope,)),
             ("attention", layer.attention, (NativePagedAttention,)),
-            ("o", layer.o, NATIVE_LINEARS),
+            ("o", layer.o, (NativeLinear,)),
             ("post_norm", layer.post_norm.kernel, (NativeRMSNorm,)),
-            ("gate_up", layer.gate_up, NATIVE_LINEARS),
+            ("gate_up", layer.gate_up, (NativeLinear,)),
             ("silu_mul", layer.silu_mul, (NativeSiluMul,)),
-            ("down", layer.down, NATIVE_LINEARS),
+            ("down", layer.down, (NativeLinear,)),
         ):
             if not isinstance(op, kinds):
                 found = "in formats that cannot share a kernel" if op is None else f"a {type(op).__name__}"
@@ -110,7 +106,7 @@ class NativeDecoder:
         spec = layer.rope.spec
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         found: list[NativeLinear] = []
-        assert isinstance(layer.down, NATIVE_LINEARS)
+        assert isinstance(layer.down, NativeLinear)
         inner = layer.down.k
         for name, linear, n, k in (
             ("qkv", layer.qkv, q + 2 * kv, self.hidden),
@@ -118,7 +114,7 @@ class NativeDecoder:
             ("gate_up", layer.gate_up, 2 * inner, self.hidden),
             ("down", layer.down, self.hidden, inner),
         ):
-            assert isinstance(linear, NATIVE_LINEARS)
+            assert isinstance(linear, NativeLinear)
             if (linear.n, linear.k, linear.dtype, linear.out_dtype) != (n, k, self.dtype, self.stream):
                 raise KernelError(
                     f"{name}: expected [{n}, {k}] from {self.dtype} to {self.stream}, found [{linear.n}, {linear.k}] "

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix
-from nvfp4_runtime.kernels.cpu.linear import NativeLinearDense, NativeLinearNVFP4
-from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
+from nvfp4_runtime.kernels.cpu.linear import NativeLinear, NativeLinearNVFP4
+from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearMXFP4
 from nvfp4_runtime.kernels.offsets import expert_bounds
 from nvfp4_runtime.kernels.ops import GroupedLinearSpec, LinearKernel
 
@@ -33,7 +33,7 @@ class NativeGroupedLinear:
         self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
         natives = []
         for expert in experts:
-            assert isinstance(expert, NativeLinearNVFP4 | NativeLinearMXFP4 | NativeLinearFP8 | NativeLinearDense)
+            assert isinstance(expert, NativeLinear)
             natives.append(expert.native)
         self._natives = tuple(natives)
         packed = isinstance(experts[0], NativeLinearNVFP4 | NativeLinearMXFP4)

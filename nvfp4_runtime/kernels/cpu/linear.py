@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError, KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, aligned, check_bias, check_matrix
 from nvfp4_runtime.kernels.ops import LinearSpec
@@ -15,7 +16,67 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
 NUMERICS_CODES = {"w4a16": 0, "w4a8": 1, "w4a4": 2}  # csrc/packed.h: Numerics
 
 
-class NativeLinearNVFP4:
+class NativeLinear:
+    """What every native linear does once the native side holds its weight."""
+
+    native: Any
+    weight_bytes: int
+
+    def __init__(self, context: Any, n: int, k: int, spec: LinearSpec) -> None:
+        self._run = context.linear
+        self.n, self.k = n, k
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        check_matrix("x", x, self.dtype, self.k)
+        rows = x.size(0)
+        out = torch.empty((rows, self.n), dtype=self.out_dtype)
+        self._run(self.native, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
+        return out
+
+
+def pack_panels(
+    context: Any,
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    numerics: Numerics = "w4a16",
+    input_scale: float = 0.0,
+    e8m0: bool = False,
+) -> Any:
+    """The native panels of packed codes [N, K/2] and their block scales; KernelError names a NaN scale's place.
+
+    row_scale  fp32 [N], multiplies each sum once
+    """
+    n, half_k = codes.shape
+    codes, scales = on_cpu("weight", codes), on_cpu("weight_scale", scales)
+    row_scale, bias = on_cpu("weight_scale_2", row_scale), check_bias(bias, n)
+    try:
+        return context.pack_nvfp4(
+            [(codes.data_ptr(), scales.data_ptr(), n)],
+            row_scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            2 * half_k,
+            NUMERICS_CODES[numerics],
+            input_scale,
+            e8m0,
+        )
+    except ValueError as e:  # a NaN scale; the message says where
+        raise KernelError(str(e)) from e
+
+
+def on_cpu(name: str, tensor: Tensor) -> Tensor:
+    """`aligned`, or KernelError where the tensor is elsewhere."""
+    if tensor.device.type != "cpu":
+        raise KernelError(f"the cpu backend got {name} on {tensor.device}; load the checkpoint on the CPU")
+    return aligned(tensor)
+
+
+class NativeLinearNVFP4(NativeLinear):
     """An NVFP4 weight in panels of 16 rows; the given tensors are copied and not kept.
 
     Every output is one fixed chain of operations: 16 products are summed, multiplied by their scales and added to the
@@ -33,6 +94,7 @@ class NativeLinearNVFP4:
     """
 
     def __init__(self, context: Any, weight: NVFP4Weight, spec: LinearSpec) -> None:
+        super().__init__(context, weight.n, weight.k, spec)
         input_scale = 0.0
         row_scale = weight.row_scale_2().to(torch.float32)
         if spec.numerics == "w4a4":
@@ -43,46 +105,19 @@ class NativeLinearNVFP4:
             if not input_scale > 0:
                 raise KernelError(f"w4a4 needs a positive input_scale, found {input_scale}; calibrate the layer again")
             row_scale = scale * row_scale
-        codes = weight.packed.contiguous()
-        scales = weight.block_scale.contiguous()
-        row_scale = aligned(row_scale)
-        bias = check_bias(weight.bias, weight.n)
-        for tensor, name in (
-            (codes, "weight"),
-            (scales, "weight_scale"),
-            (row_scale, "weight_scale_2"),
-            (bias, "bias"),
-        ):
-            if tensor is not None and tensor.device.type != "cpu":
-                raise KernelError(f"the cpu backend got {name} on {tensor.device}; load the checkpoint on the CPU")
-        try:
-            self.native = context.pack_nvfp4(
-                [(codes.data_ptr(), scales.data_ptr(), weight.n)],
-                row_scale.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                weight.k,
-                NUMERICS_CODES[spec.numerics or "w4a16"],
-                input_scale,
-                False,
-            )
-        except ValueError as e:  # a NaN scale; the message says where
-            raise KernelError(str(e)) from e
-        self._run = context.linear
-        self.n, self.k = weight.n, weight.k
-        self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
-        self.weight_bytes: int = self.native.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        check_matrix("x", x, self.dtype, self.k)
-        rows = x.size(0)
-        out = torch.empty((rows, self.n), dtype=self.out_dtype)
-        self._run(self.native, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
-        return out
+        self.native = pack_panels(
+            context,
+            weight.packed,
+            weight.block_scale,
+            row_scale,
+            weight.bias,
+            numerics=spec.numerics or "w4a16",
+            input_scale=input_scale,
+        )
+        self.weight_bytes = self.native.nbytes
 
 
-class NativeLinearDense:
+class NativeLinearDense(NativeLinear):
     """A plain weight, read from the tensor it came in (a tied embedding is not copied).
 
     Widened to FP32, multiplied and added in FP32: 16 interleaved chains over K, then a fixed tree. With bfloat16 on
@@ -92,14 +127,9 @@ class NativeLinearDense:
     """
 
     def __init__(self, native: Any, context: Any, weight: DenseWeight, spec: LinearSpec) -> None:
-        self.weight = aligned(weight.weight)
-        if self.weight.device.type != "cpu":
-            raise KernelError(f"the cpu backend got a weight on {self.weight.device}; load the checkpoint on the CPU")
+        super().__init__(context, weight.n, weight.k, spec)
+        self.weight = on_cpu("weight", weight.weight)
         self.bias = check_bias(weight.bias, weight.n)
-        self._run = context.linear
-        self.n, self.k = weight.n, weight.k
-        self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self.native = native.PlainWeight(
             self.weight.data_ptr(),
             TYPE_CODES[self.weight.dtype],
@@ -107,12 +137,4 @@ class NativeLinearDense:
             weight.n,
             weight.k,
         )
-        self._type, self._out_type = TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype]
         self.weight_bytes = self.weight.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        check_matrix("x", x, self.dtype, self.k)
-        rows = x.size(0)
-        out = torch.empty((rows, self.n), dtype=self.out_dtype)
-        self._run(self.native, x.data_ptr(), self._type, rows, out.data_ptr(), self._out_type)
-        return out
