@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
+from server.commands import inspect, quantize
 
 EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -61,21 +62,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     _serve_flags(serve)
     serve.set_defaults(run=_serve)
 
-    quantize = commands.add_parser("quantize", help="write a plain model folder as a ModelOpt NVFP4 folder")
-    quantize.add_argument("src", metavar="SRC", help="BF16, FP16 or FP32 Hugging Face folder")
-    quantize.add_argument("out", metavar="OUT", help="folder to make; must not exist")
-    quantize.add_argument("--method", default="max", help="how block scales are chosen (default: %(default)s)")
-    quantize.add_argument("--calib", metavar="FILE", help="text to measure activations on; gives W4A4 input scales")
-    quantize.add_argument("--fp8-kv", action="store_true", help="also measure FP8 scales for the KV cache")
-    quantize.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules plain; may repeat"
-    )
-    quantize.set_defaults(run=_quantize, log_level="info")
-
-    inspect = commands.add_parser("inspect", help="say what is in a checkpoint")
-    inspect.add_argument("path", metavar="PATH")
-    inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.set_defaults(run=_inspect)
+    quantize.add_parser(commands)
+    inspect.add_parser(commands)
 
     prepare = commands.add_parser("prepare", help="make the default model in the cache, so that serve starts at once")
     prepare.set_defaults(run=_prepare, log_level="info")
@@ -171,43 +159,6 @@ def _serve(args: argparse.Namespace) -> int:
     from server.serve import serve
 
     return serve(args)
-
-
-def _quantize(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    texts = None
-    if args.calib is not None:
-        try:
-            texts = [Path(args.calib).read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the calibration text {args.calib} cannot be read: {error}", "--calib") from error
-    from nvfp4_runtime.quantize.pipeline import quantize_folder
-
-    report = quantize_folder(
-        args.src, args.out, method=args.method, calib_texts=texts, fp8_kv=args.fp8_kv, exclude=args.exclude
-    )
-    kv = f", {report.kv_algo} KV cache" if report.kv_algo else ""
-    print(
-        f"{args.out}: {report.algo}{kv}; {report.num_quantized} layers quantised, {report.num_plain} tensors plain; "
-        f"{report.source_bytes / 1e6:.1f} MB -> {report.out_bytes / 1e6:.1f} MB"
-    )
-    for note in report.notes:
-        print(f"  {note}")
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from nvfp4_runtime.checkpoint.inspect import inspect, render
-
-    report = inspect(args.path)
-    if args.json:
-        import msgspec
-
-        print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
-    else:
-        print(render(report))
-    return 0
 
 
 def _prepare(args: argparse.Namespace) -> int:
