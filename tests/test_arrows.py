@@ -36,8 +36,8 @@ MAY_IMPORT["quantize"] = {p for group in CHAIN[:5] for p in group}
 MAY_IMPORT["llm"] = {p for group in CHAIN for p in group} | {"text"}  # the offline door: engine and text in one process
 MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the names it offers
 
-# The server's process knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; serve.py
-# asks where the default model is cached, of a module that TORCH_FREE holds to its lightness.
+# The server knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; serve.py asks
+# where the default model is cached, of a module that TORCH_FREE holds to its lightness.
 SERVER_MAY_IMPORT = ("errors", "config", "text", "sampling.params", "engine.messages", "engine.client")
 SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "quantize.default_model")
 TORCH_FREE = (
