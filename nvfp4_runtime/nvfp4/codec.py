@@ -156,23 +156,25 @@ def activation_operand(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations of W4A8: signed bytes with one FP32 scale per 16 inputs, x ~ code * scale.
+    """Activations of W4A8: signed bytes with one scale per 16 inputs, x ~ code * scale.
 
     x        float [M, K]
-    returns  int8 [M, K] codes, |code| <= 127; fp32 [M, K/16] scales
+    returns  int8 [M, K] codes, |code| <= 127; fp32 [M, K/16] scales of four significant bits, as E4M3 has
 
-    scale = amax / 127, code = rne(x * (127 / amax)): off by half a step, 0.4 % of the block's largest value, at most.
-    Blocks below 2^-100 are zero (127 / amax would overflow); one that holds NaN or infinity has a NaN scale.
+    scale = amax / 127 rounded up to four significant bits, code = rne(x * (1 / scale)): off by half a step, 0.45 % of the
+    block's largest value, at most. Such scales times weight block scales are exact, and cost a kernel nothing (see
+    docs/numerics.md). A block of at most 2^-100 is zero; one that holds NaN, infinity or 2^100 and more has a NaN scale.
     """
     check_k(x.shape[-1])
     blocks = _blocks(x.to(torch.float32))
     amax = blocks.abs().amax(dim=-1)
-    finite, zero = torch.isfinite(amax), amax <= 2.0**-100
-    levels = torch.full_like(amax, 127.0)  # a tensor: `127.0 / amax` would be two roundings, reciprocal and product
-    inverse = torch.where(finite & ~zero, levels / amax, torch.zeros_like(amax))
+    sound, zero = amax < 2.0**100, amax <= 2.0**-100
+    wanted = torch.where(sound & ~zero, amax, torch.ones_like(amax)) / torch.full_like(amax, 127.0)
+    scale = ((wanted.view(torch.int32) + 0xFFFFF) & ~0xFFFFF).view(torch.float32)
+    inverse = torch.where(sound & ~zero, 1.0 / scale, torch.zeros_like(scale))
     codes = torch.round((blocks * inverse.unsqueeze(-1)).nan_to_num(nan=0.0)).to(torch.int8).flatten(-2)
-    scale = torch.where(zero, torch.zeros_like(amax), amax / levels)
-    return codes, torch.where(finite, scale, torch.full_like(amax, torch.nan))
+    scale = torch.where(zero, torch.zeros_like(scale), scale)
+    return codes, torch.where(sound, scale, torch.full_like(scale, torch.nan))
 
 
 def int8_operand(x: Tensor) -> Tensor:

@@ -123,6 +123,17 @@ inline Bytes high_codes(I codes, Bytes table) {
 }
 // Four products of unsigned and signed bytes, added to each 32-bit lane.
 inline I dot(I acc, Bytes w, I x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+// Operations with one word for all lanes, straight from memory. Written out because compilers load the word into a register
+// first, and of such loads one a cycle is possible, where as operands they come beside the multiplications.
+inline I dot_word(I acc, Bytes w, const uint32_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
+  return acc;
+}
+inline V sub_word(V a, const uint32_t* x) {
+  __m512 difference;
+  asm("vsubps %2%{1to16%}, %1, %0" : "=v"(difference) : "v"(a.v), "m"(*x));
+  return {difference};
+}
 inline V to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 inline I to_int(V x) { return {_mm512_cvtps_epi32(x.v)}; }  // nearest even
 
