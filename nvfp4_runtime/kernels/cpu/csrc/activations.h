@@ -111,16 +111,83 @@ inline void put_integers(uint32_t* out, int width, V x, float global_scale, floa
   put_scale(out + 4 * width, width, scale, reduce_add(to_float(q)));
 }
 
+// Sixteen groups of one row at once, the values and operations of put_integers with a group in each lane; false where a
+// group needs it itself, for NaN or values that W4A8 calls unsound. `stride` words lie between groups.
+template <Operand operand>
+inline bool put_sixteen(uint32_t* out, size_t stride, int width, const V* x, float global_scale, float inverse_global) {
+  V t[16];
+  UNROLL for (int g = 0; g < 16; g++) t[g] = vabs(x[g]);
+  transpose16(t);
+  V amax = t[0], sum = t[0];
+  UNROLL for (int i = 1; i < 16; i++) {
+    amax = vmax(amax, t[i]);
+    sum = add(sum, t[i]);
+  }
+  if (any(is_nan(sum))) return false;
+  V scale, inverse;
+  if constexpr (operand == Operand::nvfp4) {
+    scale = from_e4m3(to_e4m3(mul(set1(global_scale), mul(amax, set1(1.0f / 6.0f)))));
+    inverse = select(less(zero(), scale), div(set1(1.f), mul(scale, set1(inverse_global))), zero());
+    scale = mul(scale, set1(.25f));
+  } else {
+    if (any(mask_not(less(amax, set1(0x1p100f))))) return false;
+    const Mask nonzero = less(set1(0x1p-100f), amax);
+    const I wanted = bits(div(select(nonzero, amax, set1(127.f)), set1(127.f)));
+    scale = from_bits(iand(iadd(wanted, iset1(0xfffff)), iset1(~0xfffff)));
+    inverse = select(nonzero, div(set1(1.f), scale), zero());
+    scale = select(nonzero, mul(scale, set1(.5f)), zero());
+  }
+  float inverses[16];
+  store(inverses, inverse);
+  UNROLL for (int g = 0; g < 16; g++) {
+    V y = mul(x[g], set1(inverses[g]));
+    if constexpr (operand == Operand::nvfp4) {
+      y = round_e2m1(y);
+      y = add(y, y);
+    }
+    const I q = to_int(y);
+    put_bytes(out + g * stride, width, q);
+    t[g] = to_float(q);
+  }
+  const I bits_of = bits(select(less(zero(), scale), scale, set1(1.f)));
+  const I base = ior(iadd(iand(bits_of, iset1(0x7f800000)), iset1((23 << 23) + 0x400000)),
+                     shl<3>(iand(shr<20>(bits_of), iset1(7))));
+  const I start = iadd(base, to_int(mul(reduce16(t), set1(-kCodeOffset))));
+  float starts[16], bases[16];
+  store(starts, from_bits(start));
+  store(bases, from_bits(base));
+  for (int g = 0; g < 16; g++) {
+    put_float(out + g * stride + 4 * width, starts[g]);
+    put_float(out + g * stride + 5 * width, bases[g]);
+  }
+  return true;
+}
+
 template <class T, Operand operand>
 void pack_integers(const PackX& a, const T* x, uint32_t* out, int rows, int width) {
   const float global_scale = 1.0f / a.input_scale, inverse_global = 1.0f / global_scale;
   constexpr int words = words_per_group(operand);
-  for (int g = 0; g < a.k / kGroup; g++, out += static_cast<size_t>(words) * width) {
-    for (int r = 0; r < rows; r++)
-      put_integers<operand>(out + r, width, load(x + static_cast<size_t>(r) * a.k + g * kGroup), global_scale, inverse_global);
-    for (int r = rows; r < width; r++)
-      for (int i = 0; i < words; i++) out[i * width + r] = 0;
+  const int groups = a.k / kGroup;
+  const size_t stride = static_cast<size_t>(words) * width;
+  for (int r = 0; r < rows; r++) {
+    const T* row = x + static_cast<size_t>(r) * a.k;
+    for (int g = 0; g < groups;) {
+      if constexpr (operand != Operand::digits)
+        if (groups - g >= 16) {
+          V values[16];
+          UNROLL for (int i = 0; i < 16; i++) values[i] = load(row + (g + i) * kGroup);
+          if (put_sixteen<operand>(out + g * stride + r, stride, width, values, global_scale, inverse_global)) {
+            g += 16;
+            continue;
+          }
+        }
+      put_integers<operand>(out + g * stride + r, width, load(row + g * kGroup), global_scale, inverse_global);
+      g++;
+    }
   }
+  for (int g = 0; g < groups; g++)
+    for (int i = 0; i < words; i++)
+      for (int r = rows; r < width; r++) out[g * stride + i * width + r] = 0;
 }
 
 #if defined(__AVX512BF16__)
