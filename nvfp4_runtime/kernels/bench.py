@@ -142,7 +142,7 @@ class AttentionTime:
 def attention_cache(kv_dtype: KVDtype, num_blocks: int, kv_heads: int, head_dim: int, seed: int) -> KVLayer:
     """A cache whose every byte was written, so that reading it costs what it will cost in a server.
 
-    It lies in memory from numpy, as a server's does: that asks for huge pages, and 4 KiB ones cost up to a third of the
+    It lies in memory from numpy, as a server's does: that asks for huge pages, and 4 KiB ones cost a quarter of the
     time of reading a cache (see docs/kernel-log.md).
     """
 
