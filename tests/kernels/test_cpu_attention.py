@@ -60,25 +60,23 @@ def multiplies_pairs(isa: str, dtype: torch.dtype, out_dtype: torch.dtype, kv_dt
     return isa == "avx512bf16" and torch.bfloat16 in (dtype, out_dtype) and kv_dtype != torch.float32
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)],
-)
+SHAPES = [(9, 3, 64), (4, 4, 32), (4, 1, 80), (2, 1, 24)]
+TYPES = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
+# (types, shape, window): plain queries in every shape; as layers call it (FP32 in, BF16 out), and wide heads, once each
+CASES = [(types, shape, window) for types in TYPES[:2] for shape in SHAPES for window in (None, 1, 50)]
+CASES += [(TYPES[2], SHAPES[0], None), (TYPES[2], (4, 2, 128), 50), (TYPES[0], (2, 2, 192), None)]
+
+
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 32), (4, 1, 80), (2, 1, 24), (4, 2, 128), (2, 2, 192)]
-)
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("types", "shape", "window"), CASES)
 def test_attention_agrees_with_fp64(
     isa: str,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
+    types: tuple[torch.dtype, torch.dtype],
     kv_dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
+    shape: tuple[int, int, int],
     window: int | None,
 ) -> None:
+    (dtype, out_dtype), (heads, kv_heads, head_dim) = types, shape
     spec = PagedAttentionSpec(heads, kv_heads, head_dim, window, NAMES[kv_dtype], NAMES[dtype], NAMES[out_dtype])
     if NAMES[kv_dtype] == "nvfp4" and head_dim % 16:
         assert "needs a head_dim divisible by 16" in str(cpu_backend(isa).refuses(spec))

@@ -3,19 +3,22 @@
 // their sum, then the weighted values, key by key; segments are merged in order. So a row's arithmetic depends on its
 // position and nothing else: not on the rows beside it, how the prompt was cut, or which thread took which segment.
 //
-// Two arrangements give these very bits. Few rows (decoding): keys are widened in registers and met by every head of
-// their group, lane by lane over the dimensions; a tree adds the lanes. Many rows (prefill): a tile of keys is widened
+// Two arrangements give these very bits. Few rows (decoding): keys are decoded in registers and met by every head of
+// their group, lane by lane over the dimensions; a tree adds the lanes. Many rows (prefill): a tile of keys is decoded
 // and transposed once, the lanes are keys, and the same chains and the same tree run over the dimensions.
+//
+// There are two arithmetics, each with both arrangements: FloatAttention, and PairAttention where the ISA multiplies pairs of
+// bfloat16. This file is what they share; it calls them P.
 
 // What one item keeps: rows are tokens x heads of the group, token by token. dp: head_dim in whole chunks, in slot order.
 struct State {
-  int rows, dp, query;
+  int rows, dp, query;  // query: lanes a query takes
   float *q;           // [rows][query]
   float *scores;      // [rows][kSegment], then the weights
   float *out;         // [rows][dp] of this segment
   float *max, *sum;   // [rows] of this segment
   float *total_out, *total_max, *total_sum;  // of the segments so far
-  float *tile;        // [kTile][dp] widened rows
+  float *tile;        // [kTile][dp] decoded rows
   float *turned;      // [dp][kTile]
 
   State(float* scratch, int rows_in, int d, int query_chunk) : rows(rows_in), dp(round_chunk(d)), query(dp / kChunk * query_chunk) {

@@ -1,7 +1,7 @@
 // Attention by pairs of bfloat16 (vdpbf16ps), for BF16 activations over a cache that bfloat16 holds exactly: each
 // instruction adds two exact products to an FP32 lane. A query is rounded to bfloat16 once, a weight (NVFP4: a weight times
-// its block scale) likewise. Scores pair dimensions; weighted values pair positions 2 i and 2 i + 1, and of a pair that
-// a row sees half of the other half is zeros. See attention.h for the two arrangements that must agree.
+// its block scale) likewise. Scores pair dimensions; weighted values pair positions 2 i and 2 i + 1, and where a row sees one
+// of them the other counts as zeros. See attention.h for the two arrangements that must agree.
 inline Pairs pairs_at(const float* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_pairs(float* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
 inline __m512i words_of(V x) {  // nearest even (subnormals become zero), in the low half of each lane
