@@ -214,7 +214,9 @@ def test_a_bad_key_or_value_reaches_only_the_rows_that_see_it(
         # a key of +-huge takes the whole weight or none, by the sign of its score; where FP32 overflows
         # inside the dot product the order of additions may give Inf or NaN, and so may the reference
         finite = seen.isfinite() & wanted.isfinite()
-        torch.testing.assert_close(seen[finite], wanted[finite], rtol=1e-4, atol=room(width, dtype))
+        torch.testing.assert_close(
+            seen[finite], wanted[finite], rtol=1e-4 if dtype == torch.float32 else 2.0**-7, atol=room(width, dtype)
+        )
         assert bool(wanted.isfinite().all()) or not bool(seen.isfinite().all())
 
 

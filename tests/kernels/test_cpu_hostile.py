@@ -44,7 +44,12 @@ from tests.kernels.guarded import (
 from tests.kernels.numerics import DTYPES, INPUT_SCALE, NUMERICS, spec, worst_excess
 
 SIDES: list[Side] = ["end", "start"]
-NAMES: dict[torch.dtype, Any] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float8_e4m3fn: "fp8"}
+NAMES: dict[torch.dtype, Any] = {
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float8_e4m3fn: "fp8",
+    torch.uint8: "nvfp4",
+}
 
 
 # ---- no byte beyond the tensors -------------------------------------------------------------------------------------
