@@ -123,7 +123,8 @@ class RopeSpec:
 class PagedAttentionSpec:
     """Causal attention of every new token over its sequence's paged KV, grouped-query, one call for the batch.
 
-    Queries are `dtype`, the result is `out_dtype`.
+    Queries are `dtype`, the result is `out_dtype`. Where either is bfloat16, a backend may round queries and softmax
+    weights to bfloat16 before it multiplies them, unless the cache is float32.
     """
 
     num_heads: int
