@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nvfp4_runtime.checkpoint.checkpoint import FORMATS
 from nvfp4_runtime.checkpoint.detect import check_readable, detect, is_excluded, read_config
 from nvfp4_runtime.checkpoint.shards import PLAIN, Shards, TensorInfo
+from nvfp4_runtime.checkpoint.stored import FORMATS
 from nvfp4_runtime.errors import UnsupportedFormatError
 
 # Tensors that describe a weight rather than being one: counted as its bytes, not as parameters.

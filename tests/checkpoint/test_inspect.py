@@ -64,13 +64,6 @@ def test_disagreements_between_configs_and_tensors_are_notes(tmp_path):
     assert any("have no input_scale" in n and "model.layers.1.mlp.up_proj" in n for n in notes)
 
 
-def test_a_format_without_a_reader_is_described_and_said_to_be_unservable(shared):
-    report = inspect(shared / "fixtures" / "llmcompressor-llama-nvfp4")
-    assert report.method == "compressed-tensors"
-    assert {g.stored for g in report.groups} == {"bf16", "ct 4-bit"}
-    assert any(note.startswith("cannot be served:") for note in report.notes)
-
-
 def test_no_weight_data_is_read(tmp_path, monkeypatch):
     folder = tiny.tiny_nvfp4_llama(tmp_path, tokenizer=False)
 
