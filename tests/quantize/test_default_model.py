@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
-from nvfp4_runtime.checkpoint.inspect import inspect
+from nvfp4_runtime.checkpoint.doctor.inspect import inspect
 from nvfp4_runtime.checkpoint.writer import new_folder, temporary_prefix
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.quantize import default_model as module

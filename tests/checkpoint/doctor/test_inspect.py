@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from nvfp4_runtime.checkpoint.inspect import inspect, render
 from safetensors.torch import load_file, save_file
 
-from nvfp4_runtime.checkpoint.inspect import inspect, render
 from nvfp4_runtime.errors import CheckpointError
 from tests import tiny
 
