@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,15 +130,11 @@ def count_codes(packed: Bytes, scales: Bytes, group: int, advance: Advance = lam
 
 def count_plain(tensor: Tensor, advance: Advance = lambda _: None) -> PlainCounts:
     """Non-finite values and zeros of a BF16, FP16 or FP32 tensor, by its exponent bits."""
-    width, exponent = {
-        torch.bfloat16: (np.dtype(np.uint16), 0x7F80),
-        torch.float16: (np.dtype(np.uint16), 0x7C00),
-        torch.float32: (np.dtype(np.uint32), 0x7F80_0000),
-    }[tensor.dtype]
-    raw = raw_bytes(tensor).view(width)
-    exponent_bits, magnitude_bits = width.type(exponent), width.type((1 << (8 * width.itemsize - 1)) - 1)
+    exponent_bits = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000}[tensor.dtype]
+    magnitude_bits = (1 << (8 * tensor.element_size() - 1)) - 1
+    raw = raw_bytes(tensor).view(np.uint32 if tensor.element_size() == 4 else np.uint16)
     nonfinite = zero = 0
-    step = CHUNK_BYTES // width.itemsize
+    step = CHUNK_BYTES // tensor.element_size()
     for start in range(0, raw.size, step):
         chunk = raw[start : start + step]
         nonfinite += int(np.count_nonzero((chunk & exponent_bits) == exponent_bits))
@@ -180,15 +175,16 @@ def _explained(raw: Bytes) -> float:
     total = float(np.square(x).sum())
     if total == 0:
         return 0.0
-    by_rows: Any = np.square(x.mean(axis=1)).sum() * cols
-    by_cols: Any = np.square(x.mean(axis=0)).sum() * rows
+    by_rows = float(np.square(x.mean(axis=1)).sum()) * cols
+    by_cols = float(np.square(x.mean(axis=0)).sum()) * rows
     chance = (rows + cols - 2) / (rows * cols - 1)
-    return (float(by_rows + by_cols) / total - chance) / (1 - chance)
+    return float(((by_rows + by_cols) / total - chance) / (1 - chance))
 
 
 def _log2_of_scales() -> NDArray[np.float32]:
     values = np.nan_to_num(np.abs(E4M3_VALUES), nan=0.0)
-    return np.log2(np.maximum(values, np.float32(2.0**-10))).astype(np.float32)
+    logarithms: NDArray[np.float32] = np.log2(np.maximum(values, np.float32(2.0**-10)))
+    return logarithms
 
 
 _LOG2 = _log2_of_scales()

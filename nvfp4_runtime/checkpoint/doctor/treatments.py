@@ -153,7 +153,8 @@ def _parent_of(parent: Shards, layer: Measured, n: int, k: int) -> Tensor | None
 
 def _amax(weight: Tensor) -> float:
     step = max(1, CHUNK_VALUES // max(1, weight.shape[1]))
-    return max((float(rows.to(torch.float32).abs().max()) for rows in weight.split(step)), default=0.0)
+    starts = range(0, weight.shape[0], step)
+    return max((float(weight[i : i + step].to(torch.float32).abs().max()) for i in starts), default=0.0)
 
 
 def _sibling_scale(case: Case, layer: Measured, own: float, parent: Shards) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nvfp4_runtime.checkpoint.doctor.case import Case, about, some
+from nvfp4_runtime.checkpoint.doctor.case import Case, about
 from nvfp4_runtime.checkpoint.doctor.checks.inputs import is_input_invalid
 from nvfp4_runtime.checkpoint.doctor.checks.scales import is_tensor_scale_invalid
+from nvfp4_runtime.checkpoint.doctor.files import some
 from nvfp4_runtime.checkpoint.doctor.measure import Measured
 from nvfp4_runtime.checkpoint.doctor.report import Finding
 from nvfp4_runtime.errors import MissingTensorError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from nvfp4_runtime.checkpoint.doctor.case import Case, about, some
+from nvfp4_runtime.checkpoint.doctor.case import Case, about
+from nvfp4_runtime.checkpoint.doctor.files import some
 from nvfp4_runtime.checkpoint.doctor.measure import FloatCounts, Measured
 from nvfp4_runtime.checkpoint.doctor.report import Finding
 
@@ -76,7 +77,7 @@ def is_tensor_scale_invalid(layer: Measured) -> bool:
 def tensor_scale_inverted(case: Case) -> Iterable[Finding]:
     """A multiplier stored where a divisor belongs, or the reverse."""
     inverted = [layer for layer in case.nvfp4 if is_inverted(layer)]
-    values = [value for layer in inverted if (value := layer.tensor_scale and layer.tensor_scale.most) is not None]
+    values = [m.tensor_scale.most or 0.0 for m in inverted if m.tensor_scale is not None]
     yield from about(
         "tensor-scale-inverted",
         "error",
