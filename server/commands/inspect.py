@@ -19,6 +19,9 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("path", metavar="PATH", help="model folder")
     parser.add_argument("--json", action="store_true", help="for programs: every layer, every finding")
+    parser.add_argument(
+        "--layers", action="store_true", help="a line for every layer, not one for those that are alike"
+    )
     parser.add_argument("--parent", metavar="DIR", help="the plain model it was made of: measure the distance")
     parser.add_argument("--repair", metavar="OUT", help="write a sound copy into this new folder")
     parser.add_argument(
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:
-        print(render(report, colour=sys.stdout.isatty()))
+        print(render(report, colour=sys.stdout.isatty(), every_layer=args.layers))
     return 0 if report.sound else EXIT_FINDINGS
 
 

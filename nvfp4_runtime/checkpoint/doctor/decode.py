@@ -39,6 +39,7 @@ class Matrix:
     tensor   fp32 [n, 1] or [1, 1]: the tensor scale, NVFP4 only
     divides  `tensor` is a divisor
     block    rows and columns under one scale
+    columns  fp32 [k], or None: AWQ's pre_quant_scale, by which activations, or else the weight, must be multiplied
     """
 
     format: str
@@ -47,6 +48,7 @@ class Matrix:
     tensor: Tensor
     divides: bool
     block: tuple[int, int]
+    columns: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -62,6 +64,10 @@ class Matrix:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """float32 [stop - start, k], as the codec dequantises them."""
+        values = self._rows(start, stop)
+        return values if self.columns is None else values.mul_(self.columns)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
         codes = self.codes[start:stop]
         if self.format == "fp8":
             row_blocks = torch.arange(start, min(stop, self.n)) // self.block[0]
@@ -106,12 +112,22 @@ def swap_nibbles(codes: Tensor) -> Tensor:
 
 def matrix(shards: Shards, stored: StoredLayer, expert: int = 0) -> Matrix | None:
     """One matrix of a layer that is stored soundly and [out, in]; None for other layers (plain, transposed, broken)."""
+    found = _matrix(shards, stored, expert)
+    factors = shards.info(stored.tensors.get("pre_quant_scale", ""))
+    if found is None or factors is None or factors.shape != (stored.k,):
+        return found
+    return replace(found, columns=read_any(shards, factors.name).to(torch.float32))
+
+
+def _matrix(shards: Shards, stored: StoredLayer, expert: int) -> Matrix | None:
     if stored.problem is not None or stored.transposed or stored.block is None:
         return None
     codes = _one(read_any(shards, stored.tensors["weight"]), stored, expert)
     if stored.format == "nvfp4":
         scale = _one(read_any(shards, stored.tensors["block_scale"]), stored, expert)
         tensor = _tensor_scale(shards, stored, expert)
+        if tensor is None:
+            return None
         shape = (stored.n, stored.k // stored.block[1])
         codes = codes.reshape(stored.n, stored.k // 2)
         return Matrix("nvfp4", codes, scale.reshape(shape), tensor, stored.divides, stored.block)
@@ -159,10 +175,15 @@ def _one(tensor: Tensor, stored: StoredLayer, expert: int) -> Tensor:
     return tensor[expert] if stored.experts else tensor
 
 
-def _tensor_scale(shards: Shards, stored: StoredLayer, expert: int) -> Tensor:
-    """[1, 1], or [n, 1] where parts of the rows (gate and up in one) have scales of their own."""
+def _tensor_scale(shards: Shards, stored: StoredLayer, expert: int) -> Tensor | None:
+    """[1, 1], or [n, 1] where parts of the rows (gate and up in one) have scales of their own; None: does not fit."""
     scales = read_any(shards, stored.tensors["tensor_scale"]).to(torch.float32)
-    mine = scales.reshape(max(1, stored.experts), -1)[expert] if scales.numel() > 1 else scales.reshape(1)
-    if mine.numel() == 1 or stored.n % mine.numel():
-        return mine[:1].reshape(1, 1)
+    experts = max(1, stored.experts)
+    if scales.numel() != 1 and (scales.numel() == 0 or scales.numel() % experts):
+        return None
+    mine = scales.reshape(experts, -1)[expert] if scales.numel() > 1 else scales.reshape(1)
+    if mine.numel() == 1:
+        return mine.reshape(1, 1)
+    if stored.n % mine.numel():
+        return None
     return mine.repeat_interleave(stored.n // mine.numel()).unsqueeze(1)

@@ -135,6 +135,15 @@ def groups(found: Sequence[Layer]) -> tuple[Group, ...]:
     return tuple(sorted(result, key=lambda g: not g.shape))
 
 
+def ungrouped(found: Sequence[Layer]) -> tuple[Group, ...]:
+    """Every layer as a group of one."""
+    calibrated = [layer.scales is not None and layer.scales.input is not None for layer in found]
+    return tuple(
+        _group(_Key(layer.name, layer.stored, layer.shape, layer.excluded, has), [layer])
+        for layer, has in zip(found, calibrated, strict=True)
+    )
+
+
 def _group(key: _Key, members: list[Layer]) -> Group:
     parameters = sum(layer.parameters for layer in members)
     size = sum(layer.bytes for layer in members)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from nvfp4_runtime.checkpoint.doctor import describe
 from nvfp4_runtime.checkpoint.doctor.report import Finding, Group, Repair, Report, Scales, Severity
 
 _COLOURS: dict[Severity, str] = {"error": "31;1", "warning": "33;1", "info": "36"}
@@ -14,9 +15,10 @@ _LISTED = 20
 _GIB = 1 << 30
 
 
-def render(report: Report, colour: bool = False) -> str:
-    """The whole report; `colour` adds ANSI colours to severities."""
-    lines = [*_heading(report), "", *_table(report.groups), "", *_totals(report)]
+def render(report: Report, colour: bool = False, every_layer: bool = False) -> str:
+    """The whole report; `colour` adds ANSI colours to severities, `every_layer` ungroups the table."""
+    rows = describe.ungrouped(report.layers) if every_layer else report.groups
+    lines = [*_heading(report), "", *_table(rows), "", *_totals(report)]
     if report.parent is not None:
         lines += ["", *_parent(report)]
     if report.findings:

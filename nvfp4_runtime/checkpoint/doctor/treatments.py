@@ -58,11 +58,10 @@ def plan(case: Case, parent: Shards | None) -> Plan:
     made = Plan()
     treated: set[str] = set()
     for layer in case.layers:
-        for treatment in (_requantise(case, layer, parent), _reorder(case, layer), _zero_blocks(case, layer)):
-            if treatment is not None:
-                made.treatments.append(treatment)
-                treated.add(layer.name)
-                break
+        treatment = _requantise(case, layer, parent) or _reorder(case, layer) or _zero_blocks(case, layer)
+        if treatment is not None:
+            made.treatments.append(treatment)
+            treated.add(layer.name)
     for group in groups.differing_scales(case):
         if not treated & {layer.name for layer in group} and (folded := _fold(case, group)) is not None:
             made.treatments.append(folded)
@@ -93,7 +92,7 @@ def _requantise(case: Case, layer: Measured, parent: Shards | None) -> Treatment
     amax = _amax(original)
     if not math.isfinite(amax) or amax == 0:
         return None
-    scale_2 = _sibling_scale(case, layer, amax / codec.SCALE_2_DENOMINATOR, parent)
+    value = _shared_scale(case, layer, amax, divides, parent)
     old = case.shards.info(tensor_scale)
     shape = old.shape if old is not None else ((1,) if divides else ())
     specs = (
@@ -103,12 +102,12 @@ def _requantise(case: Case, layer: Measured, parent: Shards | None) -> Treatment
     )
 
     def make() -> Tensors:
-        stored = torch.tensor(1 / scale_2 if divides else scale_2, dtype=torch.float32)
+        stored = torch.tensor(value, dtype=torch.float32)
         multiplier = 1 / stored if divides else stored
         packed, block = codec.quantize(original, multiplier)
         return {codes: packed, block_scale: block, tensor_scale: stored.reshape(shape)}
 
-    change = Change(why, layer.name, f"quantised again from the parent by `max`, tensor scale {scale_2:.6g}", False)
+    change = Change(why, layer.name, f"quantised again from the parent by `max`, tensor scale {value:.6g}", False)
     return Treatment(specs, make, (change,))
 
 
@@ -157,17 +156,27 @@ def _amax(weight: Tensor) -> float:
     return max((float(weight[i : i + step].to(torch.float32).abs().max()) for i in starts), default=0.0)
 
 
-def _sibling_scale(case: Case, layer: Measured, own: float, parent: Shards) -> float:
-    """A tensor scale the layer can share with those it is fused with: theirs if large enough, else the group's own."""
+def _shared_scale(case: Case, layer: Measured, amax: float, divides: bool, parent: Shards) -> float:
+    """The tensor scale to store: that of the siblings where it is large enough, else from the group's own maximum."""
     group = next((g for g in case.siblings if any(m.name == layer.name for m in g)), ())
-    kept = [m for m in group if m.name != layer.name and m.stored.format == "nvfp4" and _lost(case, m) is None]
-    usable = {m.multiplier(m.tensor_scale.values[0]) for m in kept if m.tensor_scale is not None}
-    if len(usable) == 1 and max(usable) >= own * (1 - _BF16_SLACK) and not any(map(scales.is_inverted, kept)):
-        return max(usable)
-    if kept:
-        return own
-    weights = [w for m in group if (w := parent_matrix(parent, m.stored)) is not None]
-    return max([own, *(_amax(w) / codec.SCALE_2_DENOMINATOR for w in weights)])
+    kept = [
+        m
+        for m in group
+        if m.name != layer.name
+        and m.stored.format == "nvfp4"
+        and m.stored.divides == divides
+        and _lost(case, m) is None
+        and not scales.is_inverted(m)
+    ]
+    theirs = {m.tensor_scale.values[0] for m in kept if m.tensor_scale is not None}
+    if len(theirs) == 1:
+        (value,) = theirs
+        if kept[0].multiplier(value) * codec.SCALE_2_DENOMINATOR >= amax * (1 - _BF16_SLACK):
+            return value
+    if not kept:
+        weights = [w for m in group if (w := parent_matrix(parent, m.stored)) is not None]
+        amax = max([amax, *map(_amax, weights)])
+    return codec.SCALE_2_DENOMINATOR / amax if divides else amax / codec.SCALE_2_DENOMINATOR
 
 
 def _reorder(case: Case, layer: Measured) -> Treatment | None:

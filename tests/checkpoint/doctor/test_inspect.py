@@ -218,4 +218,6 @@ def test_the_table_shows_groups_totals_and_findings(tmp_path):
     assert "remedy: calibrate again" in text
     assert "worst first" in text
     assert "not sound: 0 error(s), 1 warning(s)" in text
+    assert "model.layers.1.mlp.gate_proj  " not in render(inspect(folder))
+    assert "model.layers.1.mlp.gate_proj  " in render(inspect(folder), every_layer=True)
     assert "\x1b[33;1m" in render(inspect(folder), colour=True)

@@ -50,6 +50,15 @@ def input_scale_constant(case: Case) -> Iterable[Finding]:
     """Different layers see different activations; one value for all of them was never measured."""
     calibrated = [m for m in case.nvfp4 if m.input_scale is not None and not is_input_invalid(m)]
     values = {m.input_scale.values for m in calibrated if m.input_scale is not None}
+    placeholders = [m for m in calibrated if m.input_scale is not None and set(m.input_scale.values) == {1.0}]
+    if len(values) > 1:
+        yield from about(
+            "input-scale-constant",
+            "warning",
+            placeholders,
+            "have an input_scale of exactly 1, which is a placeholder and no measurement",
+            _CALIBRATE,
+        )
     if len(calibrated) >= _ENOUGH and len(values) == 1:
         (value,) = values
         yield from about(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from nvfp4_runtime.checkpoint.doctor.case import Case, about
@@ -10,11 +11,19 @@ from nvfp4_runtime.checkpoint.doctor.report import Finding
 
 
 def far_from_parent(case: Case) -> Iterable[Finding]:
-    far = [m for m in case.layers if m.comparison and m.comparison.sqnr_db < POOR_DB and m.comparison.misread is None]
+    far = [
+        m
+        for m in case.layers
+        if m.comparison is not None
+        and m.comparison.sqnr_db < POOR_DB
+        and m.comparison.misread is None
+        and math.isfinite(m.comparison.noise)  # NaN is a finding of its own
+    ]
+    folded = any(word in (case.quant.algo or "") for word in ("AWQ", "SVD"))
     worst = min((m.comparison.sqnr_db for m in far if m.comparison), default=0.0)
     yield from about(
         "far-from-parent",
-        "warning",
+        "info" if folded else "warning",
         far,
         f"are less than {POOR_DB:g} dB from their parent (down to {worst:.1f} dB; NVFP4 by `max` gives about 20)",
         "check that this is the parent; AWQ and rotations fold factors into weights, which looks the same. Otherwise "
