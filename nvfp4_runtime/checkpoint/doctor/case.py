@@ -45,6 +45,12 @@ class Case:
     has_parent: bool
 
     @cached_property
+    def model_config(self) -> dict[str, Any]:
+        """config.json's description of the language model: a section of its own in models that also see or hear."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @cached_property
     def by_name(self) -> dict[str, Measured]:
         return {layer.name: layer for layer in self.layers}
 

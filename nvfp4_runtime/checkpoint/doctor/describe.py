@@ -195,7 +195,7 @@ def bytes_by_format(found: Sequence[Layer], total: int) -> dict[str, int]:
 def kv_cache(case: Case) -> tuple[str, int | None]:
     """("fp8" or "bf16", bytes of K and V per token over all layers or None for other shapes of model)."""
     kv_dtype = {"FP8": "fp8", "NVFP4": "nvfp4"}.get(case.quant.kv_algo or "", "bf16")
-    config = case.config
+    config = case.model_config
     num_layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
     kv_heads, hidden, head_dim = (
         config.get("num_key_value_heads", heads),

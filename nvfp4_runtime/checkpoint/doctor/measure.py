@@ -32,7 +32,7 @@ from nvfp4_runtime.checkpoint.shards import PLAIN, Shards
 from nvfp4_runtime.checkpoint.stored import StoredLayer
 from nvfp4_runtime.nvfp4.mx import E8M0_BIAS, E8M0_NAN
 
-_RELEASE_BYTES = 1 << 29  # mapped pages are given back after so many bytes
+_RELEASE_BYTES = 1 << 28  # mapped pages are given back after so many bytes
 
 
 @dataclass(frozen=True)

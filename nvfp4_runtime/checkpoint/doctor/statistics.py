@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +133,8 @@ def count_plain(tensor: Tensor, advance: Advance = lambda _: None) -> PlainCount
     """Non-finite values and zeros of a BF16, FP16 or FP32 tensor, by its exponent bits."""
     exponent_bits = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000}[tensor.dtype]
     magnitude_bits = (1 << (8 * tensor.element_size() - 1)) - 1
-    raw = raw_bytes(tensor).view(np.uint32 if tensor.element_size() == 4 else np.uint16)
+    width: type[np.unsignedinteger[Any]] = np.uint32 if tensor.element_size() == 4 else np.uint16
+    raw: NDArray[np.unsignedinteger[Any]] = raw_bytes(tensor).view(width)
     nonfinite = zero = 0
     step = CHUNK_BYTES // tensor.element_size()
     for start in range(0, raw.size, step):

@@ -94,7 +94,7 @@ def _requantise(case: Case, layer: Measured, parent: Shards | None) -> Treatment
         return None
     value = _shared_scale(case, layer, amax, divides, parent)
     old = case.shards.info(tensor_scale)
-    shape = old.shape if old is not None else ((1,) if divides else ())
+    shape = old.shape if old is not None and old.shape in ((), (1,)) else ((1,) if divides else ())
     specs = (
         TensorSpec(codes, "U8", (n, k // 2)),
         TensorSpec(block_scale, "F8_E4M3", (n, k // codec.BLOCK)),

@@ -117,7 +117,7 @@ def experts_missing(case: Case) -> Iterable[Finding]:
     """Fewer experts than config.json says, or than other layers have."""
     counts = {container: len(group) for (container, _), group in case.experts.items()}
     fields = ("num_experts", "n_routed_experts", "num_local_experts")
-    declared = next((case.config[f] for f in fields if type(case.config.get(f)) is int), None)
+    declared = next((v for f in fields if type(v := case.model_config.get(f)) is int), None)
     wanted = declared or max(counts.values(), default=0)
     short = [f"{c}.*.{p}" for (c, p), group in case.experts.items() if len(group) != wanted]
     yield from about(

@@ -49,7 +49,7 @@ def orphans(case: Case) -> Iterable[Finding]:
 
 def decoder_layers(case: Case) -> Iterable[Finding]:
     """Layers that config.json counts and the files lack, or hold beyond its count."""
-    wanted = case.config.get("num_hidden_layers")
+    wanted = case.model_config.get("num_hidden_layers")
     present = {int(m[1]) for info in case.shards if (m := _LAYER.match(info.name)) is not None}
     if type(wanted) is not int or not present or wanted > 100_000:
         return
@@ -60,7 +60,8 @@ def decoder_layers(case: Case) -> Iterable[Finding]:
         f"of the {wanted} that config.json counts are not in the files",
         "fetch the missing shards, or check num_hidden_layers in config.json",
     )
-    allowed = wanted + sum(v for f in ("num_nextn_predict_layers",) if type(v := case.config.get(f)) is int)
+    predictors = case.model_config.get("num_nextn_predict_layers")  # multi-token prediction, after the last layer
+    allowed = wanted + (predictors if type(predictors) is int else 0)
     yield from about(
         "layer-unexpected",
         "warning",
