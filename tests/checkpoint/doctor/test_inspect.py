@@ -59,7 +59,7 @@ def test_what_llm_compressor_wrote_has_nothing_wrong_in_its_tensors(shared):
     report = inspect(shared / "fixtures" / "llmcompressor-llama-nvfp4")
     assert report.method == "compressed-tensors"
     assert {g.stored for g in report.groups} == {"bf16", "nvfp4"}
-    assert {f.id for f in report.findings if f.severity == "error"} <= {"unsupported"}
+    assert {f.id for f in report.findings if f.severity == "error"} <= {"format-unsupported"}
 
 
 def test_a_broken_folder_is_an_error_not_a_report(tmp_path):
@@ -153,7 +153,7 @@ def test_an_algorithm_without_a_reader_is_named(tmp_path):
         ("hf_quant_config.json", "quantization", "quant_algo"),
     ):
         edit_json(folder, name, lambda c, section=section, key=key: c[section].update({key: "NVFP4_SVD"}))
-    finding = found(inspect(folder), "unsupported")
+    finding = found(inspect(folder), "format-unsupported")
     assert finding.severity == "error"
     assert "NVFP4_SVD" in finding.message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from nvfp4_runtime.checkpoint.doctor.parent import compare
 from nvfp4_runtime.checkpoint.shards import Shards
 from nvfp4_runtime.checkpoint.stored import stored_layer
 from nvfp4_runtime.nvfp4 import codec, mx
-from tests.checkpoint.doctor.patients import UP, edit, sound
+from nvfp4_runtime.nvfp4.layouts import swizzle_scales
+from tests.checkpoint.doctor.patients import UP, edit, found, sound
 
 N, K = 40, 96
 
@@ -93,11 +95,11 @@ def test_rows_decode_to_the_codecs_bits_in_any_chunks(tmp_path, monkeypatch, for
     noise = float((expected.double() - w.double()).square().sum())
     for chunk in (1 << 18, 64):
         monkeypatch.setattr(decode, "CHUNK_VALUES", chunk)
-        found = compare(shards, stored_layer(shards, "layer"), parent)
-        assert found.signal == pytest.approx(float(w.double().square().sum()), rel=1e-5)
-        assert found.noise == pytest.approx(noise, rel=1e-5)
-    assert found.sqnr_db == pytest.approx(10 * math.log10(found.signal / found.noise))
-    assert found.relative_error == pytest.approx(math.sqrt(found.noise / found.signal))
+        result = compare(shards, stored_layer(shards, "layer"), parent)
+        assert result.signal == pytest.approx(float(w.double().square().sum()), rel=1e-5)
+        assert result.noise == pytest.approx(noise, rel=1e-5)
+    assert result.sqnr_db == pytest.approx(10 * math.log10(result.signal / result.noise))
+    assert result.relative_error == pytest.approx(math.sqrt(result.noise / result.signal))
 
 
 def _only(folder, name):
@@ -123,3 +125,22 @@ def test_the_report_lists_layers_worst_first(tmp_path):
     assert 18 < ordered[-1] < 24
     assert report.parent.missing == ()
     assert layers["lm_head"].sqnr_db is None
+
+
+@pytest.mark.model
+def test_the_default_model_is_sound_and_its_order_of_scales_can_be_seen(default_model, tmp_path):
+    report = inspect(default_model.nvfp4, default_model.bf16)
+    assert report.sound
+    assert len(report.parent.compared) == 210
+    assert 20 < report.parent.sqnr_db < 21
+    folder = tmp_path / "swizzled"
+    shutil.copytree(default_model.nvfp4, folder)
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith(("gate_proj.weight_scale", "up_proj.weight_scale")):  # whole tiles: the shape stays
+                tensors[name] = swizzle_scales(tensor).reshape(tensor.shape)
+
+    edit(folder, change)
+    finding = found(inspect(folder), "scales-swizzled")
+    assert (finding.severity, len(finding.layers) >= 58) == ("warning", True)

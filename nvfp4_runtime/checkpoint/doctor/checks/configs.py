@@ -41,7 +41,7 @@ def unsupported(case: Case) -> Iterable[Finding]:
         check_readable(case.quant, case.folder)
     except UnsupportedFormatError as error:
         yield Finding(
-            "unsupported",
+            "format-unsupported",
             "error",
             f"cannot be served here: {error}",
             "serve it with another engine, or quantise the BF16 model with `nvfp4 quantize`",

@@ -38,6 +38,6 @@ def not_in_parent(case: Case) -> Iterable[Finding]:
         "parent-lacks-layer",
         "info",
         [m for m in case.layers if m.stored.block is not None and m.stored.problem is None and m.comparison is None],
-        "could not be compared: the parent has no plain matrix of that name and shape, or they are stacks stored [in, out]",
+        "could not be compared: the parent lacks a plain matrix of that name and shape, or they lie [in, out]",
         "check that this is the parent",
     )
