@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nvfp4_runtime.checkpoint.detect import is_excluded
+from nvfp4_runtime.checkpoint.declared import declared_algos, excluded
 from nvfp4_runtime.checkpoint.doctor.files import LooseShards, some
 from nvfp4_runtime.checkpoint.doctor.measure import Measured
 from nvfp4_runtime.checkpoint.doctor.report import Finding, Severity
+from nvfp4_runtime.checkpoint.patterns import Patterns
 from nvfp4_runtime.checkpoint.stored import Loose
 from nvfp4_runtime.config import QuantConfig
 
@@ -82,9 +83,21 @@ class Case:
                 groups.setdefault((match[1], match[3]), []).append(layer)
         return groups
 
+    @cached_property
+    def patterns(self) -> dict[str, Patterns]:
+        """Every declared exclusion by itself."""
+        return {pattern: Patterns((pattern,)) for pattern in self.quant.exclude}
+
     def excluded_by(self, module: str) -> str | None:
         """The declared pattern that keeps `module` unquantised, or None."""
-        return next((p for p in self.quant.exclude if is_excluded(module, (p,))), None)
+        if not excluded(self.quant, module):
+            return None
+        # one that only covers another name of the module (its fused one, another root) is not found: that will do
+        return next((text for text, pattern in self.patterns.items() if pattern.match(module)), "another name of it")
+
+    def algos(self, module: str) -> frozenset[str]:
+        """The algorithms declared for `module`; none for a plain one."""
+        return declared_algos(self.quant, module)
 
 
 def expert_group(name: str) -> tuple[str, str] | None:

@@ -65,8 +65,11 @@ def declared(
 def _exclusions(case: Case, changes: list[Change]) -> list[str]:
     """Patterns that cover no quantised layer stay; what they leave uncovered of the plain layers is named exactly."""
     quantised = [m.name for m in case.layers if m.stored.block is not None]
+    covers = {
+        pattern: [name for name in quantised if matcher.match(name)] for pattern, matcher in case.patterns.items()
+    }
     plain = [m.name for m in case.layers if is_plain(m.stored) and _is_matrix(case, m.stored.tensors.get("weight", ""))]
-    kept = [p for p in case.quant.exclude if not any(is_excluded(name, (p,)) for name in quantised)]
+    kept = [pattern for pattern, names in covers.items() if not names]
     exclude = [*kept, *(name for name in plain if not is_excluded(name, kept))]
     gone, new = sorted(set(case.quant.exclude) - set(exclude)), sorted(set(exclude) - set(case.quant.exclude))
     if gone:

@@ -77,7 +77,8 @@ def _why(case: Case, measured: Measured) -> tuple[bool | None, str]:
     if pattern is not None:
         return True, f"quantised although {pattern!r} excludes it" if quantised else f"excluded by {pattern!r}"
     if quantised:
-        return False, f"declared {case.quant.algo}"
+        algos = case.algos(measured.name)
+        return False, f"declared {' or '.join(sorted(algos))}" if algos else "quantised, and nothing declares it"
     if measured.stored.problem is not None:
         return False, str(measured.stored.problem)
     return False, "not excluded; no tool quantises this kind" if measured.stored.k == 1 else "plain, and not excluded"

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.doctor.report import Finding
@@ -30,6 +31,7 @@ class LooseShards(Shards):
         self.folder = folder
         self.notes = []
         self.used = set()
+        self.metadata = {}
         self._open = ExitStack()
         self._handles = {}
         self._tensors = {}
@@ -41,6 +43,7 @@ class LooseShards(Shards):
         for file in self._files:
             for info in read_header(file):
                 self._add(info)
+            self.metadata.update(_remarks(file))
         self._report_copies()
         if self.index is not None:
             self._compare_with_index(self.index)
@@ -173,6 +176,15 @@ class LooseShards(Shards):
 
     def _find(self, id: str, severity: Any, message: str, remedy: str, layers: list[str]) -> None:
         self.findings.append(Finding(id, severity, message, remedy, tuple(layers)))
+
+
+def _remarks(file: Path) -> dict[str, str]:
+    """The __metadata__ of a file whose header has been checked."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return dict(handle.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot open {file}: {error}") from error
 
 
 def some(names: list[str] | tuple[str, ...]) -> str:

@@ -306,6 +306,8 @@ def _fill_inputs(case: Case) -> Iterable[Treatment]:
     for members in case.experts.values():
         yield from _fill(case, members, "expert-uninitialised", "the largest of the layer's other experts", done)
     for group in case.siblings:
+        if not all(inputs.wants_input(case, m) for m in group):
+            continue
         rule = "that of its siblings, which read the same input"
         finding = "input-scale-invalid" if any(map(inputs.is_input_invalid, group)) else "input-scale-missing"
         yield from _fill(case, group, finding, rule, done)

@@ -98,3 +98,16 @@ def test_another_model_is_far_from_the_parent(tmp_path):
     assert alarms(folder) == []
     finding = found(inspect(folder, parent), "far-from-parent")
     assert (finding.severity, finding.layers) == ("warning", (UP,))
+
+
+def test_half_of_the_scales_gone_is_an_error(tmp_path):
+    folder, _ = sound(tmp_path)
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("weight_scale"):
+                tensors[name] = tensor[:, ::2].contiguous()
+
+    edit(folder, change)
+    finding = found(inspect(folder), "block-scale-halved")
+    assert (finding.severity, len(finding.layers)) == ("error", 14)

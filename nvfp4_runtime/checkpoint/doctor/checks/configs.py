@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nvfp4_runtime.checkpoint.detect import CONFIG, HF_QUANT, check_readable
+from nvfp4_runtime.checkpoint.checkpoint import check_metadata
+from nvfp4_runtime.checkpoint.detect import CONFIG, FORMAT_OF, HF_QUANT, MIXED, check_readable
 from nvfp4_runtime.checkpoint.doctor.case import Case, about
 from nvfp4_runtime.checkpoint.doctor.measure import Measured, is_plain
 from nvfp4_runtime.checkpoint.doctor.report import Finding
+from nvfp4_runtime.checkpoint.patterns import compiled
 from nvfp4_runtime.errors import UnsupportedFormatError
 
 _REWRITE = "--repair writes configs that say what the tensors are"
@@ -36,28 +38,44 @@ def config_disagreement(case: Case) -> Iterable[Finding]:
 
 
 def unsupported(case: Case) -> Iterable[Finding]:
-    """A declared format that has no reader here."""
-    try:
-        check_readable(case.quant, case.folder)
-    except UnsupportedFormatError as error:
-        yield Finding(
-            "format-unsupported",
-            "error",
-            f"cannot be served here: {error}",
-            "serve it with another engine, or quantise the BF16 model with `nvfp4 quantize`",
-            (CONFIG,),
-        )
+    """A format without a reader here, as the configs or the files' own remarks name it."""
+    for check in (lambda: check_readable(case.quant, case.folder), lambda: check_metadata(case.shards)):
+        try:
+            check()
+        except UnsupportedFormatError as error:
+            yield Finding(
+                "format-unsupported",
+                "error",
+                f"cannot be served here: {error}",
+                "serve it with another engine, or quantise the BF16 model with `nvfp4 quantize`",
+                (CONFIG,),
+            )
 
 
 def undeclared(case: Case) -> Iterable[Finding]:
-    if case.quant.algo is not None:
-        return
+    if case.quant.algo == MIXED and not case.quant.layers:
+        return  # a finding of its own: nothing says which layers are which
     yield from about(
         "quantised-undeclared",
         "warning",
-        [layer for layer in case.layers if layer.stored.block is not None],
+        [
+            layer
+            for layer in case.layers
+            if layer.stored.block is not None and not case.algos(layer.name) and case.excluded_by(layer.name) is None
+        ],
         "are quantised although no config declares it",
         f"other engines will fail on them; {_REWRITE}",
+    )
+
+
+def patterns_unevaluated(case: Case) -> Iterable[Finding]:
+    """Expressions that could run for ever are not run."""
+    yield from about(
+        "pattern-unevaluated",
+        "info",
+        compiled(case.quant.exclude).unevaluated,
+        "are exclusion patterns too involved to evaluate safely; they count as covering nothing",
+        "none needed here: the tensors decide",
     )
 
 
@@ -73,14 +91,29 @@ def excluded_but_quantised(case: Case) -> Iterable[Finding]:
     )
 
 
+def declared_otherwise(case: Case) -> Iterable[Finding]:
+    """Quantised, but as something else."""
+    other: dict[str, list[str]] = {}
+    for layer in case.layers:
+        algos = case.algos(layer.name)
+        if layer.stored.block is not None and algos and layer.stored.format not in {FORMAT_OF.get(a) for a in algos}:
+            other.setdefault(f"{layer.stored.format} although {' or '.join(sorted(algos))}", []).append(layer.name)
+    for what, names in other.items():
+        yield from about(
+            "declared-otherwise",
+            "warning",
+            names,
+            f"are stored as {what} is declared for them",
+            "this server goes by the tensors, others fail on them; correct the config",
+        )
+
+
 def declared_but_plain(case: Case) -> Iterable[Finding]:
-    if case.quant.algo is None or case.quant.algo == "MIXED_PRECISION":
-        return  # a mixed file lists what is quantised: the rest is plain
     yield from about(
         "declared-but-plain",
         "warning",
-        [layer for layer in case.layers if is_plain_linear(layer) and case.excluded_by(layer.name) is None],
-        f"are plain although the config declares {case.quant.algo} for them",
+        [layer for layer in case.layers if is_plain_linear(layer) and case.algos(layer.name)],
+        "are plain although the config declares them quantised",
         f"this server goes by the tensors, others fail on them; {_REWRITE}",
     )
 

@@ -18,9 +18,7 @@ _ENOUGH = 4  # layers with an input_scale before their being equal means anythin
 
 def input_scale_missing(case: Case) -> Iterable[Finding]:
     """Where W4A4 is declared. Single experts are another finding."""
-    if case.quant.algo != "NVFP4":
-        return
-    missing = [layer for layer in case.nvfp4 if layer.input_scale is None and not _is_odd_expert(case, layer)]
+    missing = [m for m in case.nvfp4 if m.input_scale is None and wants_input(case, m) and not _is_odd_expert(case, m)]
     yield from about(
         "input-scale-missing",
         "warning",
@@ -28,6 +26,11 @@ def input_scale_missing(case: Case) -> Iterable[Finding]:
         "have no input_scale although NVFP4 with 4-bit activations is declared",
         f"{_CALIBRATE}; --repair fills one from a sibling that reads the same input",
     )
+
+
+def wants_input(case: Case, layer: Measured) -> bool:
+    """Whether 4-bit activations are declared for the layer."""
+    return bool(case.algos(layer.name) & {"NVFP4", "NVFP4_AWQ"})
 
 
 def input_scale_invalid(case: Case) -> Iterable[Finding]:

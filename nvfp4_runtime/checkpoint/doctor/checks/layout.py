@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from nvfp4_runtime.checkpoint.detect import W4A8
 from nvfp4_runtime.checkpoint.doctor.case import Case, about
 from nvfp4_runtime.checkpoint.doctor.measure import Measured
 from nvfp4_runtime.checkpoint.doctor.report import Finding
@@ -86,6 +87,18 @@ def unseen(case: Case) -> Iterable[Finding]:
         "the order of nibbles, and whether the weights are those of the model they are named after, cannot be seen "
         "without the parent; swizzled scales only by their statistics or their shape",
         "give the BF16 model with --parent",
+    )
+
+
+def scales_halved(case: Case) -> Iterable[Finding]:
+    """One scale per 32 weights where one per 16 is declared: half of them are gone, or packed two to a byte."""
+    halved = [m for m in case.nvfp4 if m.stored.block == (1, 32) and case.algos(m.name)]
+    yield from about(
+        "block-scale-halved",
+        "error",
+        [m for m in halved if W4A8 not in case.algos(m.name)],
+        f"have one block scale per 32 weights, which only {W4A8} has, and another algorithm is declared",
+        "export again; a size-saving re-export (--low_memory_mode) does this",
     )
 
 
