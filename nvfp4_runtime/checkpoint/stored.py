@@ -82,7 +82,9 @@ _FOREIGN: dict[str, str] = {
     "svdquant_lora_b": "SVDQuant, whose low-rank part must be added",
 }
 _STACK = re.compile(r"(.*\.(?:gate_up_proj|gate_proj|up_proj|down_proj))(_[a-z_0-9]+)?")
-_KV = re.compile(r"(?:^|[._])(?:k|v|kv)_(?:scale|bias|zero_point)$|\.(?:q_scale|prob_output_scale|kv_cache_scale)$")
+_KV = re.compile(
+    r"(?:^|[._])(?:k|v|kv)_(?:scale|bias|zero_point)$|\.(?:q_scale|prob_output_scale)$|[kv]_proj\.output_scale$"
+)
 _FETCH = "it is meaningless without its scales: fetch or export the checkpoint again"
 
 
@@ -230,9 +232,9 @@ def _form(shards: Shards, prefix: str, found: Mapping[str, TensorInfo]) -> _Form
     for suffix, info in found.items():
         by_role.setdefault(_role(suffix), []).append(info)
     for leaf, what in _FOREIGN.items():
-        if (info := found.get(f".{leaf}")) is not None:
+        if (clue := found.get(f".{leaf}")) is not None:
             raise UnsupportedFormatError(
-                f"{info.name} in {info.file.name} is {info}: {what} has no reader here; export the model again as "
+                f"{clue.name} in {clue.file.name} is {clue}: {what} has no reader here; export the model again as "
                 "ModelOpt or compressed-tensors NVFP4, or quantise a BF16 copy with `nvfp4 quantize`"
             )
     for role, infos in by_role.items():

@@ -115,7 +115,11 @@ def dequantize(packed: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
 
     The two scales are multiplied first, as ModelOpt does, so results agree to the last bit.
     """
-    step = block_scale.to(torch.float32) * scale_2.to(torch.float32)
+    return scale_blocks(packed, block_scale.to(torch.float32) * scale_2.to(torch.float32))
+
+
+def scale_blocks(packed: Tensor, step: Tensor) -> Tensor:
+    """Packed codes [N, K/2] times the step of their block, fp32 [N, K/16]; float32 [N, K]."""
     values = _blocks(decode_e2m1(unpack_codes(packed)))
     return (values * step.unsqueeze(-1)).flatten(-2)
 
