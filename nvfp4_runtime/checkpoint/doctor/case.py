@@ -88,16 +88,28 @@ class Case:
         """Every declared exclusion by itself."""
         return {pattern: Patterns((pattern,)) for pattern in self.quant.exclude}
 
-    def excluded_by(self, module: str) -> str | None:
-        """The declared pattern that keeps `module` unquantised, or None."""
+    @cached_property
+    def _declared(self) -> dict[str, tuple[str | None, frozenset[str]]]:
+        """Per layer what `excluded_by` and `algos` answer: patterns are slow, models have ten thousands of layers."""
+        found = {}
+        for layer in self.layers:
+            algos = declared_algos(self.quant, layer.name)
+            found[layer.name] = (None if algos else self._excluded_by(layer.name), algos)
+        return found
+
+    def excluded_by(self, layer: str) -> str | None:
+        """The declared pattern that keeps `layer` unquantised, or None."""
+        return self._declared[layer][0]
+
+    def algos(self, layer: str) -> frozenset[str]:
+        """The algorithms declared for `layer`; none for a plain one."""
+        return self._declared[layer][1]
+
+    def _excluded_by(self, module: str) -> str | None:
         if not excluded(self.quant, module):
             return None
         # one that only covers another name of the module (its fused one, another root) is not found: that will do
         return next((text for text, pattern in self.patterns.items() if pattern.match(module)), "another name of it")
-
-    def algos(self, module: str) -> frozenset[str]:
-        """The algorithms declared for `module`; none for a plain one."""
-        return declared_algos(self.quant, module)
 
 
 def expert_group(name: str) -> tuple[str, str] | None:

@@ -33,6 +33,7 @@ from nvfp4_runtime.checkpoint.stored import StoredLayer
 from nvfp4_runtime.nvfp4.mx import E8M0_BIAS, E8M0_NAN
 
 _RELEASE_BYTES = 1 << 28  # mapped pages are given back after so many bytes
+_BATCH_BYTES, _BATCH_LAYERS = 1 << 23, 256
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,12 @@ def measure(
     files = [*shards.files, *(parent.files if parent is not None else ())]
     tell = _Teller(advance)
     done: dict[int, Measured] = {}
-    order = sorted(range(len(layers)), key=lambda i: -layers[i].nbytes)
     with _one_torch_thread(), ThreadPoolExecutor(_cores()) as pool:
-        futures = {pool.submit(_measure, shards, layers[i], parent, tell): i for i in order}
+        futures = [pool.submit(_measure_batch, shards, layers, batch, parent, tell) for batch in _batches(layers)]
         released = 0
         try:
             for future in as_completed(futures):
-                done[futures[future]] = future.result()
+                done |= future.result()
                 if tell.total - released > _RELEASE_BYTES:
                     release_pages(files)
                     released = tell.total
@@ -120,6 +120,26 @@ def measure(
             raise
     release_pages(files)
     return [done[i] for i in range(len(layers))]
+
+
+def _batches(layers: Sequence[StoredLayer]) -> Iterator[list[int]]:
+    """Layers by index, largest first; small ones together, since threads quarrel over many small things."""
+    batch: list[int] = []
+    size = 0
+    for i in sorted(range(len(layers)), key=lambda i: -layers[i].nbytes):
+        batch.append(i)
+        size += layers[i].nbytes
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_LAYERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _measure_batch(
+    shards: Shards, layers: Sequence[StoredLayer], batch: list[int], parent: Shards | None, advance: Advance
+) -> dict[int, Measured]:
+    return {i: _measure(shards, layers[i], parent, advance) for i in batch}
 
 
 def work_bytes(layers: Sequence[StoredLayer], parent: Shards | None) -> int:
