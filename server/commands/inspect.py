@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 EXIT_FINDINGS = 1
@@ -41,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4_runtime.checkpoint.doctor.repair import inspect_and_repair
 
     memories = tuple(args.memory or MEMORIES)
-    progress = _bar(show=sys.stderr.isatty() and not args.json)
-    if args.repair is not None:
-        report = inspect_and_repair(args.path, args.repair, args.parent, memories, progress)
-    else:
-        report = inspect(args.path, args.parent, memories, progress)
+    with _bars(show=sys.stderr.isatty() and not args.json) as progress:
+        if args.repair is not None:
+            report = inspect_and_repair(args.path, args.repair, args.parent, memories, progress)
+        else:
+            report = inspect(args.path, args.parent, memories, progress)
     if args.json:
         import msgspec
 
@@ -55,22 +56,24 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.sound else EXIT_FINDINGS
 
 
-def _bar(show: bool) -> Callable[[str, int], Callable[[int], None]]:
-    """A progress bar on a terminal; elsewhere nothing."""
+@contextmanager
+def _bars(show: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Progress bars on a terminal, gone when the block ends; elsewhere nothing."""
+    from tqdm import tqdm
 
-    def start(what: str, total: int) -> Callable[[int], None]:
-        from tqdm import tqdm
+    with ExitStack() as stack:
 
-        bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=not show)
+        def start(what: str, total: int) -> Callable[[int], None]:
+            bar = stack.enter_context(
+                tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=not show)
+            )
 
-        def advance(nbytes: int) -> None:
-            bar.update(nbytes)
-            if bar.n >= total:
-                bar.close()
+            def advance(nbytes: int) -> None:
+                bar.update(min(nbytes, total - bar.n))  # totals are estimates: never more than all of it
 
-        return advance
+            return advance
 
-    return start
+        yield start
 
 
 def _size(text: str) -> int:

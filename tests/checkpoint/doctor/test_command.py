@@ -10,6 +10,7 @@ import pytest
 from nvfp4_runtime.checkpoint.doctor.inspect import inspect
 from nvfp4_runtime.checkpoint.doctor.report import SCHEMA, Report
 from server.cli import main
+from server.commands.inspect import _bars
 from tests.checkpoint.doctor.patients import UP, edit, sound
 
 
@@ -67,3 +68,28 @@ def test_help_states_the_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main(["inspect", "--help"])
     assert "0 sound, 1 warnings or errors were found, 2 unreadable" in capsys.readouterr().out
+
+
+def test_progress_tells_of_all_bytes_once(tmp_path):
+    folder, parent = sound(tmp_path)
+    told = {}
+
+    def progress(what, total):
+        told[what] = [total]
+        return told[what].append
+
+    report = inspect(folder, parent, progress=progress)
+    total, *steps = told["reading"]
+    assert len(steps) > len(report.layers)
+    assert 0.95 * total < sum(steps) <= total  # scalars are not counted
+
+
+def test_progress_bars_go_to_a_terminal_only(capsys):
+    with _bars(show=False) as start:
+        start("reading", 10)(10)
+    assert capsys.readouterr().err == ""
+    with _bars(show=True) as start:
+        advance = start("reading", 10)
+        advance(4)
+        advance(40)
+    assert "reading" in capsys.readouterr().err
