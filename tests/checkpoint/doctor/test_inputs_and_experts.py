@@ -101,6 +101,9 @@ def test_kv_scales_must_be_positive_and_come_in_pairs(tmp_path):
     report = inspect(folder)
     assert found(report, "kv-scale-invalid").layers == ("model.layers.0.self_attn.k_proj.k_scale",)
     assert found(report, "kv-scale-partial").layers == ("model.layers.1.self_attn.k_proj.k_scale",)
+    edit_json(folder, "config.json", lambda c: c["quantization_config"].pop("kv_cache_scheme"))
+    edit_json(folder, "hf_quant_config.json", lambda c: c["quantization"].update(kv_cache_quant_algo=None))
+    assert found(inspect(folder), "kv-scale-undeclared").severity == "info"
 
 
 def test_a_sound_mixture_of_experts_has_no_alarms(tmp_path):

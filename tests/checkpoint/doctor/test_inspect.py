@@ -188,6 +188,14 @@ def test_orphans_missing_layers_and_heads_are_found(tmp_path):
     assert f"{UP}.weight_scale" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
+def test_a_tensor_of_no_known_spelling_is_mentioned(tmp_path):
+    folder, _ = sound(tmp_path)
+    edit(folder, lambda tensors: tensors.update({"model.layers.0.mixer.A_log": torch.zeros(4)}))
+    report = inspect(folder)
+    assert report.sound
+    assert found(report, "tensor-loose").layers == ("model.layers.0.mixer.A_log",)
+
+
 def test_a_head_that_is_tied_and_stored_is_told_apart_from_a_copy(tmp_path):
     folder, _ = sound(tmp_path)
     edit_json(folder, "config.json", lambda c: c.update(tie_word_embeddings=True))

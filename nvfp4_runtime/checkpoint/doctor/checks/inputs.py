@@ -116,6 +116,18 @@ def kv_scales(case: Case) -> Iterable[Finding]:
     )
 
 
+def kv_undeclared(case: Case) -> Iterable[Finding]:
+    names = [item.info.name for item in case.loose if item.kind == "kv_scale"]
+    if names and case.quant.kv_algo is None:
+        yield from about(
+            "kv-scale-undeclared",
+            "info",
+            names,
+            "have a KV cache scale, and no quantised KV cache is declared",
+            "none needed; they are used with --kv-cache-dtype fp8",
+        )
+
+
 def _partner(name: str) -> str | None:
     """self_attn.k_proj.k_scale <-> self_attn.v_proj.v_scale, and the forms without a projection."""
     if name.endswith("k_scale"):

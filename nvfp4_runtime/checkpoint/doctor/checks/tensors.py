@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from nvfp4_runtime.checkpoint.doctor.case import Case, about, expert_group
 from nvfp4_runtime.checkpoint.doctor.checks.layout import padded_scale
 from nvfp4_runtime.checkpoint.doctor.decode import read_any, same_bytes
+from nvfp4_runtime.checkpoint.doctor.files import some
 from nvfp4_runtime.checkpoint.doctor.report import Finding
 from nvfp4_runtime.errors import MissingTensorError
 
@@ -45,6 +46,19 @@ def orphans(case: Case) -> Iterable[Finding]:
         "are scales or biases of a weight that is not there",
         "check that the layer they belong to was not lost; --repair drops scales that scale nothing",
     )
+
+
+def loose_parameters(case: Case) -> Iterable[Finding]:
+    """Tensors of no known spelling: some models have such, of others nobody reads them."""
+    names = [item.info.name for item in case.loose if item.kind == "parameter"]
+    if names:
+        yield Finding(
+            "tensor-loose",
+            "info",
+            f"{len(names)} tensor(s) are neither weight, bias nor scale of a module: {some(names)}",
+            "none needed if the architecture has such parameters; the server refuses a tensor that its model does not read",
+            tuple(names),
+        )
 
 
 def decoder_layers(case: Case) -> Iterable[Finding]:
