@@ -56,7 +56,7 @@ def loose_parameters(case: Case) -> Iterable[Finding]:
             "tensor-loose",
             "info",
             f"{len(names)} tensor(s) are neither weight, bias nor scale of a module: {some(names)}",
-            "none needed if the architecture has such parameters; the server refuses a tensor that its model does not read",
+            "none if the architecture has such parameters; the server refuses tensors that its model does not read",
             tuple(names),
         )
 
