@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from nvfp4_runtime.checkpoint.checkpoint import check_metadata
 from nvfp4_runtime.checkpoint.detect import CONFIG, FORMAT_OF, HF_QUANT, MIXED, check_readable
@@ -39,7 +40,7 @@ def config_disagreement(case: Case) -> Iterable[Finding]:
 
 def unsupported(case: Case) -> Iterable[Finding]:
     """A format without a reader here, as the configs or the files' own remarks name it."""
-    for check in (lambda: check_readable(case.quant, case.folder), lambda: check_metadata(case.shards)):
+    for check in (partial(check_readable, case.quant, case.folder), partial(check_metadata, case.shards)):
         try:
             check()
         except UnsupportedFormatError as error:
