@@ -14,8 +14,9 @@ from nvfp4_runtime.checkpoint.stored import StoredLayer
 from nvfp4_runtime.errors import MissingTensorError
 from nvfp4_runtime.nvfp4.layouts import swizzled_shape
 
-# Real weights have rows and columns of different size. Of 210 layers of SmolLM2-135M, stored in order, rows and columns
-# explained 2 to 83 % of the scales' variance as stored and at most two thirds of that read as tiles.
+# Real weights have rows and columns of different size. Of the 60 layers of SmolLM2-135M that are whole tiles, stored in
+# order, they explained 3 to 50 % of the scales' variance, and at most a sixth of that read as tiles; of all its 210
+# layers, cut to whole tiles, at most 0.9 of it (the narrowest, v_proj's).
 _STRUCTURE, _FACTOR = 0.03, 1.5
 _MAJORITY = 0.5
 
