@@ -59,6 +59,7 @@ CHECKS: tuple[Callable[[Case], Iterable[Finding]], ...] = (
     inputs.kv_scales,
     inputs.kv_undeclared,
     parents.far_from_parent,
+    parents.factors_folded,
     parents.not_in_parent,
     layout.unseen,
 )

@@ -17,6 +17,7 @@ from nvfp4_runtime.nvfp4.layouts import TILE_COLS, TILE_ROWS
 POOR_DB = 10.0  # NVFP4 by `max` gives some 20 dB on bell-shaped weights; below 10 a tenth of the energy is noise
 _CONVINCING_DB = 8.0  # by how much another reading must be better to be called the right one
 _SAMPLE_ROWS = 8 * TILE_ROWS
+_FOLDED_ROWS, _FOLDED_ROUNDS = 256, 4
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Comparison:
     signal   sum of parent^2
     noise    sum of (stored - parent)^2
     misread  the reading under which the layer fits its parent, where as stored it does not: "nibbles", "swizzled",
-             "inverted"; None where it fits, or nothing helps
+             "inverted"; "folded" where it fits up to factors per row and column, as AWQ leaves it; None where it fits,
+             or nothing helps
+    best_db  of that reading, on the first rows
     """
 
     signal: float
     noise: float
     misread: str | None = None
+    best_db: float | None = None
 
     @property
     def sqnr_db(self) -> float:
@@ -56,7 +60,7 @@ def compare(
 ) -> Comparison | None:
     """Measure `stored` against the tensor of the same name in `parent`; None where that lacks it."""
     signal = noise = 0.0
-    misread: str | None = None
+    misread: tuple[str, float] | None = None
     for expert in range(max(1, stored.experts)):
         ours = matrix(shards, stored, expert)
         theirs = parent_matrix(parent, stored, expert)
@@ -66,7 +70,7 @@ def compare(
         signal, noise = signal + s, noise + n
         if misread is None and sqnr_db(s, n) < POOR_DB:
             misread = _diagnose(ours, theirs)
-    return Comparison(signal, noise, misread)
+    return Comparison(signal, noise, *(misread or ()))
 
 
 def parent_matrix(parent: Shards, stored: StoredLayer, expert: int = 0) -> Tensor | None:
@@ -93,8 +97,8 @@ def energies(ours: Matrix, theirs: Tensor, advance: Advance = lambda _: None) ->
     return signal, noise
 
 
-def _diagnose(ours: Matrix, theirs: Tensor) -> str | None:
-    """Which other reading of the first rows is convincingly closer to the parent."""
+def _diagnose(ours: Matrix, theirs: Tensor) -> tuple[str, float] | None:
+    """Which other reading of the first rows is convincingly closer to the parent, and its distance in dB."""
     if ours.format != "nvfp4":
         return None
     rows = min(ours.n, _SAMPLE_ROWS)
@@ -105,5 +109,30 @@ def _diagnose(ours: Matrix, theirs: Tensor) -> str | None:
     as_stored = sqnr_db(*energies(sample, wanted))
     measured = {name: sqnr_db(*energies(reading, wanted)) for name, reading in readings.items()}
     best = max(measured, key=lambda name: measured[name])
-    better = measured[best] >= POOR_DB and measured[best] >= as_stored + _CONVINCING_DB
-    return best if better else None
+    if measured[best] >= POOR_DB and measured[best] >= as_stored + _CONVINCING_DB:
+        return best, measured[best]
+    unfolded = _unfolded_db(ours, theirs)
+    return ("folded", unfolded) if unfolded >= POOR_DB and unfolded >= as_stored + _CONVINCING_DB else None
+
+
+def _unfolded_db(ours: Matrix, theirs: Tensor) -> float:
+    """The distance of the first rows from the parent's, with the best factor per row and per column taken out.
+
+    Least squares for columns and rows in turn; a few hundred values per factor leave little to fit by chance.
+    """
+    rows = min(ours.n, _FOLDED_ROWS)
+    found, wanted = ours.rows(0, rows), theirs[:rows].to(torch.float32)
+    if not bool(torch.isfinite(found).all()):
+        return -math.inf
+    row, column = torch.ones(rows, 1), torch.ones(1, ours.k)
+    for _ in range(_FOLDED_ROUNDS):
+        column = _factors(found, wanted * row, 0)
+        row = _factors(found, wanted * column, 1)
+    fitted = wanted * row * column
+    return sqnr_db(float(fitted.square().sum()), float((found - fitted).square().sum()))
+
+
+def _factors(found: Tensor, wanted: Tensor, dim: int) -> Tensor:
+    """f that minimises |found - f * wanted| along `dim`; 0 where there is nothing to fit."""
+    size = wanted.square().sum(dim, keepdim=True)
+    return torch.where(size > 0, (found * wanted).sum(dim, keepdim=True) / size, torch.zeros_like(size))

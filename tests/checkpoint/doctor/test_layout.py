@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from safetensors.torch import load_file
 
 from nvfp4_runtime.checkpoint.doctor.inspect import inspect
 from nvfp4_runtime.checkpoint.doctor.repair import inspect_and_repair
+from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.layouts import swizzle_scales
 from tests.checkpoint.doctor.patients import UP, Q, alarms, dequantised, edit, found, sound
 
@@ -98,6 +100,26 @@ def test_another_model_is_far_from_the_parent(tmp_path):
     assert alarms(folder) == []
     finding = found(inspect(folder, parent), "far-from-parent")
     assert (finding.severity, finding.layers) == ("warning", (UP,))
+
+
+def test_factors_folded_into_a_weight_are_told_from_another_model(tmp_path):
+    folder, parent = sound(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    rows, columns = (torch.exp2(2 * torch.randn(n, generator=generator)) for n in (96, 64))
+
+    def change(tensors):
+        original = load_file(parent / "model.safetensors")[f"{UP}.weight"].float()
+        folded = original * rows.unsqueeze(1) * columns
+        scale_2 = codec.weight_scale_2(folded.abs().max())
+        tensors[f"{UP}.weight"], tensors[f"{UP}.weight_scale"] = codec.quantize(folded, scale_2)
+        tensors[f"{UP}.weight_scale_2"] = scale_2
+
+    edit(folder, change)
+    report = inspect(folder, parent)
+    assert "far-from-parent" not in [f.id for f in report.findings]
+    finding = found(report, "factors-folded")
+    assert (finding.severity, finding.layers) == ("info", (UP,))
+    assert next(layer.sqnr_db for layer in report.layers if layer.name == UP) < 10
 
 
 def test_half_of_the_scales_gone_is_an_error(tmp_path):

@@ -26,8 +26,21 @@ def far_from_parent(case: Case) -> Iterable[Finding]:
         "info" if folded else "warning",
         far,
         f"are less than {POOR_DB:g} dB from their parent (down to {worst:.1f} dB; NVFP4 by `max` gives about 20)",
-        "check that this is the parent; AWQ and rotations fold factors into weights, which looks the same. Otherwise "
-        "quantise these layers again",
+        "check that this is the parent; rotations and strong AWQ factors look the same. Otherwise quantise them again",
+    )
+
+
+def factors_folded(case: Case) -> Iterable[Finding]:
+    """AWQ moves factors between a weight and what comes before it: other numbers, the same function."""
+    folded = [m for m in case.layers if m.comparison is not None and m.comparison.misread == "folded"]
+    worst = min((m.comparison.best_db or 0.0 for m in folded if m.comparison is not None), default=0.0)
+    yield from about(
+        "factors-folded",
+        "info",
+        folded,
+        f"fit their parent only up to factors per row and column (as AWQ folds into norms and neighbours); with these "
+        f"taken out at least {worst:.1f} dB",
+        "none needed if the norms and neighbours hold the reciprocal factors, which is not checked",
     )
 
 
