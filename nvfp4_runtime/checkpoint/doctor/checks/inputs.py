@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from nvfp4_runtime.checkpoint.detect import WEIGHT_ONLY
 from nvfp4_runtime.checkpoint.doctor.case import Case, about, expert_group
 from nvfp4_runtime.checkpoint.doctor.decode import read_any
 from nvfp4_runtime.checkpoint.doctor.measure import Measured, count_floats
@@ -34,7 +35,7 @@ def wants_input(case: Case, layer: Measured) -> bool:
 
 
 def input_scale_invalid(case: Case) -> Iterable[Finding]:
-    broken = [layer for layer in case.nvfp4 if is_input_invalid(layer) and expert_group(layer.name) is None]
+    broken = [m for m in _calibrated(case) if is_input_invalid(m) and expert_group(m.name) is None]
     yield from about(
         "input-scale-invalid",
         "error",
@@ -44,6 +45,11 @@ def input_scale_invalid(case: Case) -> Iterable[Finding]:
     )
 
 
+def _calibrated(case: Case) -> list[Measured]:
+    """Layers with an input_scale that somebody reads: where weight-only arithmetic is declared, nobody does."""
+    return [m for m in case.nvfp4 if m.input_scale is not None and case.algos(m.name) != {WEIGHT_ONLY}]
+
+
 def is_input_invalid(layer: Measured) -> bool:
     scale = layer.input_scale
     return scale is not None and bool(scale.nonfinite or scale.negative or scale.zero)
@@ -51,7 +57,7 @@ def is_input_invalid(layer: Measured) -> bool:
 
 def input_scale_constant(case: Case) -> Iterable[Finding]:
     """Different layers see different activations; one value for all of them was never measured."""
-    calibrated = [m for m in case.nvfp4 if m.input_scale is not None and not is_input_invalid(m)]
+    calibrated = [m for m in _calibrated(case) if not is_input_invalid(m)]
     values = {m.input_scale.values for m in calibrated if m.input_scale is not None}
     placeholders = [m for m in calibrated if m.input_scale is not None and set(m.input_scale.values) == {1.0}]
     if len(values) > 1:
@@ -74,7 +80,7 @@ def input_scale_constant(case: Case) -> Iterable[Finding]:
 
 
 def input_scale_inverted(case: Case) -> Iterable[Finding]:
-    odd = [layer for layer in case.nvfp4 if is_input_inverted(layer)]
+    odd = [layer for layer in _calibrated(case) if is_input_inverted(layer)]
     yield from about(
         "input-scale-inverted",
         "warning",
