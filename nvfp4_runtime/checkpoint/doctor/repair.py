@@ -27,7 +27,8 @@ from nvfp4_runtime.checkpoint.doctor.inspect import (
 )
 from nvfp4_runtime.checkpoint.doctor.report import Change, Finding, Repair, Report
 from nvfp4_runtime.checkpoint.doctor.statistics import Advance
-from nvfp4_runtime.checkpoint.doctor.treatments import Plan, plan
+from nvfp4_runtime.checkpoint.doctor.treatment import Plan
+from nvfp4_runtime.checkpoint.doctor.treatments import plan
 from nvfp4_runtime.checkpoint.shards import INDEX, SINGLE, Shards, TensorInfo
 from nvfp4_runtime.checkpoint.stored import stored_layer
 from nvfp4_runtime.checkpoint.writer import ShardWriter, TensorSpec, new_folder, write_json
@@ -70,7 +71,7 @@ def inspect_and_repair(
             write_json(temporary / HF_QUANT, record)
         _verify(case.shards, Shards(temporary), made)
     copy = examine(target, original, progress)
-    remaining = [*_lost_for_good(case, found), *findings(copy)]
+    remaining = [*_lost_for_good(case, found), *made.refused, *findings(copy)]
     written = report(case, Path(parent).expanduser() if parent is not None else None, tuple(memories), began)
     done = Repair(str(target), tuple(changes), tuple(f for f in remaining if f.severity != "info"))
     return dataclasses.replace(written, repair=done)

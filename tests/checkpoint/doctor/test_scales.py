@@ -66,6 +66,20 @@ def test_broken_scales_are_errors_and_need_the_parent(tmp_path, id, change):
     assert alarms(tmp_path / "out", parent) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "word"), [("model.norm.weight", "model.norm.weight is not"), (f"{DOWN}.weight", "dB from the parent's")]
+)
+def test_lost_layers_are_not_taken_from_another_model(tmp_path, name, word):
+    folder, parent = sound(tmp_path)
+    edit(folder, put_bytes(f"{UP}.weight_scale", 0x7F))
+    edit(parent, lambda tensors: tensors.update({name: tensors[name].roll(1, 0)}))
+    report = inspect_and_repair(folder, tmp_path / "out", parent)
+    refusal = next(f for f in report.repair.remaining if f.id == "parent-untrusted")
+    assert word in refusal.message
+    assert "block-scale-nan" in [f.id for f in report.repair.remaining]
+    assert report.repair.changes == ()
+
+
 def test_the_report_counts_broken_scales(tmp_path):
     folder, _ = sound(tmp_path)
     edit(folder, put_bytes(f"{UP}.weight_scale", 0x7F, count=7))
