@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu
+.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -67,6 +67,10 @@ bench-engine: install
 # BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.
 bench-cpu: install
 	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
+
+# Seconds from exec to the first token of a synthetic 1.2B NVFP4 checkpoint, by phase, and memory. BENCH: more flags.
+bench-load: install
+	$(BIN)/python -m loadtest.bench_load --json docs/benchmarks/load-2-core-epyc.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

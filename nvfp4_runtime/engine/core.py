@@ -29,6 +29,7 @@ from nvfp4_runtime.engine.messages import (
     Submit,
     TokenOutput,
 )
+from nvfp4_runtime.engine.torch_import import import_torch
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
 
@@ -129,6 +130,7 @@ def build(start: Start, progress: Callable[[str, float], None]) -> Engine:
         return simulated_engine(start.config)
     progress("import", 0.0)
     started = time.monotonic()
+    import_torch()
     from nvfp4_runtime.engine.build import build_engine
 
     imported = time.monotonic() - started

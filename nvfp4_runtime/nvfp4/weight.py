@@ -97,10 +97,14 @@ class NVFP4Weight:
     def format(self) -> Literal["nvfp4"]:
         return "nvfp4"
 
+    @property
+    def parts(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """(packed, block_scale) of runs of rows, in order: joined, they are the two fields of these names."""
+        return [(self.packed, self.block_scale)]
+
     def row_scale_2(self) -> Tensor:
         """weight_scale_2 spread over rows, fp32 [N]."""
-        rows = torch.tensor(self.group_rows, device=self.weight_scale_2.device)
-        return torch.repeat_interleave(self.weight_scale_2, rows)
+        return torch.cat([scale.expand(n) for scale, n in zip(self.weight_scale_2, self.group_rows, strict=True)])
 
     def dequantize(self) -> Tensor:
         """The weight in float32 [N, K]."""
@@ -109,6 +113,52 @@ class NVFP4Weight:
     def operand(self) -> Tensor:
         """code * block scale in bfloat16 [N, K], exact; multiply results by `row_scale_2()`."""
         return codec.operand(self.packed, self.block_scale)
+
+
+class JoinedNVFP4(NVFP4Weight):
+    """Fused weights that stay where they are: `packed` and `block_scale` are joined when they are first asked for.
+
+    A backend that repacks weights reads `parts` instead, and so copies them once, not twice.
+    """
+
+    def __init__(self, joined: Sequence[NVFP4Weight], bias: Tensor | None) -> None:
+        scales = [p.input_scale for p in joined if p.input_scale is not None]
+        fields = {
+            "_parts": [part for p in joined for part in p.parts],
+            "weight_scale_2": torch.cat([p.weight_scale_2 for p in joined]),
+            "group_rows": tuple(rows for p in joined for rows in p.group_rows),
+            "input_scale": max(scales) if scales else None,
+            "bias": bias,
+        }
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name == "packed":
+            found = torch.cat([packed for packed, _ in self.parts])
+        elif name == "block_scale":
+            # cat is not implemented for float8 everywhere; bytes are bytes
+            found = torch.cat([scale.view(torch.uint8) for _, scale in self.parts]).view(torch.float8_e4m3fn)
+        else:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        self.__dict__[name] = found
+        return found
+
+    @property
+    def parts(self) -> Sequence[tuple[Tensor, Tensor]]:
+        parts: Sequence[tuple[Tensor, Tensor]] = self.__dict__["_parts"]
+        return parts
+
+    @property
+    def n(self) -> int:
+        return sum(self.group_rows)
+
+    @property
+    def k(self) -> int:
+        return 2 * self.parts[0][0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(packed.nbytes + scale.nbytes for packed, scale in self.parts) + self.weight_scale_2.nbytes
 
 
 Weight = NVFP4Weight | DenseWeight | FP8Weight | MXFP4Weight
@@ -132,17 +182,7 @@ def fuse(parts: Sequence[Weight]) -> Weight:
     if isinstance(parts[0], MXFP4Weight):
         mx = [p for p in parts if isinstance(p, MXFP4Weight)]
         return MXFP4Weight(torch.cat([p.packed for p in mx]), torch.cat([p.block_scale for p in mx]), bias)
-    packed = [p for p in parts if isinstance(p, NVFP4Weight)]
-    input_scales = [p.input_scale for p in packed if p.input_scale is not None]
-    return NVFP4Weight(
-        packed=torch.cat([p.packed for p in packed]),
-        # cat is not implemented for float8 everywhere; bytes are bytes
-        block_scale=torch.cat([p.block_scale.view(torch.uint8) for p in packed]).view(torch.float8_e4m3fn),
-        weight_scale_2=torch.cat([p.weight_scale_2 for p in packed]),
-        group_rows=tuple(r for p in packed for r in p.group_rows),
-        input_scale=max(input_scales) if input_scales else None,
-        bias=bias,
-    )
+    return JoinedNVFP4([p for p in parts if isinstance(p, NVFP4Weight)], bias)
 
 
 def can_fuse(parts: Sequence[Weight]) -> bool:
