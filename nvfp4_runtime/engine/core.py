@@ -64,12 +64,14 @@ class EngineCore:
         if start is None:
             return None
         logging.getLogger().setLevel(start.log_level)
+        gc.disable()  # a million objects are made now, and none of them is garbage
         try:
             engine = build(start, lambda phase, fraction: self._send(Progress(phase, fraction)))
         except NVFP4Error as error:
             self._send(Failed(type(error).__name__, str(error), getattr(error, "flag", None)))
             return None
         gc.freeze()  # what was loaded stays; the collector need not walk it again in every step
+        gc.enable()
         engine.info.pid = os.getpid()
         engine.info.startup_seconds["engine_total"] = time.monotonic() - started
         self._send(Ready(engine.info))
@@ -153,6 +155,8 @@ def main() -> int:
         logger.exception("the engine failed")
         core._send(Failed(type(error).__name__, str(error)))
         return 3
+    finally:
+        gc.unfreeze()  # the interpreter's last collection frees the kernels too, or nanobind reports them as leaked
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ class _Run:
         divergence = Divergence(
             kl=Interval.over(kl, count),
             kl_percentiles=percentiles(kl),
+            kl_by_window=kl.reshape(count, -1).mean(axis=1).tolist(),
             nll_difference=Interval.over(difference, count),
             top1_agreement=Interval.over(same.astype(np.float64), count),
             worst=[self._in_words(int(i), kl, found, taught) for i in np.argsort(-kl, kind="stable")[: self.worst]],

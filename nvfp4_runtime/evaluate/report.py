@@ -33,12 +33,14 @@ class Divergence(msgspec.Struct):
     """A student against its teacher, over all scored positions.
 
     kl              KL(teacher || student) in nats, over the full vocabulary
+    kl_by_window    its mean in each window, by which students of one teacher can be compared pair by pair
     nll_difference  mean of the student's NLL minus the teacher's, position by position
     top1_agreement  share of positions where both have the same likeliest token
     """
 
     kl: Interval
     kl_percentiles: dict[str, float]
+    kl_by_window: list[float]
     nll_difference: Interval
     top1_agreement: Interval
     worst: list[Worst]
