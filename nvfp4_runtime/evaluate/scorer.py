@@ -24,7 +24,7 @@ from nvfp4_runtime.sampling.params import SamplingParams
 
 BLOCK_SIZE = 16
 MAX_CHUNK = 256  # tokens in one forward pass, fewer for a large vocabulary
-LOGITS_BYTES = 128 << 20  # of one chunk's logits: a few such tensors are alive at a time
+LOGITS_BYTES = 24 << 20  # of one chunk's logits; malloc gives blocks beyond 32 MB back each time, and gets them zeroed
 
 
 @dataclass(frozen=True)
