@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -121,16 +121,9 @@ class JoinedNVFP4(NVFP4Weight):
     A backend that repacks weights reads `parts` instead, and so copies them once, not twice.
     """
 
-    def __init__(self, joined: Sequence[NVFP4Weight], bias: Tensor | None) -> None:
-        scales = [p.input_scale for p in joined if p.input_scale is not None]
-        fields = {
-            "_parts": [part for p in joined for part in p.parts],
-            "weight_scale_2": torch.cat([p.weight_scale_2 for p in joined]),
-            "group_rows": tuple(rows for p in joined for rows in p.group_rows),
-            "input_scale": max(scales) if scales else None,
-            "bias": bias,
-        }
-        self.__dict__.update(fields)
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], **fields: Any) -> None:
+        """fields: those of NVFP4Weight but `packed` and `block_scale`."""
+        self.__dict__.update(fields, _parts=parts)
 
     def __getattr__(self, name: str) -> Tensor:
         if name == "packed":
@@ -182,7 +175,15 @@ def fuse(parts: Sequence[Weight]) -> Weight:
     if isinstance(parts[0], MXFP4Weight):
         mx = [p for p in parts if isinstance(p, MXFP4Weight)]
         return MXFP4Weight(torch.cat([p.packed for p in mx]), torch.cat([p.block_scale for p in mx]), bias)
-    return JoinedNVFP4([p for p in parts if isinstance(p, NVFP4Weight)], bias)
+    packed = [p for p in parts if isinstance(p, NVFP4Weight)]
+    input_scales = [p.input_scale for p in packed if p.input_scale is not None]
+    return JoinedNVFP4(
+        [part for p in packed for part in p.parts],
+        weight_scale_2=torch.cat([p.weight_scale_2 for p in packed]),
+        group_rows=tuple(r for p in packed for r in p.group_rows),
+        input_scale=max(input_scales) if input_scales else None,
+        bias=bias,
+    )
 
 
 def can_fuse(parts: Sequence[Weight]) -> bool:
