@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu
+.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -67,6 +67,18 @@ bench-engine: install
 # BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.
 bench-cpu: install
 	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
+
+# Seconds from exec to the first token of a synthetic 1.2B NVFP4 checkpoint, by phase, and memory. BENCH: more flags.
+bench-load: install
+	$(BIN)/python -m loadtest.bench_load --json docs/benchmarks/load-2-core-epyc.json $(BENCH)
+
+# What each quantisation method costs the default model: perplexity, KL and top-1 agreement, into docs/quality.md.
+# TEXT: what is predicted (WikiText-2's test text is not part of this repository). BENCH: more flags.
+TEXT ?= ../shared/data/wikitext2-test.txt
+
+bench-quality: install
+	$(BIN)/python -m nvfp4_runtime.evaluate.compare --text $(TEXT) --docs docs/quality.md \
+		--json docs/benchmarks/quality-smollm2-135m.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

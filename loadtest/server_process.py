@@ -20,11 +20,15 @@ POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Server:
-    """Where it answers, its process, and the seconds from exec until /health answered 200."""
+    """Where it answers, its process, and the seconds from exec until it was waited for no longer.
+
+    started  time.monotonic() at exec
+    """
 
     url: str
     pid: int
     ready_seconds: float
+    started: float
 
 
 @contextmanager
@@ -48,10 +52,27 @@ def nvfp4_server(
 
 
 @contextmanager
-def running(
-    command: Callable[[int], Sequence[str]], environment: dict[str, str], ready_seconds: float, log: Path
+def listening_server(
+    arguments: Sequence[str], environment: dict[str, str], ready_seconds: float, log: Path
 ) -> Iterator[Server]:
-    """Start `command(free port)` and wait until its /health answers 200; stop it afterwards. Errors as `serving`."""
+    """As `nvfp4_server`, but there as soon as its port listens: what it is asked waits until the model is loaded."""
+    command = [str(Path(sys.executable).with_name("nvfp4")), "serve", *arguments]
+    with running(lambda port: [*command, "--port", str(port)], environment, ready_seconds, log, _listens) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Callable[[int], Sequence[str]],
+    environment: dict[str, str],
+    ready_seconds: float,
+    log: Path,
+    is_ready: Callable[[httpx.Client], bool] | None = None,
+) -> Iterator[Server]:
+    """Start `command(free port)` and wait until `is_ready(client)`; stop it afterwards. Errors as `serving`.
+
+    is_ready  None: its /health answers 200
+    """
     url = f"http://127.0.0.1:{(port := _free_port())}"
     with log.open("wb") as output:
         started = time.monotonic()
@@ -59,8 +80,8 @@ def running(
             command(port), env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_until_ready(process, url, ready_seconds, log)
-        yield Server(url, process.pid, time.monotonic() - started)
+        _wait_until_ready(process, url, ready_seconds, log, is_ready or _is_healthy)
+        yield Server(url, process.pid, time.monotonic() - started, started)
     finally:
         _stop(process)
 
@@ -72,19 +93,37 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, ready_seconds: float, log: Path) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes],
+    url: str,
+    ready_seconds: float,
+    log: Path,
+    is_ready: Callable[[httpx.Client], bool],
+) -> None:
     deadline = time.monotonic() + ready_seconds
     with httpx.Client(base_url=url, timeout=2) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with code {process.returncode}:\n{_tail(log)}")
-            try:
-                if client.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass  # not listening yet
+            if is_ready(client):
+                return
             time.sleep(POLL_SECONDS)
     raise RuntimeError(f"the server was not ready within {ready_seconds:.0f} s:\n{_tail(log)}")
+
+
+def _is_healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:  # not listening yet
+        return False
+
+
+def _listens(client: httpx.Client) -> bool:
+    try:
+        socket.create_connection((client.base_url.host, client.base_url.port), timeout=2).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

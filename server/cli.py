@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
-from server.commands import inspect, quantize
+from server.commands import evaluate, inspect, quantize
 
 EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -64,6 +64,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
     quantize.add_parser(commands)
     inspect.add_parser(commands)
+    evaluate.add_parser(commands)
 
     prepare = commands.add_parser("prepare", help="make the default model in the cache, so that serve starts at once")
     prepare.set_defaults(run=_prepare, log_level="info")

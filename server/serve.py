@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -232,7 +232,9 @@ async def _serve(
     launch = asyncio.create_task(EngineClient.launch(engine_config, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
-        beside = asyncio.gather(asyncio.to_thread(_import_web), asyncio.to_thread(_load_text, engine_config))
+        beside = asyncio.gather(
+            asyncio.to_thread(_timed, _import_web), asyncio.to_thread(_timed, lambda: _load_text(engine_config))
+        )
         await stop.race(asyncio.gather(beside, launch))
     except EngineDeadError as error:
         raise NVFP4Error(str(error)) from error  # it never lived: a failure to load
@@ -246,7 +248,8 @@ async def _serve(
             await launch.result().close()
         return 0
     engine = launch.result()
-    _, text = beside.result()
+    (_, web_seconds), (text, tokenizer_seconds) = beside.result()
+    engine.info.startup_seconds |= {"web": web_seconds, "tokenizer": tokenizer_seconds}  # beside the engine's phases
     engine.info.startup_seconds["ready"] = time.monotonic() - started
     try:
         return await _run_http(engine, text, config, sock, stop)
@@ -311,6 +314,12 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
 async def _until_dead(engine: EngineClient) -> None:
     while engine.alive:
         await asyncio.sleep(ENGINE_WATCH_SECONDS)
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` gives, and the seconds it took."""
+    started = time.monotonic()
+    return work(), time.monotonic() - started
 
 
 def _import_web() -> None:

@@ -33,6 +33,7 @@ CHAIN = (
 MAY_IMPORT = {part: {p for group in CHAIN[:i] for p in group} for i, group in enumerate(CHAIN) for part in group}
 MAY_IMPORT["text"] = {"errors"}
 MAY_IMPORT["quantize"] = {p for group in CHAIN[:5] for p in group}
+MAY_IMPORT["evaluate"] = {p for group in CHAIN for p in group} | {"text", "quantize"}
 MAY_IMPORT["llm"] = {p for group in CHAIN for p in group} | {"text"}  # the offline door: engine and text in one process
 MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the names it offers
 
@@ -188,6 +189,8 @@ def test_every_part_of_the_runtime_has_its_place():
         ("nvfp4_runtime.config", "nvfp4_runtime.errors", False),
         ("nvfp4_runtime.text.tokenizer", "nvfp4_runtime.config", False),
         ("nvfp4_runtime.quantize.ptq", "nvfp4_runtime.engine.engine", False),
+        ("nvfp4_runtime.evaluate.scorer", "nvfp4_runtime.engine.build", True),
+        ("nvfp4_runtime.engine.engine", "nvfp4_runtime.evaluate.scorer", False),
         ("nvfp4_runtime.engine.core", "server.app", False),
         ("nvfp4_runtime.llm", "nvfp4_runtime.text.tokenizer", True),
         ("nvfp4_runtime.models.llama", "transformers.models", False),

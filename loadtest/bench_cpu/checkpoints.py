@@ -46,15 +46,20 @@ def cache_folder() -> Path:
 
 def ensure(shape: Shape, cache: Path, seed: int = 0) -> Folders:
     """The shape's folders in `cache`, written where they are missing: 0.7 and 2.2 GB for the 1.1B shape."""
-    folders = Folders(cache / f"{shape.name}-NVFP4", cache / f"{shape.name}-BF16")
-    for folder, tensors in zip(folders, (nvfp4_tensors, bf16_tensors), strict=True):
-        if not (folder / "config.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_safetensors(folder / "model.safetensors", list(tensors(shape, seed)))
-            write_tokenizer(folder, shape)
-            write_configs(folder, shape, quantised=folder is folders.nvfp4)  # last: it says the folder is whole
-    return folders
+    return Folders(ensure_one(shape, cache, True, seed), ensure_one(shape, cache, False, seed))
+
+
+def ensure_one(shape: Shape, cache: Path, quantised: bool, seed: int = 0) -> Path:
+    """One of the two folders: the NVFP4 one, or its BF16 twin."""
+    folder = cache / f"{shape.name}-{'NVFP4' if quantised else 'BF16'}"
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        tensors = nvfp4_tensors if quantised else bf16_tensors
+        write_safetensors(folder / "model.safetensors", list(tensors(shape, seed)))
+        write_tokenizer(folder, shape)
+        write_configs(folder, shape, quantised)  # last: it says the folder is whole
+    return folder
 
 
 def linear(shape: Shape, seed: int, layer: int, name: str) -> Packed:

@@ -56,7 +56,7 @@ def measure_server(folder: Path, threads: int, starts: int, scratch: Path) -> Se
         loaded = pss_by_process(server.pid)
         asyncio.run(_work(server))
         worked = pss_by_process(server.pid)
-        phases = _startup_phases(server)
+        phases = startup_phases(server.url)
     size = (folder / "model.safetensors").stat().st_size
     return ServerFigures(seconds[1:], phases, loaded, worked, size)
 
@@ -77,10 +77,10 @@ async def _work(server: Server) -> None:
         await complete_together(client, model, prompts, 32)
 
 
-def _startup_phases(server: Server) -> dict[str, float]:
+def startup_phases(url: str) -> dict[str, float]:
     """Seconds by phase as the server's metrics tell them."""
     phases = {}
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
         if line.startswith("nvfp4_startup_seconds{"):
             labels, _, value = line.rpartition(" ")
             phases[labels.partition('phase="')[2].partition('"')[0]] = float(value)

@@ -63,4 +63,5 @@ class Shape:
 
 SMALL = Shape("0.44B", hidden=1024, layers=24, heads=16, kv_heads=8, head_dim=64, mlp=4096)
 LARGE = Shape("1.1B", hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp=8192)
+LOADED = Shape("1.2B", hidden=2048, layers=18, heads=32, kv_heads=8, head_dim=64, mlp=8192)  # loadtest/bench_load.py
 SHAPES = {shape.name: shape for shape in (SMALL, LARGE)}

@@ -29,6 +29,7 @@ from nvfp4_runtime.engine.messages import (
     Submit,
     TokenOutput,
 )
+from nvfp4_runtime.engine.torch_import import import_torch
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
 
@@ -63,12 +64,14 @@ class EngineCore:
         if start is None:
             return None
         logging.getLogger().setLevel(start.log_level)
+        gc.disable()  # a million objects are made now, and none of them is garbage
         try:
             engine = build(start, lambda phase, fraction: self._send(Progress(phase, fraction)))
         except NVFP4Error as error:
             self._send(Failed(type(error).__name__, str(error), getattr(error, "flag", None)))
             return None
         gc.freeze()  # what was loaded stays; the collector need not walk it again in every step
+        gc.enable()
         engine.info.pid = os.getpid()
         engine.info.startup_seconds["engine_total"] = time.monotonic() - started
         self._send(Ready(engine.info))
@@ -129,6 +132,7 @@ def build(start: Start, progress: Callable[[str, float], None]) -> Engine:
         return simulated_engine(start.config)
     progress("import", 0.0)
     started = time.monotonic()
+    import_torch()
     from nvfp4_runtime.engine.build import build_engine
 
     imported = time.monotonic() - started
@@ -151,6 +155,8 @@ def main() -> int:
         logger.exception("the engine failed")
         core._send(Failed(type(error).__name__, str(error)))
         return 3
+    finally:
+        gc.unfreeze()  # the interpreter's last collection frees the kernels too, or nanobind reports them as leaked
 
 
 if __name__ == "__main__":

@@ -37,8 +37,12 @@ class ModelRunner:
     def execute(self, schedule: Schedule) -> list[StepResult]:
         """Run the model once over all entries, then sample for those that reached their last token."""
         rows = [_logits_rows(entry) for entry in schedule.entries]
-        logits = self._model.forward(self.prepare(schedule, rows))
-        return self._results(schedule, rows, logits)
+        return self._results(schedule, rows, self.logits(schedule, rows))
+
+    @torch.inference_mode()
+    def logits(self, schedule: Schedule, rows: Sequence[range]) -> Tensor:
+        """float32 logits [R, V] of the chosen rows (see `prepare`), before any sampling."""
+        return self._model.forward(self.prepare(schedule, rows))
 
     def prepare(self, schedule: Schedule, rows: Sequence[range]) -> ForwardBatch:
         """The tensors of one step. `rows[i]`: which of entry i's new tokens want logits, counted from its first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -114,6 +114,11 @@ class NVFP4Weight:
     def format(self) -> Literal["nvfp4"]:
         return "nvfp4"
 
+    @property
+    def parts(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """(packed, block_scale) of runs of rows, in order: joined, they are the two fields of these names."""
+        return [(self.packed, self.block_scale)]
+
     def row_scale_2(self) -> Tensor:
         """weight_scale_2 spread over rows, fp32 [N]."""
         return self._by_row(self.weight_scale_2)
@@ -127,11 +132,50 @@ class NVFP4Weight:
         return codec.scale_blocks(self.packed, torch.where(divisor > 0, scale / divisor, scale * scale_2))
 
     def _by_row(self, values: Tensor) -> Tensor:
-        return torch.repeat_interleave(values, torch.tensor(self.group_rows, device=values.device))
+        return torch.cat([value.expand(n) for value, n in zip(values, self.group_rows, strict=True)])
 
     def operand(self) -> Tensor:
         """code * block scale in bfloat16 [N, K], exact; multiply results by `row_scale_2()`."""
         return codec.operand(self.packed, self.block_scale)
+
+
+class JoinedNVFP4(NVFP4Weight):
+    """Fused weights that stay where they are: `packed` and `block_scale` are joined when they are first asked for.
+
+    A backend that repacks weights reads `parts` instead, and so copies them once, not twice.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], **fields: Any) -> None:
+        """fields: those of NVFP4Weight but `packed` and `block_scale`."""
+        self.__dict__.update(fields, _parts=parts)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name == "packed":
+            found = torch.cat([packed for packed, _ in self.parts])
+        elif name == "block_scale":
+            # cat is not implemented for float8 everywhere; bytes are bytes
+            found = torch.cat([scale.view(torch.uint8) for _, scale in self.parts]).view(torch.float8_e4m3fn)
+        else:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        self.__dict__[name] = found
+        return found
+
+    @property
+    def parts(self) -> Sequence[tuple[Tensor, Tensor]]:
+        parts: Sequence[tuple[Tensor, Tensor]] = self.__dict__["_parts"]
+        return parts
+
+    @property
+    def n(self) -> int:
+        return sum(self.group_rows)
+
+    @property
+    def k(self) -> int:
+        return 2 * self.parts[0][0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(packed.nbytes + scale.nbytes for packed, scale in self.parts) + self.weight_scale_2.nbytes
 
 
 Weight = NVFP4Weight | DenseWeight | FP8Weight | MXFP4Weight
@@ -157,10 +201,8 @@ def fuse(parts: Sequence[Weight]) -> Weight:
         return MXFP4Weight(torch.cat([p.packed for p in mx]), torch.cat([p.block_scale for p in mx]), bias)
     packed = [p for p in parts if isinstance(p, NVFP4Weight)]
     input_scales = [p.input_scale for p in packed if p.input_scale is not None]
-    return NVFP4Weight(
-        packed=torch.cat([p.packed for p in packed]),
-        # cat is not implemented for float8 everywhere; bytes are bytes
-        block_scale=torch.cat([p.block_scale.view(torch.uint8) for p in packed]).view(torch.float8_e4m3fn),
+    return JoinedNVFP4(
+        [part for p in packed for part in p.parts],
         weight_scale_2=torch.cat([p.weight_scale_2 for p in packed]),
         group_rows=tuple(r for p in packed for r in p.group_rows),
         input_scale=max(input_scales) if input_scales else None,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from nvfp4_runtime.checkpoint.writer import MAX_SHARD_BYTES
 from nvfp4_runtime.errors import ConfigError
-from nvfp4_runtime.quantize.ptq import QuantizeReport, quantize_checkpoint
+from nvfp4_runtime.quantize.ptq import METHODS, QuantizeReport, quantize_checkpoint
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["METHODS", "quantize_folder"]
 
 
 def quantize_folder(

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from nvfp4_runtime import LLM, SamplingParams
+from nvfp4_runtime.evaluate.evaluate import evaluate
+from nvfp4_runtime.evaluate.scorer import Side
+from nvfp4_runtime.evaluate.windows import Windows, cut, read_text
 from nvfp4_runtime.llm import Generation
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from tests.conftest import DefaultModel
@@ -99,26 +102,21 @@ def test_bf16_parent_gives_the_recorded_greedy_outputs(default_model: DefaultMod
         assert sure >= 5
 
 
-def served_perplexity(folder: Path, windows: list[list[int]], numerics: Literal["auto", "w4a16", "w4a4"]) -> float:
-    """exp of the mean NLL of every token of a window but its first, through the engine."""
-    engine = LLM(folder, numerics=numerics, max_model_len=2048)
-    scored = engine.generate(windows, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
-    logprobs = [s.logprob for result in scored for s in result.prompt_logprobs if s is not None]
-    assert len(logprobs) == NUM_WINDOWS * (WINDOW - 1)
-    return math.exp(-sum(logprobs) / len(logprobs))
+def served_perplexity(folder: Path, windows: Windows, numerics: Literal["auto", "w4a16", "w4a4"]) -> float:
+    """What `nvfp4 eval` says."""
+    (measured,) = evaluate([Side(folder, numerics)], windows, Tokenizer.load(folder)).students
+    return measured.perplexity.mean
 
 
 @pytest.fixture(scope="module")
-def windows(default_model: DefaultModel, shared: Path) -> list[list[int]]:
-    """The first windows of WikiText-2's test text, no special tokens added."""
-    text = (shared / "data" / "wikitext2-test.txt").read_text()
-    ids = Tokenizer.load(default_model.nvfp4).encode(text, add_special_tokens=False)
-    return [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(NUM_WINDOWS)]
+def windows(default_model: DefaultModel, shared: Path) -> Windows:
+    text = read_text(shared / "data" / "wikitext2-test.txt")
+    return cut(Tokenizer.load(default_model.nvfp4), text, WINDOW, NUM_WINDOWS)
 
 
 @pytest.mark.slow
 def test_perplexity_agrees_with_transformers_holding_the_dequantised_weights(
-    default_model: DefaultModel, windows: list[list[int]]
+    default_model: DefaultModel, windows: Windows
 ) -> None:
     """W4A16 as served against float32 transformers: within 0.1 % (0.012 % was measured)."""
     ours = served_perplexity(default_model.nvfp4, windows, "w4a16")
@@ -130,16 +128,14 @@ def test_perplexity_agrees_with_transformers_holding_the_dequantised_weights(
 
 
 @pytest.mark.slow
-def test_perplexity_of_the_bf16_parent_is_the_recorded_one(
-    default_model: DefaultModel, windows: list[list[int]]
-) -> None:
+def test_perplexity_of_the_bf16_parent_is_the_recorded_one(default_model: DefaultModel, windows: Windows) -> None:
     ours = served_perplexity(default_model.bf16, windows, "auto")
     print(f"\nBF16: served {ours:.4f}, recorded 29.1887 (transformers, float32 arithmetic)")
     assert abs(ours / 29.1887 - 1) < 1e-3
 
 
 @pytest.mark.slow
-def test_perplexity_in_w4a4_is_near_the_recorded_one(default_model: DefaultModel, windows: list[list[int]]) -> None:
+def test_perplexity_in_w4a4_is_near_the_recorded_one(default_model: DefaultModel, windows: Windows) -> None:
     """Recorded: 46.78 with activation scales from other text and weight scales per layer, so only near."""
     ours = served_perplexity(default_model.nvfp4, windows, "w4a4")
     print(f"\nW4A4: served {ours:.4f}, recorded 46.784")
@@ -147,7 +143,7 @@ def test_perplexity_in_w4a4_is_near_the_recorded_one(default_model: DefaultModel
 
 
 @torch.inference_mode()
-def transformers_perplexity(model: DefaultModel, windows: list[list[int]]) -> float:
+def transformers_perplexity(model: DefaultModel, windows: Windows) -> float:
     """exp of the mean NLL under a float32 transformers model whose linears hold the dequantised NVFP4 weights."""
     transformers = pytest.importorskip("transformers")
     from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
@@ -164,7 +160,7 @@ def transformers_perplexity(model: DefaultModel, windows: list[list[int]]) -> fl
             replaced += 1
     assert replaced == 210
     total, count = 0.0, 0
-    for window in windows:
+    for window in windows.ids:
         tokens = torch.tensor([window])
         logits = reference(tokens).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import LinearSpec
 from nvfp4_runtime.nvfp4 import codec
-from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, fuse
 from tests.kernels.conftest import cpu_backend, random_nvfp4, random_tensor, same_bits
 
 SHAPES = [(16, 16), (1, 16), (17, 32), (40, 48), (64, 80), (33, 112), (96, 576), (50, 1536)]
@@ -245,3 +245,16 @@ def test_wrong_activations_are_refused_with_what_was_found(case: str) -> None:
         kernel = cpu_backend().linear(w, spec_of(w, torch.bfloat16, torch.float32, numerics))
         with pytest.raises(KernelError, match=r"x: expected a contiguous torch.bfloat16 tensor \[any, 48\] on cpu"):
             kernel(bad_inputs()[case])
+
+
+def test_parts_of_any_height_are_packed_like_their_joined_tensors(isa: str) -> None:
+    parts = [random_nvfp4(n, 64, seed=n, bias=n == 23) for n in (5, 23, 16, 1)]  # panels of 16 rows begin inside them
+    fused = fuse(parts)
+    assert isinstance(fused, NVFP4Weight)
+    assert len(fused.parts) == 4
+    joined = NVFP4Weight(
+        fused.packed, fused.block_scale, fused.weight_scale_2, fused.group_rows, fused.input_scale, fused.bias
+    )
+    x = random_tensor(3, 64, seed=1, dtype=torch.bfloat16)
+    spec = spec_of(joined, torch.bfloat16, torch.float32, "w4a16")
+    assert same_bits(cpu_backend(isa).linear(fused, spec)(x), cpu_backend(isa).linear(joined, spec)(x))

@@ -78,3 +78,18 @@ def test_parts_that_do_not_belong_together_are_refused(packed, scale, scale_2, r
 def test_wrong_dtypes_are_refused():
     with pytest.raises(NVFP4ShapeError, match="expected uint8 codes and float8_e4m3fn scales"):
         NVFP4Weight(torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4, 2), torch.ones(1), (4,))
+
+
+def test_fused_parts_are_joined_only_when_somebody_asks():
+    parts = [packed_weight(32, 64, 0, 0.1), packed_weight(16, 64, 1, 0.3)]
+    whole = fuse([fuse(parts), packed_weight(16, 64, 2, 0.2)])
+    assert (whole.n, whole.k, whole.format) == (64, 64, "nvfp4")
+    assert whole.nbytes == 64 * 32 + 64 * 4 + 3 * 4
+    assert [p.data_ptr() for p, _ in whole.parts[:2]] == [p.packed.data_ptr() for p in parts], "nothing was copied"
+    assert "packed" not in vars(whole)
+    assert torch.equal(whole.packed[:32], parts[0].packed)
+    assert whole.packed is whole.packed
+    assert whole.block_scale.dtype == torch.float8_e4m3fn
+    assert whole.row_scale_2().tolist() == [s for p in (*parts, packed_weight(16, 64, 2)) for s in p.row_scale_2()]
+    with pytest.raises(AttributeError, match="no 'scales'"):
+        whole.scales

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ class NativeLinear:
 
 def pack_panels(
     context: Any,
-    codes: Tensor,
-    scales: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor]],
     row_scale: Tensor,
     bias: Tensor | None,
     *,
@@ -48,19 +48,20 @@ def pack_panels(
     input_scale: float = 0.0,
     e8m0: bool = False,
 ) -> Any:
-    """The native panels of packed codes [N, K/2] and their block scales; KernelError names a NaN scale's place.
+    """The native panels of packed codes [N, K/2] and their block scales, which may lie in several runs of rows.
 
+    KernelError names a NaN scale's place.
     row_scale  fp32 [N], multiplies each sum once
     """
-    n, half_k = codes.shape
-    codes, scales = on_cpu("weight", codes), on_cpu("weight_scale", scales)
-    row_scale, bias = on_cpu("weight_scale_2", row_scale), check_bias(bias, n)
+    parts = [(on_cpu("weight", codes), on_cpu("weight_scale", scales)) for codes, scales in parts]
+    row_scale = on_cpu("weight_scale_2", row_scale)
+    bias = check_bias(bias, row_scale.size(0))
     try:
         return context.pack_nvfp4(
-            [(codes.data_ptr(), scales.data_ptr(), n)],
+            [(codes.data_ptr(), scales.data_ptr(), codes.size(0)) for codes, scales in parts],
             row_scale.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            2 * half_k,
+            2 * parts[0][0].size(1),
             NUMERICS_CODES[numerics],
             input_scale,
             e8m0,
@@ -107,8 +108,7 @@ class NativeLinearNVFP4(NativeLinear):
             row_scale = scale * row_scale
         self.native = pack_panels(
             context,
-            weight.packed,
-            weight.block_scale,
+            weight.parts,
             row_scale,
             weight.bias,
             numerics=spec.numerics or "w4a16",

@@ -59,5 +59,5 @@ class NativeLinearMXFP4(NativeLinear):
     def __init__(self, context: Any, weight: MXFP4Weight, spec: LinearSpec) -> None:
         super().__init__(context, weight.n, weight.k, spec)
         ones = torch.ones(weight.n)
-        self.native = pack_panels(context, weight.packed, weight.block_scale, ones, weight.bias, e8m0=True)
+        self.native = pack_panels(context, [(weight.packed, weight.block_scale)], ones, weight.bias, e8m0=True)
         self.weight_bytes = self.native.nbytes

@@ -1,0 +1,1 @@
+"""What a checkpoint's numerics cost: perplexity, and the KL divergence to a teacher, through the engine that serves."""
