@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nvfp4_runtime.checkpoint.detect import is_excluded
 from nvfp4_runtime.checkpoint.shards import PLAIN, TensorInfo
 from nvfp4_runtime.nvfp4.codec import BLOCK
+
+# Methods that need a calibration text, beside those of nvfp4/block_scales.py that do not.
+CalibratedMethod = Literal["awq", "gptq", "awq+gptq"]
+CALIBRATED_METHODS: tuple[CalibratedMethod, ...] = get_args(CalibratedMethod)
 
 # Modules that stay plain whatever the model: small, sensitive, or looked up rather than multiplied.
 STAY_PLAIN = (
