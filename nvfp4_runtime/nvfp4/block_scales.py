@@ -49,8 +49,8 @@ def quantize(
     packed, block_scale = codec.quantize(w, scale_2)
     if method == "max":
         return packed, block_scale
-    blocks = codec.blocks_of(w.to(torch.float32))
-    counts = None if importance is None else codec.blocks_of(importance.to(torch.float32))
+    blocks = _blocks(w.to(torch.float32))
+    counts = None if importance is None else _blocks(importance.to(torch.float32))
     scale_2 = scale_2.to(torch.float32)
     best_code = block_scale.view(torch.uint8).to(torch.int32)
     best_packed, best_error = packed, _error(blocks, packed, block_scale, scale_2, counts)
@@ -79,7 +79,7 @@ def _candidates(blocks: Tensor, max_code: Tensor, scale_2: Tensor, method: Block
 
 def _error(blocks: Tensor, packed: Tensor, scale: Tensor, scale_2: Tensor, counts: Tensor | None) -> Tensor:
     """Squared error of each block, fp32 [N, K/16]."""
-    values = codec.blocks_of(codec.dequantize(packed, scale, scale_2))
+    values = _blocks(codec.dequantize(packed, scale, scale_2))
     difference: Tensor = blocks.abs() - values.abs()
     squares = difference * difference
     if counts is not None:
@@ -87,3 +87,8 @@ def _error(blocks: Tensor, packed: Tensor, scale: Tensor, scale_2: Tensor, count
     for half in (8, 4, 2, 1):
         squares = squares[..., :half] + squares[..., half:]
     return squares.squeeze(-1)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[..., K] as [..., K/16, 16]."""
+    return x.reshape(*x.shape[:-1], -1, codec.BLOCK)

@@ -71,7 +71,7 @@ def check_k(k: int) -> None:
         )
 
 
-def blocks_of(x: Tensor) -> Tensor:
+def _blocks(x: Tensor) -> Tensor:
     """[..., K] as [..., K/16, 16]."""
     return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
 
@@ -93,7 +93,7 @@ def quantize(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
     Source: the formulas of ModelOpt's exporter (max calibration), in float32.
     """
     check_k(w.shape[-1])
-    blocks = blocks_of(w.to(torch.float32))
+    blocks = _blocks(w.to(torch.float32))
     amax = blocks.abs().amax(dim=-1)
     if not bool(torch.isfinite(amax).all()):
         raise ValueError("cannot quantise weights that hold NaN or Inf")
@@ -117,7 +117,7 @@ def dequantize(packed: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
     The two scales are multiplied first, as ModelOpt does, so results agree to the last bit.
     """
     step = block_scale.to(torch.float32) * scale_2.to(torch.float32)
-    values = blocks_of(decode_e2m1(unpack_codes(packed)))
+    values = _blocks(decode_e2m1(unpack_codes(packed)))
     return (values * step.unsqueeze(-1)).flatten(-2)
 
 
@@ -138,7 +138,7 @@ def quantize_activation(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]
     A block whose scale rounds to 0 gets zero codes. Source: the recipe of vLLM's and FlashInfer's CUDA quantisers.
     """
     check_k(x.shape[-1])
-    blocks = blocks_of(x.to(torch.float32))
+    blocks = _blocks(x.to(torch.float32))
     global_scale = 1.0 / input_scale.to(torch.float32)
     amax = blocks.abs().amax(dim=-1)
     sixth = torch.tensor(1.0 / 6.0, dtype=torch.float32, device=x.device)
@@ -152,7 +152,7 @@ def quantize_activation(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]
 def activation_operand(x: Tensor, input_scale: Tensor) -> Tensor:
     """`quantize_activation` as exact bfloat16 operands code * block scale, [M, K]; input_scale is left out."""
     codes, block_scale = quantize_activation(x, input_scale)
-    values = blocks_of(decode_e2m1(codes)) * block_scale.to(torch.float32).unsqueeze(-1)
+    values = _blocks(decode_e2m1(codes)) * block_scale.to(torch.float32).unsqueeze(-1)
     return values.flatten(-2).to(torch.bfloat16)
 
 
@@ -166,7 +166,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     Blocks below 2^-100 are zero (127 / amax would overflow); one that holds NaN or infinity has a NaN scale.
     """
     check_k(x.shape[-1])
-    blocks = blocks_of(x.to(torch.float32))
+    blocks = _blocks(x.to(torch.float32))
     amax = blocks.abs().amax(dim=-1)
     finite, zero = torch.isfinite(amax), amax <= 2.0**-100
     levels = torch.full_like(amax, 127.0)  # a tensor: `127.0 / amax` would be two roundings, reciprocal and product
@@ -179,4 +179,4 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def int8_operand(x: Tensor) -> Tensor:
     """`quantize_int8` as values code * scale, fp32 [M, K]."""
     codes, scale = quantize_int8(x)
-    return (blocks_of(codes.to(torch.float32)) * scale.unsqueeze(-1)).flatten(-2)
+    return (_blocks(codes.to(torch.float32)) * scale.unsqueeze(-1)).flatten(-2)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from nvfp4_runtime.cache.paged_kv import allocate
 from nvfp4_runtime.cache.specs import AttentionSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.pages import release_pages
-from nvfp4_runtime.config import KVDtype, QuantConfig
+from nvfp4_runtime.config import KVDtype
 from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.rope import rope_tables
@@ -55,12 +56,12 @@ class Overlay(Checkpoint):
     @classmethod
     def over(cls, folder: str | Path) -> Overlay:
         ckpt = cls.open(folder)
-        if ckpt.quant != QuantConfig():
+        if ckpt.quant.method != "none":
             raise ConfigError(f"{folder} is already quantised ({ckpt.quant.algo}); give the plain model", "SRC")
         ckpt.linears, ckpt.tensors = {}, {}
         return ckpt
 
-    def linear(self, prefix: str, n: int, k: int) -> Weight:  # type: ignore[override]  # what is made may be FP8
+    def linear(self, prefix: str, n: int, k: int) -> Any:  # a Weight; what is made may be FP8
         return self.linears[prefix] if prefix in self.linears else super().linear(prefix, n, k)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:

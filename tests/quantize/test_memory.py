@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_runtime.checkpoint.inspect import inspect
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from tests.tiny import llama_config
 
 HIDDEN, INNER, LAYERS = 2048, 8192, 6  # 0.8 GB in BF16; the largest tensor has 34 MB
@@ -68,7 +68,7 @@ def test_the_peak_is_below_twice_the_largest_matrix(tmp_path, tiny_source, metho
     print(f"\n{method}: {before / 1024:.0f} MB before, {peak / 1024:.0f} MB at most, {rate / 1e6:.1f} M weights/s")
     assert (peak - before) * 1024 < 2 * LARGEST + SLACK
     assert peak * 1024 < 2 * LARGEST + (1 << 30)
-    assert inspect(tmp_path / "out-large").algo == "W4A16_NVFP4"
+    assert Checkpoint.open(tmp_path / "out-large").quant.algo == "W4A16_NVFP4"
 
 
 @pytest.fixture
