@@ -37,7 +37,7 @@ def plan_of(folder: Path, **options) -> Plan:
 def test_each_group_costs_what_a_checkpoint_with_only_it_quantised_loses(source, tmp_path):
     measured = measure(source, TEXTS, plan_of(source), backend="reference", progress=False)
     assert measured.keys() == {group.key for group in plan_of(source).groups}
-    assert measured[fused_group(EXACT)].nvfp4 == 0.0
+    assert measured[fused_group(EXACT)].nvfp4 < 1e-8  # float32 sums in another order
     ids = list(TEXTS[0].encode())
     wanted = torch.log_softmax(PagedRunner(load_or_skip(source)).run((0, ids))[0], dim=-1)
     for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
