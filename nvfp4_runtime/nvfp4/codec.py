@@ -101,10 +101,11 @@ def quantize(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
     scale = amax / (E2M1_MAX * scale_2)
     scale = torch.where((scale == 0) | (scale_2 == 0), torch.ones_like(scale), scale)
     block_scale = scale.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
-    return _encode_blocks(blocks, block_scale, scale_2), block_scale
+    return encode_blocks(blocks, block_scale, scale_2), block_scale
 
 
-def _encode_blocks(blocks: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
+def encode_blocks(blocks: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
+    """fp32 [N, K/16, 16] under given scales to packed codes uint8 [N, K/2]; a step of 0 gives codes of 0."""
     step = (block_scale.to(torch.float32) * scale_2).unsqueeze(-1)
     codes = encode_e2m1(torch.where(step == 0, blocks * 0, blocks / step))
     return pack_codes(codes.flatten(-2))

@@ -65,6 +65,7 @@ int block_width(Operand operand, int rows);
 #include "attention.h"
 #include "linear_nvfp4.h"
 #include "linear_plain.h"
+#include "search.h"
 #include "quantize.h"
 #include "rope.h"
 

@@ -100,6 +100,9 @@ static constexpr int plain_vectors(int k, bool pairs) { return (k + kPlainChunk 
 // bytes of scratch linear_plain needs: 16 rows of weights, decoded
 static constexpr size_t plain_scratch(int k, bool pairs) { return static_cast<size_t>(16 * 64) * plain_vectors(k, pairs); }
 
+// How block scales are chosen; see nvfp4/block_scales.py.
+enum class BlockScales : int { max = 0, mse = 1, four_over_six = 2 };
+
 // Weights quantised at load, bit for bit as nvfp4/fp8.py and nvfp4/codec.py do.
 struct QuantizeWeight {
   const void* w;  // [n][k] of `type`
@@ -109,6 +112,8 @@ struct QuantizeWeight {
   float* row_amax;        // [n]; NaN where a row holds NaN or infinity
   uint8_t* block_scales;  // nvfp4: e4m3 [n][k / 16]; null: FP8 under row_amax / 448
   float scale_2;          // nvfp4
+  BlockScales method;     // nvfp4
+  const float* importance;  // fp32 [k] or null: what each input's squared error counts
 };
 
 struct RMSNorm {
