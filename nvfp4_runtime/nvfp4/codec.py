@@ -166,9 +166,9 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     x        float [M, K]
     returns  int8 [M, K] codes, |code| <= 127; fp32 [M, K/16] scales of four significant bits, as E4M3 has
 
-    scale = amax / 127 rounded up to four significant bits, code = rne(x * (1 / scale)): off by half a step, 0.45 % of the
-    block's largest value, at most. Such scales times weight block scales are exact, and cost a kernel nothing (see
-    docs/numerics.md). A block of at most 2^-100 is zero; one that holds NaN, infinity or 2^100 and more has a NaN scale.
+    scale = amax / 127 rounded up to four significant bits, code = rne(x * (1 / scale)): off by half a step, 0.45 % of
+    the block's largest value, at most. Such scales times weight block scales are exact, and cost a kernel nothing (see
+    docs/numerics.md). A block of at most 2^-100 is zero; one with NaN, infinity, 2^100 or more has a NaN scale.
     """
     check_k(x.shape[-1])
     blocks = _blocks(x.to(torch.float32))
