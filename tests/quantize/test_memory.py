@@ -51,6 +51,7 @@ def write_sparse(folder: Path) -> Path:
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         end += size
     raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + end)

@@ -31,6 +31,20 @@ def test_default_means_the_embedded_model(tmp_path, monkeypatch):
     assert Checkpoint.open(tmp_path / "out").quant.algo == "W4A16_NVFP4"
 
 
+def test_a_file_whose_matrices_begin_at_odd_addresses_is_read_all_the_same(tmp_path):
+    source = tiny_llama(tmp_path / "src")
+    quantize_folder(source, tmp_path / "even", progress=False)
+    weights = source / "model.safetensors"
+    raw = weights.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].rstrip()
+    header += b" " * (1 - len(header) % 2)  # an odd length
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    quantize_folder(source, tmp_path / "odd", progress=False)
+    even, odd = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("even", "odd"))
+    assert even == odd
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,6 +11,7 @@ import torch
 from nvfp4_runtime.checkpoint.detect import read_config
 from nvfp4_runtime.checkpoint.shards import Shards
 from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.quantize.calibrate import tokenize
 from nvfp4_runtime.quantize.pipeline import quantize_folder
 from nvfp4_runtime.quantize.plan import Plan, make_plan
 from nvfp4_runtime.quantize.recipes import fused_group
@@ -38,7 +39,7 @@ def test_each_group_costs_what_a_checkpoint_with_only_it_quantised_loses(source,
     measured = measure(source, TEXTS, plan_of(source), backend="reference", progress=False)
     assert measured.keys() == {group.key for group in plan_of(source).groups}
     assert measured[fused_group(EXACT)].nvfp4 < 1e-8  # float32 sums in another order
-    ids = list(TEXTS[0].encode())
+    (ids,) = tokenize(source, TEXTS)
     wanted = torch.log_softmax(PagedRunner(load_or_skip(source)).run((0, ids))[0], dim=-1)
     for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         key = fused_group(module)

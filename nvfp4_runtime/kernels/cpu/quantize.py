@@ -68,7 +68,9 @@ def quantize_nvfp4(
 def _source(weight: DenseWeight) -> Tensor:
     if weight.weight.device.type != "cpu":
         raise KernelError(f"the cpu backend got a weight on {weight.weight.device}; load the checkpoint on the CPU")
-    return weight.weight.contiguous()
+    w = weight.weight.contiguous()
+    # A safetensors header may have any length, so a mapped matrix may begin at any address.
+    return w if w.data_ptr() % w.element_size() == 0 else w.clone()
 
 
 def row_amax(context: Any, weight: DenseWeight, codes: Tensor | None = None) -> Tensor:
