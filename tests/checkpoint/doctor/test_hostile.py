@@ -74,6 +74,7 @@ def test_a_damaged_folder_gives_a_report_or_a_clear_error(tmp_path, experts):
     original, parent = sound(tmp_path, experts=experts, shards=1 if experts else 2)
     rng = random.Random(experts)
     outcomes: Counter[str] = Counter()
+    refusals: list[str] = []
     for i in range(60):
         folder, out = tmp_path / f"{i}", tmp_path / f"{i}-out"
         shutil.copytree(original, folder)
@@ -85,12 +86,12 @@ def test_a_damaged_folder_gives_a_report_or_a_clear_error(tmp_path, experts):
         try:
             report = inspect_and_repair(folder, out, with_parent) if i % 3 == 0 else inspect(folder, with_parent)
         except CheckpointError as error:
-            assert len(str(error)) > 20
-            outcomes["refused"] += 1
+            refusals.append(str(error))
         else:
             assert render(report)
             assert msgspec.json.encode(report)
             outcomes["sound" if report.sound else "findings"] += 1
         shutil.rmtree(folder)
-    assert outcomes["findings"] > 10
-    assert outcomes["refused"] > 3
+    assert outcomes["findings"] >= 8  # the damage is real
+    assert len(refusals) >= 4
+    assert all(len(message) > 20 for message in refusals)
