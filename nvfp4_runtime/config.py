@@ -64,10 +64,12 @@ class ModelConfig:
 class QuantConfig:
     """What config.json and hf_quant_config.json declare. The tensors decide; this is checked against them.
 
-    method   "none", "modelopt", "compressed-tensors"
-    algo     upper-case algorithm, e.g. "NVFP4", or None for a plain checkpoint
-    kv_algo  "FP8" or None
-    exclude  fnmatch patterns on module paths that stay unquantised
+    method       "none", "modelopt", "compressed-tensors", "fp8" (DeepSeek), "mxfp4" (gpt-oss), or one without a reader
+    algo         upper-case algorithm in ModelOpt's words, e.g. "NVFP4", or None for a plain checkpoint
+    kv_algo      "FP8", "NVFP4" or None
+    exclude      patterns on module paths that stay unquantised: exact, fnmatch, or regular after "re:"
+    layers       (target, algorithm) pairs of a mixed checkpoint: module or container paths, "re:" patterns, class names
+    unsupported  what is declared and changes the arithmetic in ways no code here follows; such a checkpoint is refused
     """
 
     method: str = "none"
@@ -77,6 +79,8 @@ class QuantConfig:
     exclude: tuple[str, ...] = ()
     producer: str = ""
     notes: tuple[str, ...] = ()
+    layers: tuple[tuple[str, str], ...] = ()
+    unsupported: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

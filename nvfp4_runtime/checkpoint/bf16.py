@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from nvfp4_runtime.checkpoint.shards import PLAIN, Shards
+from nvfp4_runtime.checkpoint.parts import Parts
+from nvfp4_runtime.errors import UnsupportedFormatError
 from nvfp4_runtime.nvfp4.weight import DenseWeight
 
 
-def holds(shards: Shards, prefix: str) -> bool:
-    """Whether `prefix`'s weight is stored plainly."""
-    info = shards.info(f"{prefix}.weight")
-    return info is not None and info.dtype in PLAIN
-
-
-def linear(shards: Shards, prefix: str, n: int, k: int) -> DenseWeight:
-    """`prefix.weight` [n, k] with `prefix.bias` [n] where there is one."""
-    weight = shards.read(f"{prefix}.weight", (n, k))
-    bias = shards.read(f"{prefix}.bias", (n,)) if f"{prefix}.bias" in shards else None
-    return DenseWeight(weight, bias)
-
-
-def kv_scales(shards: Shards, attn_prefix: str) -> tuple[float, float] | None:
-    """A plain checkpoint has no KV scales."""
-    return None
+def weight(parts: Parts) -> DenseWeight:
+    """The weight as it lies in the file. Raises UnsupportedFormatError for a pre_quant_scale, which is not applied."""
+    if parts.pre_quant_scale is not None:
+        raise UnsupportedFormatError(f"{parts.layer.prefix} is plain with a pre_quant_scale, which is not applied here")
+    return DenseWeight(parts.weight, parts.bias)

@@ -36,6 +36,9 @@ DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -64,7 +67,8 @@ class TensorInfo:
 class Shards:
     """Every tensor of a checkpoint folder by exact name. Data is mapped on first read, headers are read at once.
 
-    `used` holds the names read so far; `notes` what was odd but harmless about the files.
+    `used` holds the names read so far; `notes` what was odd but harmless about the files; `metadata` the files' own
+    remarks (__metadata__), which writers use for the most various things.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,8 +78,11 @@ class Shards:
         self.used: set[str] = set()
         self._files = _find_files(folder)
         self._tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         for file in self._files:
-            for info in read_header(file):
+            infos, metadata = _parse(file)
+            self.metadata.update(metadata)
+            for info in infos:
                 if (first := self._tensors.get(info.name)) is not None:
                     raise CheckpointError(
                         f"tensor {info.name!r} is in both {first.file.name} and {file.name}; expected it once: "
@@ -180,6 +187,11 @@ def read_header(file: Path) -> list[TensorInfo]:
 
     Raises CheckpointError naming the file and the first contradiction. Source: the safetensors format description.
     """
+    return _parse(file)[0]
+
+
+def _parse(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The header's tensors, and its metadata."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -199,7 +211,8 @@ def read_header(file: Path) -> list[TensorInfo]:
         raise CheckpointError(f"the header of {file} is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"the header of {file} is a JSON {type(header).__name__}; expected an object")
-    header.pop("__metadata__", None)
+    remarks = header.pop("__metadata__", None)
+    metadata = {k: v for k, v in remarks.items() if isinstance(v, str)} if isinstance(remarks, dict) else {}
     data_bytes = size - 8 - length
     placed = sorted((_tensor_info(file, name, entry) for name, entry in header.items()), key=lambda item: item[1])
     tensors, end = [], 0
@@ -213,7 +226,7 @@ def read_header(file: Path) -> list[TensorInfo]:
             f"{file} holds {data_bytes} bytes of data and its header describes {end}: the file is "
             f"{'truncated' if data_bytes < end else 'longer than it says'}; fetch it again"
         )
-    return tensors
+    return tensors, metadata
 
 
 def _tensor_info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:

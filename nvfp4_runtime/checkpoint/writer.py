@@ -42,11 +42,23 @@ class ShardWriter:
 
     with ShardWriter(folder, specs) as writer:
         writer.write(name, tensor)
+
+    reopen  go on with files of exactly these specs that an earlier writer left, where there are any; `keep` names what
+            is in them already
     """
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[TensorSpec],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        *,
+        reopen: bool = False,
+    ) -> None:
         shards = _deal(specs, max_shard_bytes)
         self._folder = folder
+        self._reopen = reopen
+        self._missing = {spec.name for spec in specs}
         self._places: dict[str, tuple[BinaryIO, int, TensorSpec]] = {}
         self._weight_map: dict[str, str] = {}
         self._files: list[BinaryIO] = []
@@ -70,21 +82,50 @@ class ShardWriter:
             end += spec.nbytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        file = (self._folder / file_name).open("wb")
+        start = struct.pack("<Q", len(raw)) + raw
+        file = self._open(self._folder / file_name, start)
         self._files.append(file)
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        data = file.tell()
+        data = len(start)
         for spec, offset in zip(specs, offsets, strict=True):
             self._places[spec.name] = (file, data + offset, spec)
             self._weight_map[spec.name] = file_name
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` in its place; it must be exactly as announced, and announced tensors are written once."""
-        file, offset, spec = self._places.pop(name)
+        assert name in self._missing, f"{name} was not announced, or is written already"
+        file, offset, spec = self._places[name]
         found = TensorSpec(name, _dtype_name(tensor.dtype), tuple(tensor.shape))
         assert found == spec, f"announced {spec}, got {found}"
         file.seek(offset)
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(tensor_bytes(tensor))
+        file.flush()  # what was written survives a kill of this process
+        self._missing.remove(name)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in the place of `name`, whether written now or before."""
+        file, offset, spec = self._places[name]
+        file.seek(offset)
+        raw = bytearray(file.read(spec.nbytes))
+        raw += bytes(spec.nbytes - len(raw))  # a file that ends early was never written so far
+        return torch.frombuffer(raw, dtype=torch.uint8).view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def keep(self, name: str) -> None:
+        """Count `name` as written: the reopened file holds it."""
+        self._missing.remove(name)
+
+    def has(self, name: str) -> bool:
+        """Whether `name` has been written or kept."""
+        return name in self._places and name not in self._missing
+
+    def _open(self, path: Path, start: bytes) -> BinaryIO:
+        if self._reopen and path.exists():
+            file = path.open("r+b")
+            if file.read(len(start)) == start:
+                return file
+            file.close()
+        file = path.open("w+b")
+        file.write(start)
+        return file
 
     def __enter__(self) -> Self:
         return self
@@ -97,13 +138,18 @@ class ShardWriter:
             file.close()
         if kind is not None:
             return
-        assert not self._places, f"announced but never written: {sorted(self._places)[:8]}"
+        assert not self._missing, f"announced but never written: {sorted(self._missing)[:8]}"
         if len(self._files) > 1:
             index = {
                 "metadata": {"total_size": self._total_bytes},
                 "weight_map": dict(sorted(self._weight_map.items())),
             }
             write_json(self._folder / INDEX, index)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as they lie in memory."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, value: Any) -> None:

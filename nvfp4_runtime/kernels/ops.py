@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.config import Dtype, KVDtype, Numerics
+from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
@@ -75,13 +76,15 @@ class GroupedLinearSpec:
 class QuantizeSpec:
     """A plain weight [N, K] quantised at load, bit for bit as nvfp4/fp8.py and nvfp4/codec.py define.
 
-    form  "fp8": E4M3 under one scale per row; "nvfp4": `max` recipe, one weight_scale_2, no input_scale
+    form    "fp8": E4M3 under one scale per row; "nvfp4": one weight_scale_2, no input_scale
+    method  how "nvfp4" chooses block scales: see nvfp4/block_scales.py
     """
 
     n: int
     k: int
     weight: WeightFormat
     form: Literal["fp8", "nvfp4"]
+    method: BlockMethod = "max"
     kind: str = "quantize"
 
 
@@ -123,7 +126,8 @@ class RopeSpec:
 class PagedAttentionSpec:
     """Causal attention of every new token over its sequence's paged KV, grouped-query, one call for the batch.
 
-    Queries are `dtype`, the result is `out_dtype`.
+    Queries are `dtype`, the result is `out_dtype`. Where either is bfloat16, a backend may round queries and softmax
+    weights to bfloat16 before it multiplies them, unless the cache is float32.
     """
 
     num_heads: int
@@ -286,7 +290,17 @@ class Backend(Protocol):
 
     def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel: ...
 
-    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight: ...
+    def quantize(
+        self,
+        weight: DenseWeight,
+        spec: QuantizeSpec,
+        scale_2: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> FP8Weight | NVFP4Weight: ...
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of a plain matrix, fp32 []; NaN where it holds NaN or Inf."""
+        ...
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel: ...
 

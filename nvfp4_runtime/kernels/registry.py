@@ -30,6 +30,7 @@ from nvfp4_runtime.kernels.ops import (
     RopeKernel,
     RopeSpec,
 )
+from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
@@ -205,13 +206,27 @@ class Kernels:
         self._record_weights(group, weights, spec, backend, reason)
         return kernel
 
-    def quantize(self, weight: DenseWeight, form: Literal["fp8", "nvfp4"]) -> FP8Weight | NVFP4Weight:
-        """`weight` in another format, as nvfp4/fp8.py (a scale per row) or nvfp4/codec.py (`max`) defines it.
+    def quantize(
+        self,
+        weight: DenseWeight,
+        form: Literal["fp8", "nvfp4"],
+        method: BlockMethod = "max",
+        scale_2: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> FP8Weight | NVFP4Weight:
+        """`weight` in another format, as nvfp4/fp8.py (a scale per row) or nvfp4/block_scales.py defines it.
+
+        scale_2     NVFP4's tensor scale where fused parts share one; None: from this weight's own maximum
+        importance  fp32 [K], see block_scales.quantize
 
         Raises ValueError on NaN or Inf, NVFP4ShapeError when K does not suit.
         """
-        spec = QuantizeSpec(weight.n, weight.k, weight.format, form)
-        return self._choose(spec)[0].quantize(weight, spec)
+        spec = QuantizeSpec(weight.n, weight.k, weight.format, form, method)
+        return self._choose(spec)[0].quantize(weight, spec, scale_2, importance)
+
+    def largest(self, weight: DenseWeight) -> Tensor:
+        """The largest magnitude, fp32 []; NaN where the weight holds NaN or Inf."""
+        return self._choose(QuantizeSpec(weight.n, weight.k, weight.format, "nvfp4"))[0].largest(weight.weight)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | None:
         """Everything before the head as one call where a backend has that; None: call their ops one by one."""

@@ -9,7 +9,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, ModelConfig
 from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.layers.linear import Linear, load_weight
+from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
 
 FLAG = "--lm-head-dtype"
@@ -27,7 +27,7 @@ def lm_head(ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, embedding: 
     stored = _stored(ckpt, config, embedding)
     weight = _converted(kernels, stored, dtype)
     made_from = None if weight.format == stored.format else stored.format
-    return Linear([kernels.linear("lm_head", weight, names=["lm_head"], made_from=made_from)])
+    return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from)])
 
 
 def _stored(ckpt: Checkpoint, config: ModelConfig, embedding: Tensor) -> Weight:

@@ -12,7 +12,22 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
 from nvfp4_runtime.kernels.ops import LinearKernel
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.nvfp4.weight import Weight, can_fuse, fuse
+from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight, can_fuse, fuse
+
+
+class PreScaled:
+    """A linear kernel whose input is first multiplied by the checkpoint's pre_quant_scale (AWQ), column by column.
+
+    The product is rounded to the activations' type, as the tool that chose the scale does, and quantised after that.
+    """
+
+    def __init__(self, kernel: LinearKernel, scale: Tensor) -> None:
+        self.kernel = kernel
+        self.scale = scale.to(torch.float32)
+        self.weight_bytes = kernel.weight_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernel((x.to(torch.float32) * self.scale).to(x.dtype))
 
 
 class Linear:
@@ -39,14 +54,15 @@ class Linear:
     ) -> Self:
         """The layers `prefixes`, of n_each[i] outputs each and k inputs, as one layer of sum(n_each) outputs.
 
-        Neighbours whose formats agree share a kernel; those that differ stay apart and are joined at the output.
+        Neighbours whose formats (and pre_quant_scales) agree share a kernel; those that differ stay apart and are
+        joined at the output.
         Raises MissingTensorError or UnexpectedTensorError when the files' biases are not what `bias` says.
         """
         parts = [load_weight(ckpt, prefix, n, k, bias) for prefix, n in zip(prefixes, n_each, strict=True)]
         made = []
         for run in _fusable_runs(parts):
             weight = parts[run.start] if len(run) == 1 else fuse([parts[i] for i in run])
-            made.append(kernels.linear(group, weight, names=[prefixes[i] for i in run]))
+            made.append(linear_kernel(kernels, group, weight, [prefixes[i] for i in run]))
         return cls(made)
 
     @classmethod
@@ -64,6 +80,15 @@ class Linear:
         if self._only is not None:
             return self._only(x)
         return torch.cat([kernel(x) for kernel in self.kernels], dim=-1)
+
+
+def linear_kernel(
+    kernels: Kernels, group: str, weight: Weight, names: Sequence[str], made_from: str | None = None
+) -> LinearKernel:
+    """`kernels.linear`, with the weight's pre_quant_scale applied to its input where it has one."""
+    kernel = kernels.linear(group, weight, names, made_from)
+    scale = weight.pre_quant_scale if isinstance(weight, NVFP4Weight) else None
+    return kernel if scale is None else PreScaled(kernel, scale)
 
 
 def load_weight(ckpt: Checkpoint, prefix: str, n: int, k: int, bias: bool) -> Weight:

@@ -23,6 +23,8 @@ ARCHITECTURES = {
 # Tensors that no model reads, and why that is right.
 HARMLESS = {
     "*.rotary_emb.inv_freq": "computed from config.json",
+    "*.q_scale": "for attention in FP8; queries are not quantised here",
+    "*.prob_output_scale": "for attention in FP8; probabilities are not quantised here",
 }
 
 
@@ -35,7 +37,7 @@ def load_model(
 ) -> Decoder:
     """Build the model that config.json names, every tensor used or excused.
 
-    kv_dtype       "auto": FP8 where the checkpoint asks for an FP8 cache, else the activations' type
+    kv_dtype       "auto": FP8 or NVFP4 where the checkpoint asks for such a cache, else the activations' type
     max_positions  the longest sequence to prepare for; None: the config's max_position_embeddings
     lm_head_dtype  other than "auto": a plain head is brought to this format at load (see layers/head.py)
 
@@ -51,7 +53,9 @@ def load_model(
         )
     config = parse_model_config(ckpt.raw_config)
     if kv_dtype == "auto":
-        kv_dtype = "fp8" if ckpt.quant.kv_algo == "FP8" else "float32" if kernels.dtype == "float32" else "bfloat16"
+        plain: KVDtype = "float32" if kernels.dtype == "float32" else "bfloat16"
+        declared: dict[str | None, KVDtype] = {"FP8": "fp8", "NVFP4": "nvfp4"}
+        kv_dtype = declared.get(ckpt.quant.kv_algo, plain)
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
     model: Decoder = module.Decoder(config, ckpt, kernels, kv_dtype, max_positions, lm_head_dtype)
     for pattern, reason in HARMLESS.items():

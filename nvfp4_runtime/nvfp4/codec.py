@@ -101,10 +101,11 @@ def quantize(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
     scale = amax / (E2M1_MAX * scale_2)
     scale = torch.where((scale == 0) | (scale_2 == 0), torch.ones_like(scale), scale)
     block_scale = scale.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
-    return _encode_blocks(blocks, block_scale, scale_2), block_scale
+    return encode_blocks(blocks, block_scale, scale_2), block_scale
 
 
-def _encode_blocks(blocks: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
+def encode_blocks(blocks: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
+    """fp32 [N, K/16, 16] under given scales to packed codes uint8 [N, K/2]; a step of 0 gives codes of 0."""
     step = (block_scale.to(torch.float32) * scale_2).unsqueeze(-1)
     codes = encode_e2m1(torch.where(step == 0, blocks * 0, blocks / step))
     return pack_codes(codes.flatten(-2))
@@ -115,7 +116,11 @@ def dequantize(packed: Tensor, block_scale: Tensor, scale_2: Tensor) -> Tensor:
 
     The two scales are multiplied first, as ModelOpt does, so results agree to the last bit.
     """
-    step = block_scale.to(torch.float32) * scale_2.to(torch.float32)
+    return scale_blocks(packed, block_scale.to(torch.float32) * scale_2.to(torch.float32))
+
+
+def scale_blocks(packed: Tensor, step: Tensor) -> Tensor:
+    """Packed codes [N, K/2] times the step of their block, fp32 [N, K/16]; float32 [N, K]."""
     values = _blocks(decode_e2m1(unpack_codes(packed)))
     return (values * step.unsqueeze(-1)).flatten(-2)
 
@@ -156,23 +161,25 @@ def activation_operand(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations of W4A8: signed bytes with one FP32 scale per 16 inputs, x ~ code * scale.
+    """Activations of W4A8: signed bytes with one scale per 16 inputs, x ~ code * scale.
 
     x        float [M, K]
-    returns  int8 [M, K] codes, |code| <= 127; fp32 [M, K/16] scales
+    returns  int8 [M, K] codes, |code| <= 127; fp32 [M, K/16] scales of four significant bits, as E4M3 has
 
-    scale = amax / 127, code = rne(x * (127 / amax)): off by half a step, 0.4 % of the block's largest value, at most.
-    Blocks below 2^-100 are zero (127 / amax would overflow); one that holds NaN or infinity has a NaN scale.
+    scale = amax / 127 rounded up to four significant bits, code = rne(x * (1 / scale)): off by half a step, 0.45 % of
+    the block's largest value, at most. Such scales times weight block scales are exact, and cost a kernel nothing (see
+    docs/numerics.md). A block of at most 2^-100 is zero; one with NaN, infinity, 2^100 or more has a NaN scale.
     """
     check_k(x.shape[-1])
     blocks = _blocks(x.to(torch.float32))
     amax = blocks.abs().amax(dim=-1)
-    finite, zero = torch.isfinite(amax), amax <= 2.0**-100
-    levels = torch.full_like(amax, 127.0)  # a tensor: `127.0 / amax` would be two roundings, reciprocal and product
-    inverse = torch.where(finite & ~zero, levels / amax, torch.zeros_like(amax))
+    sound, zero = amax < 2.0**100, amax <= 2.0**-100
+    wanted = torch.where(sound & ~zero, amax, torch.ones_like(amax)) / torch.full_like(amax, 127.0)
+    scale = ((wanted.view(torch.int32) + 0xFFFFF) & ~0xFFFFF).view(torch.float32)
+    inverse = torch.where(sound & ~zero, 1.0 / scale, torch.zeros_like(scale))
     codes = torch.round((blocks * inverse.unsqueeze(-1)).nan_to_num(nan=0.0)).to(torch.int8).flatten(-2)
-    scale = torch.where(zero, torch.zeros_like(amax), amax / levels)
-    return codes, torch.where(finite, scale, torch.full_like(amax, torch.nan))
+    scale = torch.where(zero, torch.zeros_like(scale), scale)
+    return codes, torch.where(sound, scale, torch.full_like(scale, torch.nan))
 
 
 def int8_operand(x: Tensor) -> Tensor:

@@ -49,12 +49,17 @@ class DenseWeight:
 class NVFP4Weight:
     """A packed NVFP4 weight, possibly several fused by rows. Names and meanings are ModelOpt's.
 
-    packed          uint8 [N, K/2]   even k in the low nibble
-    block_scale     e4m3  [N, K/16]  row-major, not swizzled
-    weight_scale_2  fp32  [G]        one multiplier per row group: fused parts may differ, and keep theirs
-    group_rows      rows of each of the G groups, summing to N
-    input_scale     amax / 2688 of the layer's input, or None where the checkpoint has none (W4A16 only)
-    bias            [N] or None
+    packed           uint8 [N, K/2]   even k in the low nibble
+    block_scale      e4m3  [N, K/16]  row-major, not swizzled
+    weight_scale_2   fp32  [G]        one multiplier per row group: fused parts may differ, and keep theirs
+    group_rows       rows of each of the G groups, summing to N
+    input_scale      amax / 2688 of the layer's input, or None where the checkpoint has none (W4A16 only)
+    bias             [N] or None
+    divisor          fp32 [G] where the checkpoint stores weight_scale_2's reciprocal: `dequantize` divides by it, as
+                     the tool does, since block_scale / divisor and block_scale * weight_scale_2 may differ in the last
+                     bit. 0 for a group that has none, None where no group has one. Kernels multiply their sums
+    pre_quant_scale  fp32 [K]: the layer multiplies its input by it, before any quantisation (AWQ); W itself is as
+                     stored. None: nothing to multiply
     """
 
     packed: Tensor
@@ -63,6 +68,8 @@ class NVFP4Weight:
     group_rows: tuple[int, ...]
     input_scale: float | None = None
     bias: Tensor | None = None
+    divisor: Tensor | None = None
+    pre_quant_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         codec.check_k(self.k)
@@ -80,6 +87,16 @@ class NVFP4Weight:
                 f"{len(self.group_rows)} row groups {self.group_rows} do not describe {self.n} rows with "
                 f"weight_scale_2 {list(self.weight_scale_2.shape)}"
             )
+        for name, extra, shape in (
+            ("divisor", self.divisor, (self.groups,)),
+            ("pre_quant_scale", self.pre_quant_scale, (self.k,)),
+        ):
+            if extra is not None and (extra.dtype != torch.float32 or tuple(extra.shape) != shape):
+                raise NVFP4ShapeError(f"expected {name} float32 {list(shape)}, found {extra.dtype} {list(extra.shape)}")
+
+    @property
+    def groups(self) -> int:
+        return len(self.group_rows)
 
     @property
     def n(self) -> int:
@@ -104,11 +121,18 @@ class NVFP4Weight:
 
     def row_scale_2(self) -> Tensor:
         """weight_scale_2 spread over rows, fp32 [N]."""
-        return torch.cat([scale.expand(n) for scale, n in zip(self.weight_scale_2, self.group_rows, strict=True)])
+        return self._by_row(self.weight_scale_2)
 
     def dequantize(self) -> Tensor:
-        """The weight in float32 [N, K]."""
-        return codec.dequantize(self.packed, self.block_scale, self.row_scale_2().unsqueeze(1))
+        """The weight in float32 [N, K], to the last bit as the checkpoint's tool computes it."""
+        scale_2 = self.row_scale_2().unsqueeze(1)
+        if self.divisor is None:
+            return codec.dequantize(self.packed, self.block_scale, scale_2)
+        divisor, scale = self._by_row(self.divisor).unsqueeze(1), self.block_scale.to(torch.float32)
+        return codec.scale_blocks(self.packed, torch.where(divisor > 0, scale / divisor, scale * scale_2))
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        return torch.cat([value.expand(n) for value, n in zip(values, self.group_rows, strict=True)])
 
     def operand(self) -> Tensor:
         """code * block scale in bfloat16 [N, K], exact; multiply results by `row_scale_2()`."""
@@ -161,8 +185,8 @@ def fuse(parts: Sequence[Weight]) -> Weight:
     """Join the rows of weights that share one input (q/k/v, gate/up).
 
     NVFP4 parts keep their own weight_scale_2, FP8 parts their scales; the largest input_scale serves them all, since
-    one activation enters them all. Raises NVFP4ShapeError when formats or K differ: such parts must stay apart (see
-    `can_fuse`).
+    one activation enters them all. Raises NVFP4ShapeError when formats, K or pre_quant_scales differ: such parts must
+    stay apart (see `can_fuse`).
     """
     if not can_fuse(parts):
         found = ", ".join(f"{p.format}[{p.n}, {p.k}]" for p in parts)
@@ -183,6 +207,8 @@ def fuse(parts: Sequence[Weight]) -> Weight:
         group_rows=tuple(r for p in packed for r in p.group_rows),
         input_scale=max(input_scales) if input_scales else None,
         bias=bias,
+        divisor=_fuse_divisors(packed),
+        pre_quant_scale=packed[0].pre_quant_scale,
     )
 
 
@@ -191,7 +217,20 @@ def can_fuse(parts: Sequence[Weight]) -> bool:
     if all(isinstance(p, FP8Weight) for p in parts):
         return fp8.can_fuse([p for p in parts if isinstance(p, FP8Weight)])
     has_scale = {isinstance(p, NVFP4Weight) and p.input_scale is not None for p in parts}
-    return len({p.format for p in parts}) == 1 and len({p.k for p in parts}) == 1 and len(has_scale) == 1
+    one_form = len({p.format for p in parts}) == 1 and len({p.k for p in parts}) == 1 and len(has_scale) == 1
+    return one_form and _one_input([p for p in parts if isinstance(p, NVFP4Weight)])
+
+
+def _one_input(parts: Sequence[NVFP4Weight]) -> bool:
+    """Whether the same activation may enter all parts: no pre_quant_scale, or one and the same."""
+    scales = [p.pre_quant_scale for p in parts if p.pre_quant_scale is not None]
+    return not scales or (len(scales) == len(parts) and all(torch.equal(s, scales[0]) for s in scales))
+
+
+def _fuse_divisors(parts: Sequence[NVFP4Weight]) -> Tensor | None:
+    if all(p.divisor is None for p in parts):
+        return None
+    return torch.cat([torch.zeros_like(p.weight_scale_2) if p.divisor is None else p.divisor for p in parts])
 
 
 def _fuse_bias(parts: Sequence[Weight]) -> Tensor | None:

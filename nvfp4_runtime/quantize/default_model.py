@@ -142,7 +142,7 @@ def _make_nvfp4(folder: Path, progress: bool) -> None:
     from nvfp4_runtime.quantize.pipeline import quantize_folder  # imports torch
 
     bf16 = default_bf16(progress)
-    quantize_folder(bf16, folder, calib_texts=calibration_texts(bf16), progress=progress)
+    quantize_folder(bf16, folder, method="max", calib_texts=calibration_texts(bf16), progress=progress)
 
 
 def find_gguf() -> Path:

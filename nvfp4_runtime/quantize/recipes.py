@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from nvfp4_runtime.checkpoint.detect import is_excluded
 from nvfp4_runtime.checkpoint.shards import PLAIN, TensorInfo
 from nvfp4_runtime.nvfp4.codec import BLOCK
+
+# Methods that need a calibration text, beside those of nvfp4/block_scales.py that do not.
+CalibratedMethod = Literal["awq", "gptq", "awq+gptq"]
+CALIBRATED_METHODS: tuple[CalibratedMethod, ...] = get_args(CalibratedMethod)
 
 # Modules that stay plain whatever the model: small, sensitive, or looked up rather than multiplied.
 STAY_PLAIN = (
@@ -29,6 +34,13 @@ STAY_PLAIN = (
     "*.mtp.*",
 )
 
+# What NVIDIA's published checkpoints of a family leave plain beside that.
+_FAMILY_PLAIN = {
+    "DeepseekV3ForCausalLM": ("*.self_attn.*",),
+    "Glm4MoeForCausalLM": ("*.self_attn.*",),
+    "MiniMaxM2ForCausalLM": ("*.self_attn.*",),
+}
+
 # Layers that read the same input share weight_scale_2 (the largest) and input_scale, so that one GEMM can serve them.
 _SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -37,6 +49,20 @@ _SIBLINGS = (
     ("w1", "w3"),
 )
 _GROUP_OF = {leaf: f"{{{','.join(names)}}}" for names in _SIBLINGS for leaf in names}
+
+
+def family_exclusions(raw_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """fnmatch patterns of what stays plain in this architecture, as NVIDIA publishes it; () where nothing is special.
+
+    NemotronH: every attention layer, and the Mamba layer before each (Nemotron 3 Nano).
+    """
+    names = raw_config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if name != "NemotronHForCausalLM":
+        return _FAMILY_PLAIN.get(str(name), ())
+    pattern = str(raw_config.get("hybrid_override_pattern", ""))
+    chosen = {i for at, kind in enumerate(pattern) if kind == "*" for i in (at, at - 1) if i >= 0}
+    return tuple(f"*.layers.{i}.mixer.*" for i in sorted(chosen) if pattern[i] in "*M")
 
 
 def module_of(name: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
-from nvfp4_runtime.checkpoint.inspect import inspect
+from nvfp4_runtime.checkpoint.doctor.inspect import inspect
 from nvfp4_runtime.errors import CheckpointError
 from tests import tiny
 

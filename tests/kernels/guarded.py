@@ -66,7 +66,8 @@ def guarded_weight(weight: NVFP4Weight | DenseWeight, side: Side) -> NVFP4Weight
 
 
 def guarded_kv(kv: KVLayer, side: Side) -> KVLayer:
-    return dataclasses.replace(kv, k=guarded(kv.k, side), v=guarded(kv.v, side))
+    scales = [None if t is None else guarded(t, side) for t in (kv.k_blocks, kv.v_blocks)]
+    return dataclasses.replace(kv, k=guarded(kv.k, side), v=guarded(kv.v, side), k_blocks=scales[0], v_blocks=scales[1])
 
 
 def guarded_batch(batch: ForwardBatch, side: Side) -> ForwardBatch:

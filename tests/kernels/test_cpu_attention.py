@@ -34,8 +34,10 @@ KV_TYPES = list(NAMES)
 RAGGED = [Sequence(1, 1), Sequence(300, 1), Sequence(77, 20), Sequence(64, 64), Sequence(130, 129), Sequence(17, 0)]
 
 
-def exact_attention(q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
-    """One query at a time in FP64."""
+def exact_attention(
+    q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, window: int | None, magnitudes: bool = False
+) -> Tensor:
+    """One query at a time in FP64; of the values' magnitudes if asked."""
     rows: list[Tensor] = []
     size, group = kv.block_size, q.shape[1] // kv.k.shape[1]
     for b in range(len(batch.seq_lens)):
@@ -48,18 +50,34 @@ def exact_attention(q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, w
             p = length - (stop - row)
             low = 0 if window is None else max(0, p - window + 1)
             scores = torch.einsum("hd,shd->hs", q[row].double(), k[low : p + 1]) * scale
-            rows.append(torch.einsum("hs,shd->hd", scores.softmax(-1), v[low : p + 1]).flatten())
+            seen = v[low : p + 1].abs() if magnitudes else v[low : p + 1]
+            rows.append(torch.einsum("hs,shd->hd", scores.softmax(-1), seen).flatten())
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def multiplies_pairs(isa: str, dtype: torch.dtype, out_dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+    """Whether queries and weights are rounded to BF16 and multiplied as such."""
+    return isa == "avx512bf16" and torch.bfloat16 in (dtype, out_dtype) and kv_dtype != torch.float32
+
+
+SHAPES = [(9, 3, 64), (4, 4, 32), (4, 1, 80), (2, 1, 24)]
+TYPES = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
+# (types, shape, window): plain queries in every shape; as layers call it (FP32 in, BF16 out), and wide heads, once each
+CASES = [(types, shape, window) for types in TYPES[:2] for shape in SHAPES for window in (None, 1, 50)]
+CASES += [(TYPES[2], SHAPES[0], None), (TYPES[2], (4, 2, 128), 50), (TYPES[0], (2, 2, 192), None)]
+
+
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 32), (4, 1, 80), (2, 1, 24)])
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("types", "shape", "window"), CASES)
 def test_attention_agrees_with_fp64(
-    isa: str, dtype: torch.dtype, kv_dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None
+    isa: str,
+    types: tuple[torch.dtype, torch.dtype],
+    kv_dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    window: int | None,
 ) -> None:
-    spec = PagedAttentionSpec(heads, kv_heads, head_dim, window, NAMES[kv_dtype], NAMES[dtype], NAMES[dtype])
+    (dtype, out_dtype), (heads, kv_heads, head_dim) = types, shape
+    spec = PagedAttentionSpec(heads, kv_heads, head_dim, window, NAMES[kv_dtype], NAMES[dtype], NAMES[out_dtype])
     if NAMES[kv_dtype] == "nvfp4" and head_dim % 16:
         assert "needs a head_dim divisible by 16" in str(cpu_backend(isa).refuses(spec))
         return
@@ -68,9 +86,15 @@ def test_attention_agrees_with_fp64(
     q = random_tensor(int(batch.cu_seqlens_q[-1]), heads, head_dim, seed=4, dtype=dtype)
     scale = 1 / math.sqrt(head_dim)
     y = cpu_backend(isa).paged_attention(spec)(q, kv, batch, scale)
+    if multiplies_pairs(isa, dtype, out_dtype, kv_dtype):
+        q = q.bfloat16()
     exact = exact_attention(q, kv, batch, scale, window)
     # scores up to about 6 are off by D * 2^-24 of that, weights likewise; values up to 5; one final rounding
-    room = head_dim * 2.0**-24 * 6 * 5 + {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}[dtype] * exact.abs()
+    room = head_dim * 2.0**-24 * 6 * 5 + {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}[out_dtype] * exact.abs()
+    if multiplies_pairs(isa, dtype, out_dtype, kv_dtype):
+        # a weight is off by 2^-8 of itself at most, above and (NVFP4: not) below the fraction bar
+        bound = 2.0**-8 if kv.k_blocks is not None else 2.0**-7
+        room += bound * exact_attention(q, kv, batch, scale, window, magnitudes=True)
     assert bool(((y.double() - exact).abs() <= room).all())
 
 
@@ -87,13 +111,15 @@ def test_any_block_size_gives_the_reference_result(isa: str, block_size: int) ->
 
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_has_the_same_bits_however_the_prompt_is_cut(
-    isa: str, window: int | None, kv_dtype: torch.dtype
+    isa: str, window: int | None, kv_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     length, heads, kv_heads, dim = 200, 6, 2, 32
     kv = random_cache(40, kv_heads, 16, dim, seed=1, dtype=kv_dtype)
-    q = random_tensor(length, heads, dim, seed=3, dtype=torch.float32)  # no last rounding that could hide a bit
-    spec = PagedAttentionSpec(heads, kv_heads, dim, window, NAMES[kv_dtype], "float32", "float32")
+    q = random_tensor(length, heads, dim, seed=3, dtype=dtype)
+    # FP32 out: no last rounding that could hide a bit
+    spec = PagedAttentionSpec(heads, kv_heads, dim, window, NAMES[kv_dtype], NAMES[dtype], "float32")
     whole_batch = make_batch([Sequence(length, length)], 16, 40)
     tables = whole_batch.block_tables
     whole = cpu_backend(isa, 2).paged_attention(spec)(q, kv, whole_batch, 0.17)
@@ -107,7 +133,7 @@ def test_a_query_has_the_same_bits_however_the_prompt_is_cut(
         wide[:, : batch.block_tables.shape[1]] = batch.block_tables
         wide[-1, : tables.shape[1]] = tables[0]
         batch = dataclasses.replace(batch, block_tables=wide)
-        before = random_tensor(int(batch.cu_seqlens_q[-2]), heads, dim, seed=8, dtype=torch.float32)
+        before = random_tensor(int(batch.cu_seqlens_q[-2]), heads, dim, seed=8, dtype=dtype)
         y = cpu_backend(isa, threads).paged_attention(spec)(torch.cat([before, q[start:stop]]), kv, batch, 0.17)
         return y[len(before) :]
 

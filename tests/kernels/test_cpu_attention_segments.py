@@ -35,32 +35,39 @@ def attend(
     isa: str | None = None,
     threads: int = 2,
 ) -> Tensor:
-    """Native attention in FP32 out, so that no last rounding hides a bit."""
+    """Native attention in FP32 out, so that no last rounding hides a bit. BF16 queries may be multiplied as such."""
     width = q.shape[2]
-    spec = PagedAttentionSpec(q.shape[1], kv.k.shape[1], width, window, NAMES[kv_dtype], "float32", "float32")
+    spec = PagedAttentionSpec(q.shape[1], kv.k.shape[1], width, window, NAMES[kv_dtype], NAMES[q.dtype], "float32")
     return cpu_backend(isa, threads).paged_attention(spec)(q, kv, batch, 1 / math.sqrt(width))
 
 
 def reference(kv: KVLayer, q: Tensor, batch: ForwardBatch, kv_dtype: torch.dtype, window: int | None = None) -> Tensor:
     width = q.shape[2]
     spec = PagedAttentionSpec(q.shape[1], kv.k.shape[1], width, window, NAMES[kv_dtype], "float32", "float32")
-    return ReferenceBackend().paged_attention(spec)(q, kv, batch, 1 / math.sqrt(width))
+    return ReferenceBackend().paged_attention(spec)(q.float(), kv, batch, 1 / math.sqrt(width))
 
 
-def room(width: int) -> float:
-    """Twice (two results): scores up to about 6 are off by width * 2^-24 of that, weights likewise; values up to 5."""
-    return 2 * width * 2.0**-24 * 6 * 5
+def room(width: int, dtype: torch.dtype = torch.float32) -> float:
+    """Twice (two results): scores up to about 6 are off by width * 2^-24 of that, weights likewise; values up to 5.
+
+    Under BF16 queries weights may be rounded to BF16: 2^-8 of each, above and below the fraction bar.
+    """
+    return 2 * width * 2.0**-24 * 6 * 5 + (2.0**-7 * 5 if dtype == torch.bfloat16 else 0.0)
 
 
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of queries
+
+
+@TYPES
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
 @pytest.mark.parametrize("window", [None, 64, 257, 512])
 def test_a_token_has_the_same_bits_decoded_alone_in_company_and_within_a_prompt(
-    isa: str, kv_dtype: torch.dtype, window: int | None
+    isa: str, kv_dtype: torch.dtype, window: int | None, dtype: torch.dtype
 ) -> None:
     """Decoding splits keys over threads; the prompt walks them in one item. Positions around every segment's border."""
     length, heads, kv_heads, width = max(BORDERS), 6, 2, 32
     kv = random_cache(60, kv_heads, 16, width, seed=1, dtype=kv_dtype)
-    q = random_tensor(length, heads, width, seed=3, dtype=torch.float32)
+    q = random_tensor(length, heads, width, seed=3, dtype=dtype)
     prompt = make_batch([Sequence(length, length)], 16, 60)
     whole = attend(kv, q, prompt, kv_dtype, window, isa)
     tables = prompt.block_tables
@@ -76,12 +83,15 @@ def test_a_token_has_the_same_bits_decoded_alone_in_company_and_within_a_prompt(
     assert same_bits(attend(kv, q[rows], together, kv_dtype, window, isa), whole[rows])
 
 
+@TYPES
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
 @pytest.mark.parametrize("chunk", [2, 37, 256, 300])
-def test_chunked_prefill_over_segment_borders_has_the_prompts_bits(isa: str, kv_dtype: torch.dtype, chunk: int) -> None:
+def test_chunked_prefill_over_segment_borders_has_the_prompts_bits(
+    isa: str, kv_dtype: torch.dtype, chunk: int, dtype: torch.dtype
+) -> None:
     length, heads, kv_heads, width = 530, 3, 1, 64
     kv = random_cache(40, kv_heads, 16, width, seed=1, dtype=kv_dtype)
-    q = random_tensor(length, heads, width, seed=3, dtype=torch.float32)
+    q = random_tensor(length, heads, width, seed=3, dtype=dtype)
     prompt = make_batch([Sequence(length, length)], 16, 40)
     whole = attend(kv, q, prompt, kv_dtype, None, isa)
     starts = range(0, length, chunk) if chunk > 2 else range(500, length, chunk)  # pairs: around a border is enough
@@ -91,43 +101,71 @@ def test_chunked_prefill_over_segment_borders_has_the_prompts_bits(isa: str, kv_
         assert same_bits(attend(kv, q[start:stop], part, kv_dtype, None, isa, 1 + start % 3), whole[start:stop])
 
 
+@pytest.mark.parametrize("width", [64, 80, 128, 192])
+@pytest.mark.parametrize("kv_dtype", KV_TYPES)
+@pytest.mark.parametrize("block_size", [3, 16])
+def test_every_gqa_ratio_and_width_has_the_prompts_bits(
+    isa: str, kv_dtype: torch.dtype, width: int, block_size: int
+) -> None:
+    """Decoded and in a prompt, with a window that begins and ends within a pair of positions."""
+    kv = random_cache(140, 1, block_size, width, seed=1, dtype=kv_dtype)
+    prompt = make_batch([Sequence(300, 12)], block_size, 140)
+    for group in (1, 2, 3, 4, 7):
+        q = random_tensor(12, group, width, seed=group)
+        whole = attend(kv, q, prompt, kv_dtype, 41, isa)
+        for i in range(12):
+            alone = make_batch([Sequence(289 + i, 1)], block_size, 140)
+            alone = dataclasses.replace(alone, block_tables=prompt.block_tables)
+            assert same_bits(attend(kv, q[i : i + 1], alone, kv_dtype, 41, isa), whole[i : i + 1])
+
+
+@TYPES
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
 @pytest.mark.parametrize("group", range(1, 10))
-def test_every_gqa_ratio_agrees_with_the_reference(isa: str, kv_dtype: torch.dtype, group: int) -> None:
+def test_every_gqa_ratio_agrees_with_the_reference(
+    isa: str, kv_dtype: torch.dtype, group: int, dtype: torch.dtype
+) -> None:
     batch = make_batch([Sequence(270, 1), Sequence(300, 70), Sequence(5, 0), Sequence(1, 1), Sequence(40, 2)], 16, 60)
     kv = random_cache(60, 2, 16, 64, seed=group, dtype=kv_dtype)
-    q = random_tensor(74, 2 * group, 64, seed=3, dtype=torch.float32)
+    q = random_tensor(74, 2 * group, 64, seed=3, dtype=dtype)
     y, want = attend(kv, q, batch, kv_dtype, None, isa), reference(kv, q, batch, kv_dtype)
-    torch.testing.assert_close(y, want, rtol=0, atol=room(64))
+    torch.testing.assert_close(y, want, rtol=0, atol=room(64, dtype))
 
 
+@TYPES
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
 @pytest.mark.parametrize("width", [16, 32, 48, 64, 80, 96, 112, 128, 192, 256])
-def test_every_head_width_agrees_with_the_reference(isa: str, kv_dtype: torch.dtype, width: int) -> None:
+def test_every_head_width_agrees_with_the_reference(
+    isa: str, kv_dtype: torch.dtype, width: int, dtype: torch.dtype
+) -> None:
     batch = make_batch([Sequence(290, 1), Sequence(270, 30)], 16, 60)
     kv = random_cache(60, 2, 16, width, seed=width, dtype=kv_dtype)
-    q = random_tensor(31, 4, width, seed=3, dtype=torch.float32)
+    q = random_tensor(31, 4, width, seed=3, dtype=dtype)
     for window in (None, 20):
         y, want = attend(kv, q, batch, kv_dtype, window, isa), reference(kv, q, batch, kv_dtype, window)
-        torch.testing.assert_close(y, want, rtol=0, atol=room(width))
+        torch.testing.assert_close(y, want, rtol=0, atol=room(width, dtype))
 
 
+@TYPES
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
 @pytest.mark.parametrize("block_size", [1, 3, 16, 40])
-def test_any_block_size_agrees_with_the_reference(isa: str, kv_dtype: torch.dtype, block_size: int) -> None:
+def test_any_block_size_agrees_with_the_reference(
+    isa: str, kv_dtype: torch.dtype, block_size: int, dtype: torch.dtype
+) -> None:
     blocks = 700 // block_size + 8
     batch = make_batch([Sequence(290, 1), Sequence(270, 30)], block_size, blocks)
     kv = random_cache(blocks, 1, block_size, 48, seed=2, dtype=kv_dtype)
-    q = random_tensor(31, 5, 48, seed=3, dtype=torch.float32)
+    q = random_tensor(31, 5, 48, seed=3, dtype=dtype)
     y, want = attend(kv, q, batch, kv_dtype, None, isa), reference(kv, q, batch, kv_dtype)
-    torch.testing.assert_close(y, want, rtol=0, atol=room(48))
+    torch.testing.assert_close(y, want, rtol=0, atol=room(48, dtype))
 
 
-def test_every_stored_byte_is_read_as_its_value(isa: str) -> None:
+@TYPES
+def test_every_stored_byte_is_read_as_its_value(isa: str, dtype: torch.dtype) -> None:
     """One visible key: the result is its value, exactly. All 256 FP8 bytes; all 16 codes under every block scale."""
     batch = make_batch([Sequence(1, 1)], 16, 2)
     block = int(batch.block_tables[0, 0])
-    q = torch.ones(1, 1, 256)
+    q = torch.ones(1, 1, 256, dtype=dtype)
     kv = KVLayer(*(torch.zeros(2, 1, 16, 256, dtype=torch.float8_e4m3fn) for _ in range(2)))
     every = torch.arange(256, dtype=torch.uint8)
     kv.v.view(torch.uint8)[block, 0, 0] = every
@@ -138,7 +176,7 @@ def test_every_stored_byte_is_read_as_its_value(isa: str) -> None:
         atol=0,
         equal_nan=True,
     )
-    q = torch.ones(1, 1, 16)
+    q = torch.ones(1, 1, 16, dtype=dtype)
     codes = torch.zeros(2, 1, 16, 8, dtype=torch.uint8)
     codes[block, 0, 0] = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE])
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -152,13 +190,17 @@ def test_every_stored_byte_is_read_as_its_value(isa: str) -> None:
         torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
 
 
+@TYPES
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
-def test_a_bad_key_or_value_reaches_only_the_rows_that_see_it(isa: str, kv_dtype: torch.dtype, bad: float) -> None:
-    length, width, at = 400, 32, 300
+@pytest.mark.parametrize("at", [300, 301])
+def test_a_bad_key_or_value_reaches_only_the_rows_that_see_it(
+    isa: str, kv_dtype: torch.dtype, bad: float, at: int, dtype: torch.dtype
+) -> None:
+    length, width = 400, 32
     batch = make_batch([Sequence(length, length), Sequence(length, 1)], 16, 60)
     kv = random_cache(60, 1, 16, width, seed=2, dtype=kv_dtype)
-    q = random_tensor(length + 1, 2, width, seed=3, dtype=torch.float32)
+    q = random_tensor(length + 1, 2, width, seed=3, dtype=dtype)
     clean = attend(kv, q, batch, kv_dtype, 64, isa)
     block, offset = int(batch.block_tables[0, at // 16]), at % 16
     for cache in (kv.k, kv.v):
@@ -172,7 +214,9 @@ def test_a_bad_key_or_value_reaches_only_the_rows_that_see_it(isa: str, kv_dtype
         # a key of +-huge takes the whole weight or none, by the sign of its score; where FP32 overflows
         # inside the dot product the order of additions may give Inf or NaN, and so may the reference
         finite = seen.isfinite() & wanted.isfinite()
-        torch.testing.assert_close(seen[finite], wanted[finite], rtol=1e-4, atol=room(width))
+        torch.testing.assert_close(
+            seen[finite], wanted[finite], rtol=1e-4 if dtype == torch.float32 else 2.0**-7, atol=room(width, dtype)
+        )
         assert bool(wanted.isfinite().all()) or not bool(seen.isfinite().all())
 
 
@@ -190,15 +234,17 @@ def test_a_segment_whose_scores_are_all_minus_infinity_weighs_nothing(isa: str) 
     torch.testing.assert_close(y, want, rtol=0, atol=room(16))
 
 
-def test_nan_block_scale_of_an_nvfp4_value_shows(isa: str) -> None:
+@TYPES
+@pytest.mark.parametrize("position", [20, 21])
+def test_nan_block_scale_of_an_nvfp4_value_shows(isa: str, position: int, dtype: torch.dtype) -> None:
     batch = make_batch([Sequence(40, 40)], 16, 10)
     kv = random_cache(10, 1, 16, 64, seed=2, dtype=torch.uint8)
     assert kv.v_blocks is not None
-    kv.v_blocks.view(torch.uint8)[int(batch.block_tables[0, 1]), 0, 4, 2] = 0x7F  # position 20, dimensions 32..47
-    y = attend(kv, random_tensor(40, 1, 64, seed=1, dtype=torch.float32), batch, torch.uint8, None, isa)
+    kv.v_blocks.view(torch.uint8)[int(batch.block_tables[0, 1]), 0, position - 16, 2] = 0x7F  # dimensions 32..47
+    y = attend(kv, random_tensor(40, 1, 64, seed=1, dtype=dtype), batch, torch.uint8, None, isa)
     nan = y.isnan()
-    assert bool(nan[20:, 32:48].all())
-    assert int(nan.sum()) == 20 * 16
+    assert bool(nan[position:, 32:48].all())
+    assert int(nan.sum()) == (40 - position) * 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

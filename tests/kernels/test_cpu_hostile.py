@@ -44,7 +44,12 @@ from tests.kernels.guarded import (
 from tests.kernels.numerics import DTYPES, INPUT_SCALE, NUMERICS, spec, worst_excess
 
 SIDES: list[Side] = ["end", "start"]
-NAMES: dict[torch.dtype, Any] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float8_e4m3fn: "fp8"}
+NAMES: dict[torch.dtype, Any] = {
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float8_e4m3fn: "fp8",
+    torch.uint8: "nvfp4",
+}
 
 
 # ---- no byte beyond the tensors -------------------------------------------------------------------------------------
@@ -143,19 +148,25 @@ def test_norm_and_activation_touch_their_own_memory_only(isa: str, side: Side, d
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(24, 20), (16, 2), (80, 80), (7, 6)])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "block_size"), [(24, 20, 5), (16, 2, 5), (80, 80, 5), (7, 6, 5), (64, 64, 5), (64, 2, 4)]
+)
 def test_rope_and_attention_touch_their_own_memory_only(
-    isa: str, side: Side, kv_dtype: torch.dtype, head_dim: int, rotary_dim: int
+    isa: str, side: Side, kv_dtype: torch.dtype, head_dim: int, rotary_dim: int, block_size: int
 ) -> None:
+    if kv_dtype == torch.uint8 and head_dim % 16:
+        pytest.skip("an nvfp4 cache needs a head_dim divisible by 16")
     backend, kv_name = cpu_backend(isa), NAMES[kv_dtype]
-    batch = make_batch([Sequence(1, 1), Sequence(40, 3), Sequence(75, 70)], 5, 26, seed=1)
+    sequences = [Sequence(1, 1), Sequence(40, 3), Sequence(75, 70), Sequence(21, 1)]
+    num_blocks = sum(-(-s.length // block_size) for s in sequences) + 1  # the last one is in use
+    batch = make_batch(sequences, block_size, num_blocks, seed=1)
     tokens = int(batch.cu_seqlens_q[-1])
     angle = random_tensor(75, rotary_dim // 2, seed=3, dtype=torch.float32)
 
     def work() -> bool:
         for dtype in DTYPES:
-            kv = random_cache(26, 2, 5, head_dim, seed=2, dtype=kv_dtype)
+            kv = random_cache(num_blocks, 2, block_size, head_dim, seed=2, dtype=kv_dtype)
             qkv = random_tensor(tokens, 8 * head_dim, seed=4, dtype=DTYPES[dtype])
             norms = [random_tensor(head_dim, seed=s) for s in (5, 6)]
             rope_spec = RopeSpec(4, 2, head_dim, rotary_dim, True, kv_name, dtype)  # type: ignore[arg-type]  # a name

@@ -280,8 +280,15 @@ def test_a_narrow_result_is_the_wide_one_rounded_once(backend: Backend) -> None:
     assert same_bits(backend.silu_mul(ActivationSpec(25, "float32", "bfloat16"))(x), wide.to(torch.bfloat16))
 
     batch = make_batch([Sequence(length=40, new=3), Sequence(length=17, new=1)], block_size=16, num_blocks=8)
-    kv, q = random_cache(8, 2, 16, 16, seed=5), random_tensor(4, 4, 16, seed=4, dtype=torch.float32)
-    wide_spec = PagedAttentionSpec(4, 2, 16, None, "bfloat16", "float32", "float32")
+    # BF16 on either side may multiply queries as BF16, so over a BF16 cache BF16 queries are compared
+    kv, q = random_cache(8, 2, 16, 16, seed=5), random_tensor(4, 4, 16, seed=4)
+    wide = backend.paged_attention(PagedAttentionSpec(4, 2, 16, None, "bfloat16", "bfloat16", "float32"))(
+        q, kv, batch, 0.25
+    )
     narrow_spec = PagedAttentionSpec(4, 2, 16, None, "bfloat16", "float32", "bfloat16")
+    assert same_bits(backend.paged_attention(narrow_spec)(q.float(), kv, batch, 0.25), wide.to(torch.bfloat16))
+    kv, q = random_cache(8, 2, 16, 16, seed=5, dtype=torch.float32), random_tensor(4, 4, 16, seed=4).float()
+    wide_spec = PagedAttentionSpec(4, 2, 16, None, "float32", "float32", "float32")
+    narrow_spec = PagedAttentionSpec(4, 2, 16, None, "float32", "float32", "bfloat16")
     wide = backend.paged_attention(wide_spec)(q, kv, batch, 0.25)
     assert same_bits(backend.paged_attention(narrow_spec)(q, kv, batch, 0.25), wide.to(torch.bfloat16))

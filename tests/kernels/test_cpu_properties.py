@@ -149,11 +149,12 @@ def test_any_row_of_norm_and_activation_stands_alone(
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=5), isa=isas, first=threads, second=threads,
     group=st.integers(1, 5), head_dim=st.sampled_from([8, 16, 24, 40, 64]), block_size=st.sampled_from([1, 3, 16, 32]),
-    window=st.none() | st.integers(1, 200), kv=st.sampled_from(["bfloat16", "float32", "fp8"]), data=st.data(),
+    window=st.none() | st.integers(1, 200), kv=st.sampled_from(["bfloat16", "float32", "fp8"]), dtype=dtypes,
+    data=st.data(),
 )  # fmt: skip
 def test_any_query_of_any_ragged_batch_stands_alone(
     lengths: list[int], isa: str, first: int, second: int, group: int, head_dim: int, block_size: int,
-    window: int | None, kv: Any, data: st.DataObject,
+    window: int | None, kv: Any, dtype: Any, data: st.DataObject,
 ) -> None:  # fmt: skip
     """Each sequence in a batch of its own, its new tokens cut in two, gives the bits of the whole batch."""
     new = [data.draw(st.integers(1, length)) for length in lengths]
@@ -161,8 +162,8 @@ def test_any_query_of_any_ragged_batch_stands_alone(
     types = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
     cache = random_cache(num_blocks, 2, block_size, head_dim, seed=1, dtype=types[kv])
     batch = make_batch([Sequence(a, b) for a, b in zip(lengths, new, strict=True)], block_size, num_blocks)
-    q = random_tensor(sum(new), 2 * group, head_dim, seed=2, dtype=torch.float32)
-    attention = PagedAttentionSpec(2 * group, 2, head_dim, window, kv, "float32", "float32")
+    q = random_tensor(sum(new), 2 * group, head_dim, seed=2, dtype=DTYPES[dtype])
+    attention = PagedAttentionSpec(2 * group, 2, head_dim, window, kv, dtype, "float32")
     whole = backend_of(isa, first).paged_attention(attention)(q, cache, batch, 0.2)
     assert bool(whole.isfinite().all())
     b = data.draw(st.integers(0, len(lengths) - 1))

@@ -35,6 +35,22 @@ def test_native_code_quantises_bit_for_bit_as_the_definition(isa: str, form: Any
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["mse", "4over6"])
+def test_the_native_search_finds_the_scales_of_the_definition(isa: str, method: Any, dtype: Any, weighed: bool) -> None:
+    k = 208
+    weight = DenseWeight(torch.cat([hard_weight(k, dtype), 2.0 ** torch.randint(-30, 4, (40, k)).to(dtype)]))
+    importance = torch.rand(k, generator=torch.Generator().manual_seed(1)) ** 4 if weighed else None
+    spec = QuantizeSpec(weight.n, k, weight.format, "nvfp4", method)
+    for scale_2 in (None, torch.tensor(0.37), torch.tensor(1e-42), torch.tensor(0.0)):  # shared ones need not fit
+        found = cpu_backend(isa).quantize(weight, spec, scale_2, importance)
+        wanted = ReferenceBackend().quantize(weight, spec, scale_2, importance)
+        for name in ("packed", "block_scale", "weight_scale_2"):
+            a, b = (getattr(one, name).view(torch.uint8) for one in (found, wanted))
+            assert torch.equal(a, b), (name, scale_2)
+
+
 @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
 def test_a_weight_of_zeros_stays_zero(isa: str, form: Any) -> None:
     weight = DenseWeight(torch.zeros(5, 32, dtype=torch.bfloat16))

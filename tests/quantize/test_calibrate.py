@@ -9,7 +9,8 @@ import torch
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.errors import CheckpointError, ConfigError
-from nvfp4_runtime.quantize.calibrate import WINDOW, Recorder, calibrate, tokenize
+from nvfp4_runtime.quantize.calibrate import calibrate, tokenize
+from nvfp4_runtime.quantize.layerwise import WINDOW, largest_input
 from nvfp4_runtime.quantize.pipeline import quantize_folder
 from tests import tiny
 
@@ -90,15 +91,8 @@ def test_texts_without_tokens_and_folders_without_tokenizer_are_refused(source):
 
 
 def test_an_activation_that_is_not_finite_is_refused_naming_the_layers():
-    class Kernel:
-        weight_bytes = 0
-
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    recorder = Recorder()
-    kernel = recorder(("a.q_proj", "a.k_proj"), Kernel())
-    kernel(torch.tensor([[1.0, -3.0]]))
-    assert recorder.amax == {"a.q_proj": 3.0, "a.k_proj": 3.0}
-    with pytest.raises(CheckpointError, match=r"input of a\.q_proj, a\.k_proj holds NaN or Inf"):
-        kernel(torch.tensor([[1.0, float("nan")]]))
+    modules = ("a.q_proj", "a.k_proj")
+    assert largest_input([torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.0]])], modules) == 3.0
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(CheckpointError, match=r"input of a\.q_proj, a\.k_proj holds NaN or Inf"):
+            largest_input([torch.tensor([[1.0, -3.0]]), torch.tensor([[1.0, bad]])], modules)

@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.shards import Shards
 from nvfp4_runtime.errors import CheckpointError, ConfigError
-from nvfp4_runtime.nvfp4 import codec
-from nvfp4_runtime.quantize import ptq
+from nvfp4_runtime.nvfp4 import block_scales
 from nvfp4_runtime.quantize.pipeline import quantize_folder
-from nvfp4_runtime.quantize.ptq import quantize_checkpoint, quantize_rows
+from nvfp4_runtime.quantize.ptq import quantize_checkpoint
 from tests import tiny
 from tests.nvfp4 import restated
 
@@ -39,7 +38,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_every_layer_is_bit_equal_to_the_restated_recipe_with_fused_maxima(source, tmp_path):
-    report = quantize_checkpoint(source, tmp_path / "out", progress=False)
+    report = quantize_checkpoint(source, tmp_path / "out", method="max", progress=False)
     assert (report.algo, report.num_quantized) == ("W4A16_NVFP4", 14)
     out = load_file(tmp_path / "out" / "model.safetensors")
     for layer in range(2):
@@ -84,6 +83,48 @@ def test_fused_layers_share_the_largest_input_scale(source, tmp_path):
     assert {out[f"{m}.input_scale"].item() for m in qkv} == {largest}
     down = "model.layers.0.mlp.down_proj"
     assert out[f"{down}.input_scale"].item() == np.float32(INPUT_SCALES[down])
+
+
+@pytest.mark.parametrize("method", ["mse", "4over6"])
+def test_the_searches_are_those_of_the_definition_under_the_shared_tensor_scale(source, tmp_path, method):
+    quantize_checkpoint(source, tmp_path / "out", method=method, progress=False)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    modules = [f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up")]
+    amax = torch.stack([TENSORS[f"{m}.weight"].abs().max() for m in modules]).max()
+    scale_2 = block_scales.tensor_scale(amax, method)
+    for module in modules:
+        packed, scale = block_scales.quantize(TENSORS[f"{module}.weight"], scale_2, method)
+        assert out[f"{module}.weight_scale_2"] == scale_2
+        assert torch.equal(out[f"{module}.weight"], packed)
+        assert torch.equal(out[f"{module}.weight_scale"].view(torch.uint8), scale.view(torch.uint8))
+
+
+def test_fp8_layers_make_a_mixed_checkpoint_in_modelopts_words(source, tmp_path):
+    out = tmp_path / "out"
+    report = quantize_checkpoint(
+        source, out, input_scales=INPUT_SCALES, fp8=["*.down_proj", "*.q_proj"], exclude=["*.o_proj"], progress=False
+    )
+    assert (report.algo, report.num_quantized) == ("MIXED_PRECISION", 12)
+    stored = load_file(out / "model.safetensors")
+    down, k_proj = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.k_proj"
+    weight = TENSORS[f"{down}.weight"].float()
+    scale = weight.abs().max() / 448
+    assert stored[f"{down}.weight_scale"] == scale
+    assert torch.equal(stored[f"{down}.weight"].float(), (weight / scale).to(torch.float8_e4m3fn).float())
+    assert stored[f"{down}.input_scale"].item() == pytest.approx(INPUT_SCALES[down] * 6, rel=1e-6)  # amax / 448
+    assert stored[f"{k_proj}.weight"].dtype == torch.uint8
+    assert stored["model.layers.1.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    assert f"{down}.weight_scale_2" not in stored
+    record = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert record["quantized_layers"] == section["quantized_layers"]
+    assert record["quantized_layers"][down] == {"quant_algo": "FP8"}
+    assert record["quantized_layers"][k_proj] == {"quant_algo": "NVFP4", "group_size": 16}
+    assert "model.layers.1.self_attn.o_proj" not in record["quantized_layers"]
+    assert "exclude_modules" not in record
+    assert section["ignore"] == []
+    targets = {m for group in section["config_groups"].values() for m in group["targets"]}
+    assert targets == set(record["quantized_layers"])
 
 
 def layout(folder: Path) -> dict[str, tuple[str, int]]:
@@ -187,21 +228,6 @@ def test_tokenizer_and_generation_files_travel_and_code_does_not(source, tmp_pat
     }
 
 
-def test_an_interrupted_run_leaves_nothing_behind(source, tmp_path, monkeypatch):
-    calls = []
-
-    def interrupted(weight, scale_2):
-        calls.append(weight.shape)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return quantize_rows(weight, scale_2)
-
-    monkeypatch.setattr(ptq, "quantize_rows", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, tmp_path / "out", progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["src"]
-
-
 def test_an_existing_result_is_never_overwritten(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -211,20 +237,10 @@ def test_an_existing_result_is_never_overwritten(source, tmp_path):
     assert [p.name for p in out.iterdir()] == ["mine"]
 
 
-def test_rows_quantised_in_chunks_are_the_rows_quantised_at_once(monkeypatch):
-    w = torch.randn(37, 64, generator=torch.Generator().manual_seed(1))
-    scale_2 = codec.weight_scale_2(w.abs().max())
-    whole = codec.quantize(w, scale_2)
-    monkeypatch.setattr(ptq, "CHUNK_VALUES", 5 * 64)
-    packed, scale = quantize_rows(w, scale_2)
-    assert torch.equal(packed, whole[0])
-    assert torch.equal(scale.view(torch.uint8), whole[1].view(torch.uint8))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "unknown method 'magic'; expected one of max"),
+        ({"method": "magic"}, "unknown method 'magic'; expected one of max, mse, 4over6"),
         ({"exclude": ["*"]}, "nothing in .* would be quantised"),
         ({"input_scales": {}}, r"14 layer\(s\) have no input scale"),
         ({"input_scales": {**INPUT_SCALES, LINEARS[3]: 0.0}}, "is 0.0; expected a positive number"),

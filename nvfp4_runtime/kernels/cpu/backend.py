@@ -22,7 +22,7 @@ from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
-from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4
+from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4, row_amax
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
@@ -129,8 +129,19 @@ class CPUBackend:
     def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
         return NativeGroupedLinear(_native, self._context, [self.linear(weight, spec.each) for weight in weights], spec)
 
-    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight:
-        return quantize_fp8(self._context, weight) if spec.form == "fp8" else quantize_nvfp4(self._context, weight)
+    def quantize(
+        self,
+        weight: DenseWeight,
+        spec: QuantizeSpec,
+        scale_2: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> FP8Weight | NVFP4Weight:
+        if spec.form == "fp8":
+            return quantize_fp8(self._context, weight)
+        return quantize_nvfp4(self._context, weight, spec.method, scale_2, importance)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        return row_amax(self._context, DenseWeight(weight)).max()
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return NativeRMSNorm(self._context, spec)

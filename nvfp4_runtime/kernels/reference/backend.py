@@ -34,7 +34,7 @@ from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttent
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
 from nvfp4_runtime.kernels.reference.rope_and_cache import ReferenceRope
 from nvfp4_runtime.kernels.reference.silu_mul import silu_mul
-from nvfp4_runtime.nvfp4 import codec, fp8
+from nvfp4_runtime.nvfp4 import block_scales, fp8
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
@@ -73,13 +73,24 @@ class ReferenceBackend:
     def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
         return ReferenceGroupedLinear(weights, spec)
 
-    def quantize(self, weight: DenseWeight, spec: QuantizeSpec) -> FP8Weight | NVFP4Weight:
+    def quantize(
+        self,
+        weight: DenseWeight,
+        spec: QuantizeSpec,
+        scale_2: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> FP8Weight | NVFP4Weight:
         if spec.form == "fp8":
             codes, scale = fp8.quantize_rows(weight.weight)
             return FP8Weight(codes, scale, (1, weight.k), bias=weight.bias)
-        scale_2 = codec.weight_scale_2(weight.weight.abs().max())
-        packed, block_scale = codec.quantize(weight.weight, scale_2)
+        if scale_2 is None:
+            scale_2 = block_scales.tensor_scale(weight.weight.abs().max(), spec.method)
+        packed, block_scale = block_scales.quantize(weight.weight, scale_2, spec.method, importance)
         return NVFP4Weight(packed, block_scale, scale_2.reshape(1), (weight.n,), bias=weight.bias)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        amax = weight.abs().max().to(torch.float32)
+        return torch.where(torch.isfinite(amax), amax, torch.full_like(amax, torch.nan))
 
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel:
         return functools.partial(rms_norm, out_dtype=getattr(torch, spec.out_dtype))

@@ -30,16 +30,35 @@ struct Integers {
   float scale;
 };
 
-// x = values * scale with |values| <= levels, by the recipe of codec.quantize_int8. A block with NaN or infinity has a
-// NaN scale, which makes its row NaN; one below 2^-100 is zero (its reciprocal would overflow).
-inline Integers to_integers(V x, float levels) {
+// The smallest float with four significant bits that is no smaller than x, which is normal or NaN.
+inline float round_up_to_four_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0xfffffu) & ~0xfffffu;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// One group of W4A8 by the recipe of codec.quantize_int8: x = values * scale, |values| <= 127, scale of four significant bits.
+// A block with NaN, infinity or 2^100 and more has a NaN scale, which makes its row NaN; one of at most 2^-100 is zero.
+inline Integers to_int8(V x) {
+  const float amax = largest(x);
+  const bool sound = amax < 0x1p100f, zero_block = amax <= 0x1p-100f;
+  Integers r;
+  r.scale = !sound ? __builtin_nanf("") : zero_block ? 0.f : round_up_to_four_bits(amax / 127.f);
+  r.values = to_int(mul(sound ? x : zero(), set1(sound && !zero_block ? 1.0f / r.scale : 0.f)));
+  return r;
+}
+
+// One group as two digits: x = values * scale with |values| <= 32512. Blocks as above, but finite ones are all sound.
+inline Integers to_digits(V x) {
   const float amax = largest(x);
   const bool finite = amax < __builtin_inff();
   const bool zero_block = amax <= 0x1p-100f;
-  const V y = mul(x, set1(finite && !zero_block ? levels / amax : 0.f));
+  const V y = mul(x, set1(finite && !zero_block ? 32512.f / amax : 0.f));
   Integers r;
   r.values = to_int(select(is_nan(y), zero(), y));
-  r.scale = !finite ? __builtin_nanf("") : zero_block ? 0.f : amax / levels;
+  r.scale = !finite ? __builtin_nanf("") : zero_block ? 0.f : amax / 32512.f;
   return r;
 }
 
@@ -55,9 +74,28 @@ inline void put_float(uint32_t* out, float x) { __builtin_memcpy(out, &x, 4); }
 constexpr int kCodeOffset = 12;
 inline uint32_t offset_of(float sum) { return static_cast<uint32_t>(-kCodeOffset * static_cast<int32_t>(sum)); }
 
+// start and base of types.h, of a block scale with four significant bits, or zero, or NaN.
+inline void put_scale(uint32_t* out, int width, float scale, float sum) {
+  uint32_t bits, base = 0x7fc00000u;  // NaN
+  __builtin_memcpy(&bits, &scale, 4);
+  if (scale == 0.f) bits = 0x3f800000u;  // its bytes are zeros: any scale will do
+  if (scale == scale) base = ((bits & 0x7f800000u) + (23u << 23)) | 0x400000u | (bits >> 20 & 7) << 3;
+  out[0] = base + offset_of(sum);
+  out[width] = base;
+}
+
 // One row's group as integers; `out` points at its column of the group's words.
 template <Operand operand>
 inline void put_integers(uint32_t* out, int width, V x, float global_scale, float inverse_global) {
+  if constexpr (operand == Operand::digits) {
+    const Integers b = to_digits(x);
+    const I high = sar<8>(iadd(b.values, iset1(128)));
+    put_bytes(out, width, high);
+    put_bytes(out + 4 * width, width, isub(b.values, shl<8>(high)));
+    out[8 * width] = offset_of(reduce_add(to_float(b.values)));
+    put_float(out + 9 * width, b.scale * .5f);
+    return;
+  }
   I q;
   float scale;
   if constexpr (operand == Operand::nvfp4) {
@@ -65,34 +103,91 @@ inline void put_integers(uint32_t* out, int width, V x, float global_scale, floa
     q = to_int(add(b.quantised, b.quantised));
     scale = b.scale * .25f;  // both sides hold twice their E2M1 value
   } else {
-    const Integers b = to_integers(x, operand == Operand::digits ? 32512.f : 127.f);
+    const Integers b = to_int8(x);
     q = b.values;
     scale = b.scale * .5f;
   }
-  const float sum = reduce_add(to_float(q));
-  if constexpr (operand == Operand::digits) {
-    const I high = sar<8>(iadd(q, iset1(128)));
-    put_bytes(out, width, high);
-    put_bytes(out + 4 * width, width, isub(q, shl<8>(high)));
-    out[8 * width] = offset_of(sum);
-    put_float(out + 9 * width, scale);
-  } else {
-    put_bytes(out, width, q);
-    out[4 * width] = offset_of(sum);
-    put_float(out + 5 * width, scale);
+  put_bytes(out, width, q);
+  put_scale(out + 4 * width, width, scale, reduce_add(to_float(q)));
+}
+
+// Sixteen groups of one row at once, the values and operations of put_integers with a group in each lane; false where a
+// group needs it itself, for NaN or values that W4A8 calls unsound. `stride` words lie between groups.
+template <Operand operand>
+inline bool put_sixteen(uint32_t* out, size_t stride, int width, const V* x, float global_scale, float inverse_global) {
+  V t[16];
+  UNROLL for (int g = 0; g < 16; g++) t[g] = vabs(x[g]);
+  transpose16(t);
+  V amax = t[0], sum = t[0];
+  UNROLL for (int i = 1; i < 16; i++) {
+    amax = vmax(amax, t[i]);
+    sum = add(sum, t[i]);
   }
+  if (any(is_nan(sum))) return false;
+  V scale, inverse;
+  if constexpr (operand == Operand::nvfp4) {
+    scale = from_e4m3(to_e4m3(mul(set1(global_scale), mul(amax, set1(1.0f / 6.0f)))));
+    inverse = select(less(zero(), scale), div(set1(1.f), mul(scale, set1(inverse_global))), zero());
+    scale = mul(scale, set1(.25f));
+  } else {
+    if (any(mask_not(less(amax, set1(0x1p100f))))) return false;
+    const Mask nonzero = less(set1(0x1p-100f), amax);
+    const I wanted = bits(div(select(nonzero, amax, set1(127.f)), set1(127.f)));
+    scale = from_bits(iand(iadd(wanted, iset1(0xfffff)), iset1(~0xfffff)));
+    inverse = select(nonzero, div(set1(1.f), scale), zero());
+    scale = select(nonzero, mul(scale, set1(.5f)), zero());
+  }
+  float inverses[16];
+  store(inverses, inverse);
+  UNROLL for (int g = 0; g < 16; g++) {
+    V y = mul(x[g], set1(inverses[g]));
+    if constexpr (operand == Operand::nvfp4) {
+      y = round_e2m1(y);
+      y = add(y, y);
+    }
+    const I q = to_int(y);
+    put_bytes(out + g * stride, width, q);
+    t[g] = to_float(q);
+  }
+  const I bits_of = bits(select(less(zero(), scale), scale, set1(1.f)));
+  const I base = ior(iadd(iand(bits_of, iset1(0x7f800000)), iset1((23 << 23) + 0x400000)),
+                     shl<3>(iand(shr<20>(bits_of), iset1(7))));
+  const I start = iadd(base, to_int(mul(reduce16(t), set1(-kCodeOffset))));
+  float starts[16], bases[16];
+  store(starts, from_bits(start));
+  store(bases, from_bits(base));
+  for (int g = 0; g < 16; g++) {
+    put_float(out + g * stride + 4 * width, starts[g]);
+    put_float(out + g * stride + 5 * width, bases[g]);
+  }
+  return true;
 }
 
 template <class T, Operand operand>
 void pack_integers(const PackX& a, const T* x, uint32_t* out, int rows, int width) {
   const float global_scale = 1.0f / a.input_scale, inverse_global = 1.0f / global_scale;
   constexpr int words = words_per_group(operand);
-  for (int g = 0; g < a.k / kGroup; g++, out += static_cast<size_t>(words) * width) {
-    for (int r = 0; r < rows; r++)
-      put_integers<operand>(out + r, width, load(x + static_cast<size_t>(r) * a.k + g * kGroup), global_scale, inverse_global);
-    for (int r = rows; r < width; r++)
-      for (int i = 0; i < words; i++) out[i * width + r] = 0;
+  const int groups = a.k / kGroup;
+  const size_t stride = static_cast<size_t>(words) * width;
+  for (int r = 0; r < rows; r++) {
+    const T* row = x + static_cast<size_t>(r) * a.k;
+    for (int g = 0; g < groups;) {
+      if constexpr (operand != Operand::digits)
+        if (groups - g >= 16) {
+          V values[16];
+          UNROLL for (int i = 0; i < 16; i++) values[i] = load(row + (g + i) * kGroup);
+          if (put_sixteen<operand>(out + g * stride + r, stride, width, values, global_scale, inverse_global)) {
+            g += 16;
+            continue;
+          }
+        }
+      put_integers<operand>(out + g * stride + r, width, load(row + g * kGroup), global_scale, inverse_global);
+      g++;
+    }
   }
+  for (int g = 0; g < groups; g++)
+    for (int i = 0; i < words; i++)
+      for (int r = rows; r < width; r++) out[g * stride + i * width + r] = 0;
 }
 
 #if defined(__AVX512BF16__)

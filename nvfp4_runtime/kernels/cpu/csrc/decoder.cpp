@@ -6,6 +6,11 @@
 #include <string>
 
 namespace nvfp4 {
+namespace {
+
+constexpr int kMLPRows = 264;  // gate and up of so many rows at a time: 264 x 16,384 floats are 17 MB, which a last-level cache holds
+
+}  // namespace
 
 Decoder::Decoder(Context& context, int hidden, Type stream, Type input, Embedding embedding, NormWeight last_norm)
     : context_(context), hidden_(hidden), stream_(stream), input_(input), embedding_(embedding), last_norm_(last_norm) {}
@@ -62,8 +67,10 @@ void Decoder::run_layer(DecoderLayer& layer, const DecoderStep& step, bool first
   const size_t rows = static_cast<size_t>(step.rows), stream = type_bytes(stream_), input = type_bytes(input_);
   const size_t q_width = static_cast<size_t>(layer.rope.heads) * layer.rope.head_dim;
   const size_t inner = static_cast<size_t>(layer.down->k);
-  void* normed = normed_.bytes(rows * std::max({static_cast<size_t>(hidden_), q_width, inner}) * input);
-  void* wide = wide_.bytes(rows * std::max(layer.qkv->n, layer.gate_up->n) * stream);
+  const size_t mlp_rows = std::min<size_t>(rows, kMLPRows);
+  void* normed = normed_.bytes(rows * std::max(static_cast<size_t>(hidden_), q_width) * input);
+  void* wide = wide_.bytes(std::max(rows * layer.qkv->n, mlp_rows * layer.gate_up->n) * stream);
+  void* gated = gated_.bytes(mlp_rows * inner * input);
   void* queries = narrow_.bytes(rows * q_width * stream);
 
   // the first layer's residual is the embeddings themselves; afterwards what came before is added to it
@@ -89,9 +96,14 @@ void Decoder::run_layer(DecoderLayer& layer, const DecoderStep& step, bool first
   layer.o->run(context_, normed, input_, step.rows, out_rows_, stream_);
 
   norm(layer.post_norm, out_rows_, residual_rows_);
-  layer.gate_up->run(context_, normed, input_, step.rows, wide, stream_);
-  context_.silu_mul({wide, normed, stream_, input_, layer.down->k}, step.rows);
-  layer.down->run(context_, normed, input_, step.rows, out_rows_, stream_);
+  for (int row = 0; row < step.rows; row += kMLPRows) {
+    const int count = std::min(kMLPRows, step.rows - row);
+    const size_t before = static_cast<size_t>(row);
+    const char* x = static_cast<const char*>(normed) + before * hidden_ * input;
+    layer.gate_up->run(context_, x, input_, count, wide, stream_);
+    context_.silu_mul({wide, gated, stream_, input_, layer.down->k}, count);
+    layer.down->run(context_, gated, input_, count, static_cast<char*>(out_rows_) + before * hidden_ * stream, stream_);
+  }
 }
 
 }  // namespace nvfp4

@@ -64,7 +64,7 @@ class Decoder {
   const Embedding embedding_;
   const NormWeight last_norm_;
   std::vector<DecoderLayer> layers_;
-  Scratch residual_, out_, normed_, wide_, narrow_;
+  Scratch residual_, out_, normed_, wide_, narrow_, gated_;
   void *residual_rows_ = nullptr, *out_rows_ = nullptr;  // stream [rows][hidden]
 };
 

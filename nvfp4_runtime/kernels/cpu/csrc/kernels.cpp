@@ -24,33 +24,36 @@ namespace {
 #include "simd_avx512.h"
 #if defined(__AVX512BF16__)
 constexpr Operand kSixteenBit = Operand::pairs;
+constexpr int kBlockRows = 24;
 #else
 constexpr Operand kSixteenBit = Operand::digits;
+constexpr int kBlockRows = 16;
 #endif
-constexpr int kFloatRows = 16, kIntegerRows = 16, kPairRows = 12;  // totals that fit beside the decoded weights
+// totals that fit beside the decoded weights
+constexpr int kFloatRows = 16, kDigitRows = 16, kPairRows = 12;
 constexpr int kDenseN = 4, kDenseM = 6;  // tile of the plain kernel
 constexpr int kDenseFirst = 4;           // up to so many rows meet weights straight from memory
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 constexpr Operand kSixteenBit = Operand::digits;
-constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes two of 16 registers, and decoding five
+constexpr int kFloatRows = 4, kBlockRows = 4, kDigitRows = 4, kPairRows = 4;  // each takes two of 16 registers, and decoding five
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #elif defined(NVFP4_NEON)  // not __ARM_NEON, which every 64-bit ARM compiler defines for the portable variant too
 #include "simd_neon.h"
 constexpr Operand kSixteenBit = Operand::digits;
-constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;  // each takes four of 32 registers, and decoding ten or more
+constexpr int kFloatRows = 4, kBlockRows = 4, kDigitRows = 4, kPairRows = 4;  // each takes four of 32 registers, and decoding ten or more
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #else
 #include "simd_portable.h"
 constexpr Operand kSixteenBit = Operand::floats;
-constexpr int kFloatRows = 4, kIntegerRows = 4, kPairRows = 4;
+constexpr int kFloatRows = 4, kBlockRows = 4, kDigitRows = 4, kPairRows = 4;
 constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 #endif
 
 #include "simd_math.h"
 
 constexpr int max_rows(Operand o) {
-  return o == Operand::floats ? kFloatRows : o == Operand::pairs ? kPairRows : kIntegerRows;
+  return o == Operand::floats ? kFloatRows : o == Operand::pairs ? kPairRows : o == Operand::digits ? kDigitRows : kBlockRows;
 }
 int block_width(Operand operand, int rows);
 
@@ -62,6 +65,7 @@ int block_width(Operand operand, int rows);
 #include "attention.h"
 #include "linear_nvfp4.h"
 #include "linear_plain.h"
+#include "search.h"
 #include "quantize.h"
 #include "rope.h"
 

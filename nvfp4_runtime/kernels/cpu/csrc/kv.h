@@ -5,6 +5,7 @@
 constexpr int kChunk = 64;
 constexpr int kPiece = 16;        // keys looked at together; a block of the cache is cut into pieces
 constexpr int kMaxGroups = kMaxHeadDim / 16;
+constexpr int kScales = (kPiece + 1) * kMaxGroups + 64;  // floats widen_scales may write, and a key's four past the last
 
 template <int n>
 struct Count {
@@ -91,7 +92,9 @@ struct Cached<e4m3> {
   static constexpr int dim_of(int s) { return s % 16 / 4 * 16 + s / 32 * 8 + s % 4 * 2 + s / 16 % 2; }
   template <bool Whole>
   void widen(const uint8_t* p, const float*, int n, V out[4]) const {
-    const __m512i x = Whole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask64(n), p);
+    widen_codes(Whole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask64(n), p), out);
+  }
+  void widen_codes(__m512i x, V out[4]) const {
     const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
     const __m512i low = _mm512_permutex2var_epi8(low0, x, low1), magnitude = _mm512_permutex2var_epi8(high0, x, high1);
     const __m512i high = _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi8(-128), 0xf8);  // magnitude | sign of x
@@ -102,6 +105,14 @@ struct Cached<e4m3> {
     }
   }
 };
+struct Places {
+  alignas(64) uint8_t at[64] = {};
+};
+constexpr Places scale_places() {  // which of 64 bytes goes where, so that they come out of widen_codes in order
+  Places p{};
+  for (int s = 0; s < 64; s++) p.at[Cached<e4m3>::dim_of(s)] = static_cast<uint8_t>(s);
+  return p;
+}
 
 // Four codes to a 32-bit lane, so that four lanes share a block scale in every vector.
 template <>
@@ -227,6 +238,11 @@ inline void next_head(const Rows& r, Piece& p) {
   p.rows += r.head_stride;
   if (p.scales) p.scales += r.scale_head_stride;
 }
+inline Rows head_of_rows(Rows r, int head) {
+  r.base += r.head_stride * static_cast<size_t>(head);
+  if (r.scales) r.scales += r.scale_head_stride * static_cast<size_t>(head);
+  return r;
+}
 // Asks memory for a piece, into the second-level cache: that takes more requests at a time than the first level does.
 inline void prefetch_piece(const Rows& r, const Piece& p) {
   for (int i = 0; i < p.count * r.row_bytes; i += 64) __builtin_prefetch(p.rows + i, 0, 2);
@@ -234,19 +250,27 @@ inline void prefetch_piece(const Rows& r, const Piece& p) {
     for (int i = 0; i < p.count * r.groups; i += 64) __builtin_prefetch(p.scales + i, 0, 2);
 }
 #if defined(__AVX512VBMI__)
-// Sixteen E4M3 values: the byte's exponent and mantissa, shifted into an FP16's place, are 2^-8 of them; NaN apart.
-inline V widen_e4m3(const uint8_t* p, int n) {
-  const __m128i b = n == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi8(lanes(n), p);
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
-  const Mask nan = _mm_cmpeq_epi8_mask(_mm_or_si128(b, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
-  return select(nan, set1(__builtin_nanf("")), mul({_mm512_cvtph_ps(half)}, set1(256.f)));
+// 64 of them: two look-ups give the bytes of their bfloat16 values; the first permutation undoes the order those come in.
+inline void widen_64_scales(const uint8_t* p, int n, float* out) {
+  static constexpr Places places = scale_places();
+  const __m512i x = _mm512_permutexvar_epi8(_mm512_load_si512(places.at), n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask64(n), p));
+  V wide[4];
+  Cached<e4m3>{}.widen_codes(x, wide);
+  UNROLL for (int i = 0; i < 4; i++) store(out + 16 * i, wide[i]);
 }
-#else
-inline V widen_e4m3(const uint8_t* p, int n) { return from_e4m3(load_bytes(p, n)); }
 #endif
 // Block scales of a piece as FP32, or nothing where the type has none.
 inline const float* widen_scales(const Rows& r, const Piece& p, float* out) {
-  if (p.scales)
-    for (int i = 0, n = p.count * r.groups; i < n; i += 16) store(out + i, widen_e4m3(p.scales + i, n - i < 16 ? n - i : 16));
+  if (!p.scales) return out;
+  const int n = p.count * r.groups;
+#if defined(__AVX512VBMI__)
+  for (int i = 0; i < n; i += 64) widen_64_scales(p.scales + i, n - i, out + i);
+#else
+  for (int i = 0; i < n; i += 16) store(out + i, from_e4m3(load_bytes(p.scales + i, n - i < 16 ? n - i : 16)));
+#endif
   return out;
 }
+
+#if defined(__AVX512BF16__)
+#include "kv_pairs.h"
+#endif

@@ -4,7 +4,7 @@
 
 // No 2 for floats: GCC 12 keeps two accumulators in memory, and three rows take half the time.
 constexpr int kFloatWidths[] = {1, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};
-constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};
+constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24};
 int block_width(Operand operand, int rows) {
   const int most = max_rows(operand);
   if (operand == Operand::floats) {
@@ -72,6 +72,11 @@ inline V float_word(const uint32_t* p) {
   return set1(f);
 }
 
+// 1 + j / 8, found by the lowest byte of a block's base.
+alignas(64) constexpr float kMantissas[8] = {1.f, 1.125f, 1.25f, 1.375f, 1.5f, 1.625f, 1.75f, 1.875f};
+inline int mantissa_of(const uint32_t* base) { return *reinterpret_cast<const uint8_t*>(base) >> 3; }
+
+// A group's integer sum times the power of two in its row's scale (see types.h), times mantissa and weight scale.
 template <int M>
 struct Blocks {
   static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
@@ -86,9 +91,62 @@ struct Blocks {
         UNROLL for (int j = 0; j < 2; j++)
           if (m0 + j < M) acc[j] = dot(acc[j], w[i], word(x + i * M + m0 + j));
       UNROLL for (int j = 0; j < 2; j++)
-        if (m0 + j < M)
-          total[m0 + j] = fma(to_float(acc[j]), mul(scales, float_word(x + 5 * M + m0 + j)), total[m0 + j]);
+        if (m0 + j < M) {
+          const uint32_t* base = x + 5 * M + m0 + j;
+          const V product = mul(scales, set1(kMantissas[mantissa_of(base)]));
+          total[m0 + j] = fma(sub(from_bits(acc[j]), float_word(base)), product, total[m0 + j]);
+        }
     }
+  }
+};
+
+// The same bits with one multiplication less a row: the eight products of a weight scale and a mantissa, which are exact, are
+// made once for all rows. Pays where multiplications wait for their pipes while additions and loads do not (Zen 4), and for
+// rows enough.
+#if defined(__AVX512BF16__)
+constexpr int kTableFrom = 8;  // rows
+template <int M>
+struct BlocksByTable {
+  static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
+    constexpr int together = 4;
+    alignas(64) float products[8][16];
+    scale_products(scales, products);
+    const I first = load_codes(codes), second = load_codes(codes + 64);
+    const Bytes table = code_table();
+    const Bytes w[4] = {low_codes(first, table), high_codes(first, table), low_codes(second, table), high_codes(second, table)};
+    UNROLL for (int m0 = 0; m0 < M; m0 += together) {
+      I acc[together];
+      UNROLL for (int j = 0; j < together; j++)
+        if (m0 + j < M) acc[j] = word(x + 4 * M + m0 + j);
+      UNROLL for (int i = 0; i < 4; i++)
+        UNROLL for (int j = 0; j < together; j++)
+          if (m0 + j < M) acc[j] = dot_word(acc[j], w[i], x + i * M + m0 + j);
+      UNROLL for (int j = 0; j < together; j++)
+        if (m0 + j < M) {
+          const uint32_t* base = x + 5 * M + m0 + j;
+          total[m0 + j] = fma(sub_word(from_bits(acc[j]), base), load(products[mantissa_of(base)]), total[m0 + j]);
+        }
+    }
+  }
+  static inline __attribute__((always_inline)) void scale_products(V scales, float (*products)[16]) {
+    const V one = mul(scales, set1(.125f)), two = add(one, one), four = add(two, two);
+    const V of[8] = {scales,           add(scales, one),           add(scales, two),           add(add(scales, two), one),
+                     add(scales, four), add(add(scales, four), one), add(add(scales, four), two), add(add(add(scales, four), two), one)};
+    UNROLL for (int j = 0; j < 8; j++) store(products[j], of[j]);
+  }
+};
+#else
+constexpr int kTableFrom = kMostRows + 1;
+template <int M>
+using BlocksByTable = Blocks<M>;
+#endif
+template <int M>
+struct Integers8 {
+  static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
+    if constexpr (M >= kTableFrom)
+      BlocksByTable<M>::group(codes, scales, x, total);
+    else
+      Blocks<M>::group(codes, scales, x, total);
   }
 };
 
@@ -177,6 +235,8 @@ void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, const uin
     NVFP4_WIDTH(12)
     NVFP4_WIDTH(14)
     NVFP4_WIDTH(16)
+    NVFP4_WIDTH(20)
+    NVFP4_WIDTH(24)
   }
 #undef NVFP4_WIDTH
 }
@@ -196,7 +256,7 @@ void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
 #endif
         case Operand::digits: panel_of_width<Digits, Operand::digits>(a, width, w, x, total); break;
         case Operand::int8:
-        case Operand::nvfp4: panel_of_width<Blocks, Operand::int8>(a, width, w, x, total); break;
+        case Operand::nvfp4: panel_of_width<Integers8, Operand::int8>(a, width, w, x, total); break;
         default: panel_of_width<Floats, Operand::floats>(a, width, w, x, total); break;
       }
       const int column = p * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;

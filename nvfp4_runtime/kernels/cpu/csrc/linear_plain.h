@@ -237,8 +237,10 @@ void stream_group(const LinearPlain& a, int group) {
 
 constexpr int kCacheVectors = 32;  // vectors of K a tile walks before the next tile has its turn: they stay in L1
 
+// `more`: another group follows, and the panels of x share in asking for it: each some of its rows, so that memory is busy all
+// the while the tiles are computed.
 template <class W, class O, bool pairs, int M>
-void tile_panel(const LinearPlain& a, const Group<W>& g, const char* decoded, int row, bool prefetch) {
+void tile_panel(const LinearPlain& a, const Group<W>& g, const char* decoded, int row, int panels, bool more) {
   using Vec = typename VectorOf<pairs>::type;
   const int total = plain_vectors(a.k, pairs), per_chunk = pairs ? 2 : 4;
   const int step = g.by_row ? kCacheVectors : g.block / kPlainChunk * per_chunk;
@@ -255,6 +257,7 @@ void tile_panel(const LinearPlain& a, const Group<W>& g, const char* decoded, in
     if (!g.by_row) g.scales_at(b, scales);
     for (int n = 0; n < 16; n += kDenseN) {
       const char* next = reinterpret_cast<const char*>(g.row(16 + n)) + static_cast<size_t>(i) * bytes;
+      const bool prefetch = more && n / kDenseN % panels == row / a.width;
       tile<Vec, kDenseN, M>(decoded + (static_cast<size_t>(n) * total + static_cast<size_t>(i) * kDenseN) * 64,
                             x + static_cast<size_t>(i) * M * 64, vectors, g.by_row && i > 0, g.by_row ? nullptr : scales + n,
                             Ahead{prefetch ? next : nullptr, stride, bytes}, reinterpret_cast<Sums>(&sums[0][n]));
@@ -300,10 +303,11 @@ void plain_groups(const LinearPlain& a, int begin, int end, char* scratch) {
     }
     const Group<W> g(a, group);
     decode_group<W, pairs>(g, scratch);
+    const int panels = (a.m + a.width - 1) / a.width;
     for (int row = 0; row < a.m; row += a.width) {
 #define NVFP4_ROWS(M) \
   case M:             \
-    if constexpr (M <= kDenseM) tile_panel<W, O, pairs, M>(a, g, scratch, row, row == 0 && group + 1 < end); \
+    if constexpr (M <= kDenseM) tile_panel<W, O, pairs, M>(a, g, scratch, row, panels, group + 1 < end); \
     break;
       switch (a.m - row < a.width ? a.m - row : a.width) { NVFP4_EACH_M(NVFP4_ROWS) }
 #undef NVFP4_ROWS

@@ -112,9 +112,9 @@ NB_MODULE(_native, m) {
       .def(
           "quantize_weight",
           [](Context& c, Address w, int type, int n, int k, Address codes, Address row_amax, Address block_scales,
-             float scale_2) {
+             float scale_2, int method, Address importance) {
             c.quantize_weight({at(w, type), Type(type), n, k, at<uint8_t>(codes), at<float>(row_amax),
-                               at<uint8_t>(block_scales), scale_2});
+                               at<uint8_t>(block_scales), scale_2, BlockScales(method), at<const float>(importance)});
           },
           no_gil)
       .def(

@@ -59,7 +59,8 @@ void quantize_row(const QuantizeWeight& a, int row) {
     const V x = load(w + g * kGroup);
     float scale = reduce_max(vabs(x)) / six;
     if (scale == 0.f || a.scale_2 == 0.f) scale = 1.f;
-    const I bits = to_e4m3(set1(scale < 0x1p-9f ? 0x1p-9f : scale));
+    I bits = to_e4m3(set1(scale < 0x1p-9f ? 0x1p-9f : scale));
+    if (a.method != BlockScales::max) bits = better_scale(x, bits, a, a.importance ? a.importance + g * kGroup : nullptr);
     const V step = mul(from_e4m3(bits), set1(a.scale_2));
     float one[16];
     store(one, step);

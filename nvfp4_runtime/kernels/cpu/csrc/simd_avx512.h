@@ -71,12 +71,10 @@ inline float reduce_add(V a) {
 }
 // reduce_add of sixteen vectors at once, the same tree: 50 operations for 16 sums, 15 of them shuffles (blends are cheap).
 // Each step adds the halves of two vectors, one half of the result for each.
-ALWAYS_INLINE V reduce16(const V* a) {
-  __m512 h[8], q[4], p[2];  // h[i]: vectors i and i + 8, eight lanes each; q[i]: 4 lanes of i, i + 4, i + 8, i + 12; ..
-  UNROLL for (int i = 0; i < 8; i++) {
-    const __m512 x = a[i].v, y = a[i + 8].v;
-    h[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, x, y), _mm512_shuffle_f32x4(x, y, 0x4e));
-  }
+// Halves: the lower halves of eight vectors, then their upper halves.
+ALWAYS_INLINE V reduce8_halves(const V* a) {
+  __m512 h[8], q[4], p[2];  // q[i]: 4 lanes of each half of vectors i and i + 4; ..
+  UNROLL for (int i = 0; i < 8; i++) h[i] = a[i].v;
   UNROLL for (int i = 0; i < 4; i++) {
     const __m512 other = _mm512_mask_blend_ps(0xf0f0, h[i + 4], h[i]);
     q[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, h[i], h[i + 4]), _mm512_shuffle_f32x4(other, other, 0xb1));
@@ -85,6 +83,14 @@ ALWAYS_INLINE V reduce16(const V* a) {
     p[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, q[i], q[i + 2]), _mm512_shuffle_ps(q[i], q[i + 2], 0x4e));
   const __m512 other = _mm512_mask_blend_ps(0xaaaa, p[1], p[0]);
   return {_mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, p[0], p[1]), _mm512_permute_ps(other, 0xb1))};
+}
+ALWAYS_INLINE V reduce16(const V* a) {
+  V h[8];  // eight lanes of vectors i and i + 8
+  UNROLL for (int i = 0; i < 8; i++) {
+    const __m512 x = a[i].v, y = a[i + 8].v;
+    h[i] = {_mm512_add_ps(_mm512_mask_blend_ps(0xff00, x, y), _mm512_shuffle_f32x4(x, y, 0x4e))};
+  }
+  return reduce8_halves(h);
 }
 inline float reduce_max(V a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -123,6 +129,17 @@ inline Bytes high_codes(I codes, Bytes table) {
 }
 // Four products of unsigned and signed bytes, added to each 32-bit lane.
 inline I dot(I acc, Bytes w, I x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+// Operations with one word for all lanes, straight from memory. Written out because compilers load the word into a register
+// first, and of such loads one a cycle is possible, where as operands they come beside the multiplications.
+inline I dot_word(I acc, Bytes w, const uint32_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
+  return acc;
+}
+inline V sub_word(V a, const uint32_t* x) {
+  __m512 difference;
+  asm("vsubps %2%{1to16%}, %1, %0" : "=v"(difference) : "v"(a.v), "m"(*x));
+  return {difference};
+}
 inline V to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 inline I to_int(V x) { return {_mm512_cvtps_epi32(x.v)}; }  // nearest even
 

@@ -63,7 +63,11 @@ inline V vexp(V x) {
   p = fma(p, r, set1(.5f));
   p = fma(p, r, set1(1.f));
   p = fma(p, r, set1(1.f));
+#if defined(__AVX512F__)
+  return {_mm512_scalef_ps(p.v, n.v)};
+#else
   const I e = isub(bits(t), bits(magic)), half = sar<1>(e), bias = iset1(127);
   p = mul(p, from_bits(shl<23>(iadd(half, bias))));
   return mul(p, from_bits(shl<23>(iadd(isub(e, half), bias))));
+#endif
 }

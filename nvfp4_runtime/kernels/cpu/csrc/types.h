@@ -38,13 +38,16 @@ static constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63)
 //   floats  16 FP32 values
 //   pairs   8 pairs of bfloat16, in the order decode_pair gives weights; for an ISA that multiplies them
 //   digits  x = scale * (256 high + low): 4 words of high bytes, 4 of low, -12 * their sum, scale / 2
-//   int8    4 words of bytes, -12 * their sum, scale / 2                                             (W4A8)
-//   nvfp4   the same with twice the E2M1 value as the byte and a quarter of the E4M3 block scale      (W4A4)
+//   int8    4 words of bytes, start, base                                                            (W4A8)
+//   nvfp4   the same with twice the E2M1 value as the byte                                           (W4A4)
+// start and base hold a block scale (1 + j / 8) * 2^e in a way that leaves nothing but additions to the kernel: base is the
+// float (1.5 * 2^23 + 8 j) * 2^e, and start its bits less 12 * the sum of the bytes. Dot products added to start's bits, seen
+// as a float, less base, are the group's sum times 2^e, exactly. base's lowest byte is 8 j. NaN: base is NaN.
 enum class Operand : int { floats = 0, pairs = 1, digits = 2, int8 = 3, nvfp4 = 4 };
 static constexpr int words_per_group(Operand o) {
   return o == Operand::floats ? 16 : o == Operand::pairs ? 8 : o == Operand::digits ? 10 : 6;
 }
-constexpr int kMostRows = 16;
+constexpr int kMostRows = 24;
 
 struct PackX {
   const void* x;  // [m][k] of `type`
@@ -97,6 +100,9 @@ static constexpr int plain_vectors(int k, bool pairs) { return (k + kPlainChunk 
 // bytes of scratch linear_plain needs: 16 rows of weights, decoded
 static constexpr size_t plain_scratch(int k, bool pairs) { return static_cast<size_t>(16 * 64) * plain_vectors(k, pairs); }
 
+// How block scales are chosen; see nvfp4/block_scales.py.
+enum class BlockScales : int { max = 0, mse = 1, four_over_six = 2 };
+
 // Weights quantised at load, bit for bit as nvfp4/fp8.py and nvfp4/codec.py do.
 struct QuantizeWeight {
   const void* w;  // [n][k] of `type`
@@ -106,6 +112,8 @@ struct QuantizeWeight {
   float* row_amax;        // [n]; NaN where a row holds NaN or infinity
   uint8_t* block_scales;  // nvfp4: e4m3 [n][k / 16]; null: FP8 under row_amax / 448
   float scale_2;          // nvfp4
+  BlockScales method;     // nvfp4
+  const float* importance;  // fp32 [k] or null: what each input's squared error counts
 };
 
 struct RMSNorm {

@@ -1,0 +1,1 @@
+"""What can be wrong with a checkpoint: one small function per check, each from a Case to findings."""

@@ -1,0 +1,232 @@
+"""A decoder's layers one at a time over a calibration text: in memory are one layer, its inputs, and the hidden states.
+
+Every layer has four inputs of linear layers, in order: qkv, o, gate_up, down. `LayerRun` stops before each, so that
+what reads it can be measured or replaced, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.cache.paged_kv import allocate
+from nvfp4_runtime.cache.specs import AttentionSpec
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.checkpoint.pages import release_pages
+from nvfp4_runtime.config import KVDtype
+from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.rope import rope_tables
+from nvfp4_runtime.models import ARCHITECTURES
+from nvfp4_runtime.models.hf_config import parse_architecture, parse_model_config
+from nvfp4_runtime.models.llama import DecoderLayer
+from nvfp4_runtime.nvfp4.weight import Weight
+
+WINDOW = 512  # tokens per sequence: long enough for attention to spread
+STEP_TOKENS = 1024  # tokens per forward pass, whole sequences together: few passes, little memory
+BLOCK_SIZE = 16
+
+SITES = ("qkv", "o", "gate_up", "down")
+SITE_MODULES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def site_modules(layer_id: int, site: str) -> tuple[str, ...]:
+    """The modules that read this input of layer `layer_id`."""
+    return tuple(f"model.layers.{layer_id}.{name}" for name in SITE_MODULES[site])
+
+
+class Overlay(Checkpoint):
+    """A plain checkpoint in which some linears and norms are replaced by what has been made of them."""
+
+    linears: dict[str, Weight]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def over(cls, folder: str | Path) -> Overlay:
+        ckpt = cls.open(folder)
+        if ckpt.quant.method != "none":
+            raise ConfigError(f"{folder} is already quantised ({ckpt.quant.algo}); give the plain model", "SRC")
+        ckpt.linears, ckpt.tensors = {}, {}
+        return ckpt
+
+    def linear(self, prefix: str, n: int, k: int) -> Any:  # a Weight; what is made may be FP8
+        return self.linears[prefix] if prefix in self.linears else super().linear(prefix, n, k)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        return self.tensors[name] if name in self.tensors else super().tensor(name, shape)
+
+    def release(self) -> None:
+        """Give back the source's mapped pages."""
+        release_pages(self._shards.files)
+
+
+@dataclass
+class Step:
+    """Some whole sequences: the residual stream between layers, and the input of the linear that comes next."""
+
+    batch: ForwardBatch
+    x: Tensor  # what the last layer put out, not yet added
+    residual: Tensor | None
+    h: Tensor
+
+
+class Walk:
+    """The hidden states of a calibration text before the next layer."""
+
+    def __init__(self, ckpt: Overlay, kernels: Kernels, sequences: Sequence[list[int]]) -> None:
+        """Raises ConfigError without sequences, UnsupportedFormatError for a model without DecoderLayers."""
+        architecture = parse_architecture(ckpt.raw_config)
+        if ARCHITECTURES.get(architecture) != "llama":
+            raise UnsupportedFormatError(
+                f"calibration runs {', '.join(sorted(a for a, m in ARCHITECTURES.items() if m == 'llama'))} layer by "
+                f"layer, found {architecture}; quantise it without --calib"
+            )
+        if not sequences:
+            raise ConfigError("the calibration text has no tokens", "--calib")
+        self.ckpt, self.kernels = ckpt, kernels
+        self.config = config = parse_model_config(ckpt.raw_config)
+        self._rope = rope_tables(config.rope, config.head_dim, WINDOW)
+        steps = deal(sequences)
+        num_blocks = 1 + max(sum(-(-len(ids) // BLOCK_SIZE) for ids in step) for step in steps)
+        self._kv_dtype: KVDtype = "float32" if kernels.dtype == "float32" else "bfloat16"
+        spec = AttentionSpec(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, window=None)
+        (self.kv,) = allocate([spec], self._kv_dtype, num_blocks, BLOCK_SIZE, torch.device("cpu"))
+        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        stream = getattr(torch, kernels.stream)
+        self.steps = []
+        for step in steps:
+            batch = prefill_batch(step, (self.kv,) * config.num_layers)
+            x = torch.nn.functional.embedding(batch.input_ids, embedding).to(stream)
+            self.steps.append(Step(batch, x, None, x))
+        self.num_tokens = sum(len(ids) for ids in sequences)
+        ckpt.release()
+
+    def build(self, layer_id: int) -> DecoderLayer:
+        """The layer with the weights the overlay holds now."""
+        return DecoderLayer(self.ckpt, self.kernels, self.config, layer_id, *self._rope, self._kv_dtype)
+
+    def states(self) -> list[tuple[Tensor, Tensor | None]]:
+        """A copy of the hidden states, to come back to."""
+        return [(step.x.clone(), None if step.residual is None else step.residual.clone()) for step in self.steps]
+
+    def restore(self, states: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for step, (x, residual) in zip(self.steps, states, strict=True):
+            step.x, step.residual = x, residual
+
+
+class LayerRun:
+    """One layer over all steps, from input to input: `to("qkv")`, `to("o")`, `to("gate_up")`, `to("down")`, `end()`.
+
+    `to` returns what enters that linear, [T, K] per step, and uses the weights the overlay holds at that moment.
+    kv_amax  largest key (after rope, as it is cached) and value, once "o" has been reached
+    """
+
+    def __init__(self, walk: Walk, layer_id: int) -> None:
+        self._walk, self._layer_id = walk, layer_id
+        self.kv_amax = (0.0, 0.0)
+        walk.kv.k.zero_()
+        walk.kv.v.zero_()
+
+    @torch.inference_mode()
+    def to(self, site: str) -> list[Tensor]:
+        layer = self._walk.build(self._layer_id)
+        for step in self._walk.steps:
+            if site == "qkv":
+                step.h, step.residual = layer.input_norm(step.x, step.residual)
+            elif site == "o":
+                step.h = _attend(layer, step)
+                self._watch_cache()
+            elif site == "gate_up":
+                step.h, step.residual = layer.post_attention_norm(layer.attention.o_proj(step.h), step.residual)
+            else:
+                step.h = layer.mlp.silu_mul(layer.mlp.gate_up_proj(step.h))
+        return [step.h for step in self._walk.steps]
+
+    @torch.inference_mode()
+    def end(self) -> None:
+        """The layer's output becomes the input of the next."""
+        layer = self._walk.build(self._layer_id)
+        for step in self._walk.steps:
+            step.x = layer.mlp.down_proj(step.h)
+            step.h = step.x
+        self._walk.ckpt.release()
+
+    def through(self) -> None:
+        """The whole layer."""
+        for site in SITES:
+            self.to(site)
+        self.end()
+
+    def _watch_cache(self) -> None:
+        k, v = self.kv_amax
+        cache = self._walk.kv
+        self.kv_amax = (max(k, float(cache.k.abs().max())), max(v, float(cache.v.abs().max())))
+
+
+def _attend(layer: DecoderLayer, step: Step) -> Tensor:
+    a = layer.attention
+    kv: KVLayer = step.batch.kv[a.layer_id]
+    qkv = a.qkv_proj(step.h)
+    q = a.rope(qkv, step.batch.positions, a.cos, a.sin, a.q_norm, a.k_norm, a.eps, kv, step.batch.slot_mapping)
+    return a.attend(q, kv, step.batch, a.scale)
+
+
+def largest_input(inputs: Sequence[Tensor], modules: Sequence[str]) -> float:
+    """The largest magnitude among `inputs`. CheckpointError where one is not finite."""
+    bounds = [torch.aminmax(x) for x in inputs]
+    amax = max(float(torch.maximum(-low, high)) for low, high in bounds)
+    if not all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in bounds):
+        raise CheckpointError(f"the input of {', '.join(modules)} holds NaN or Inf; the model is not sound")
+    return amax
+
+
+def windows(texts_ids: Sequence[Sequence[int]], limit: int | None = None) -> list[list[int]]:
+    """Token ids cut into windows of at most 512; at most `limit` of them, evenly spaced over the text."""
+    cut = [list(ids[i : i + WINDOW]) for ids in texts_ids for i in range(0, len(ids), WINDOW)]
+    if limit is None or len(cut) <= limit:
+        return cut
+    whole = [ids for ids in cut if len(ids) == WINDOW] or cut
+    limit = min(limit, len(whole))
+    return [whole[i * len(whole) // limit] for i in range(limit)]
+
+
+def deal(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Whole sequences dealt into steps of at most STEP_TOKENS tokens."""
+    steps: list[list[list[int]]] = [[]]
+    for ids in sequences:
+        if steps[-1] and sum(map(len, steps[-1])) + len(ids) > STEP_TOKENS:
+            steps.append([])
+        steps[-1].append(ids)
+    return steps
+
+
+def prefill_batch(sequences: Sequence[list[int]], kv: tuple[KVLayer, ...]) -> ForwardBatch:
+    """Prompts from their start, each in blocks of its own; logits of the last token only, since none are wanted."""
+    lengths = [len(ids) for ids in sequences]
+    num_blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+    first_blocks = [1 + sum(num_blocks[:i]) for i in range(len(sequences))]  # block 0 is the null block
+    width = max(num_blocks)
+    tables = [[*range(first, first + n), *[0] * (width - n)] for first, n in zip(first_blocks, num_blocks, strict=True)]
+    starts = zip(first_blocks, lengths, strict=True)
+    return ForwardBatch(
+        input_ids=torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        slot_mapping=torch.cat([torch.arange(first * BLOCK_SIZE, first * BLOCK_SIZE + n) for first, n in starts]),
+        block_tables=torch.tensor(tables, dtype=torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        logits_rows=torch.tensor([sum(lengths) - 1]),
+        kv=kv,
+    )
