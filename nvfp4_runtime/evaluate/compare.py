@@ -234,7 +234,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="default-bf16", metavar="FOLDER", help="plain parent (default: %(default)s)")
     parser.add_argument("--calib", type=Path, metavar="FILE", help="default: the packaged text")
     parser.add_argument(
-        "--calib-tokens", type=int, default=16384, metavar="N", help="of it, at most (default: %(default)s)"
+        "--calib-tokens", type=int, default=8192, metavar="N", help="of it, at most (default: %(default)s)"
     )
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep quantised folders here, and take those that are there already"
