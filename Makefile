@@ -73,11 +73,12 @@ bench-load: install
 	$(BIN)/python -m loadtest.bench_load --json docs/benchmarks/load-2-core-epyc.json $(BENCH)
 
 # What each quantisation method costs the default model: perplexity, KL and top-1 agreement, into docs/quality.md.
-# TEXT: what is predicted (WikiText-2's test text is not part of this repository). BENCH: more flags.
+# TEXT is predicted, CALIB is calibrated on (neither is part of this repository). BENCH: more flags.
 TEXT ?= ../shared/data/wikitext2-test.txt
+CALIB ?= ../shared/data/wells-short-history.txt
 
 bench-quality: install
-	$(BIN)/python -m nvfp4_runtime.evaluate.compare --text $(TEXT) --docs docs/quality.md \
+	$(BIN)/python -m nvfp4_runtime.evaluate.compare --text $(TEXT) --calib $(CALIB) --docs docs/quality.md \
 		--json docs/benchmarks/quality-smollm2-135m.json $(BENCH)
 
 clean:

@@ -79,6 +79,7 @@ def compare(
 ) -> tuple[Report, list[Row]]:
     """Quantise `parent` by every method into folders in `work`, and evaluate all of them in one go.
 
+    work  what an earlier call with the same parent and calibration left there is taken as it is
     Raises ConfigError when text and calibration overlap, and what quantising and evaluating raise.
     """
     evaluated = read_text(text)
@@ -87,9 +88,7 @@ def compare(
     cut_windows = cut(tokenizer, evaluated, window, windows, source=text.name)
     seconds: dict[str, float] = {}
     for method in methods:
-        started = time.perf_counter()
-        quantize_folder(parent, work / method, method=method, calib_texts=calib)
-        seconds[method] = time.perf_counter() - started
+        seconds[method] = quantize(parent, work / method, method, calib)
     pairs = [(method, each) for method in methods for each in numerics]
     sides = [Side(work / method, each) for method, each in pairs]
     report = evaluate(sides, cut_windows, tokenizer, Side(parent), worst=0, progress=True)
@@ -103,6 +102,29 @@ def compare(
             ours, theirs = (np.array(kl_by_window(one.measured)) for one in (row, base))
             row.against_max = Interval.over(ours - theirs, len(ours))
     return report, rows
+
+
+def quantize(parent: Path, out: Path, method: str, calib: Sequence[str]) -> float:
+    """Make the folder `out` unless it is there; the seconds that took, which a file beside it remembers."""
+    took = out.with_name(f"{out.name}.seconds")
+    if out.is_dir() and took.is_file():
+        return float(took.read_text())
+    started = time.perf_counter()
+    quantize_folder(parent, out, method=method, calib_texts=calib)
+    seconds = time.perf_counter() - started
+    took.write_text(f"{seconds:.1f}\n")
+    return seconds
+
+
+def first_tokens(texts: Sequence[str], tokenizer: Tokenizer, count: int) -> list[str]:
+    """The beginning of the texts, up to `count` tokens in all."""
+    found: list[str] = []
+    for text in texts:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        if count > 0:
+            found.append(text if len(tokens) <= count else tokenizer.decode(tokens[:count], skip_special_tokens=False))
+        count -= len(tokens)
+    return found
 
 
 def kl_by_window(measured: Measured) -> list[float]:
@@ -211,6 +233,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="what is predicted")
     parser.add_argument("--model", default="default-bf16", metavar="FOLDER", help="plain parent (default: %(default)s)")
     parser.add_argument("--calib", type=Path, metavar="FILE", help="default: the packaged text")
+    parser.add_argument(
+        "--calib-tokens", type=int, default=8192, metavar="N", help="of it, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep quantised folders here, and take those that are there already"
+    )
+    parser.add_argument("--only-quantize", action="store_true", help="fill --work and evaluate nothing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--numerics", nargs="+", choices=get_args(Numerics), default=["w4a16", "w4a4"])
     parser.add_argument("--windows", type=int, help="default: 16, or as many as there are")
@@ -227,7 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parent = find_model(args.model)
         calib = calibration_texts(parent) if args.calib is None else [read_text(args.calib)]
-        with tempfile.TemporaryDirectory() as work:
+        calib = first_tokens(calib, Tokenizer.load(parent), args.calib_tokens)
+        if args.only_quantize:
+            if args.work is None:
+                raise ConfigError("what is only quantised needs a folder to stay in", "--work")
+            for method in args.methods:
+                quantize(parent, args.work / method, method, calib)
+            return 0
+        with tempfile.TemporaryDirectory() as temporary:
             report, rows = compare(
                 parent,
                 args.text,
@@ -236,14 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 calib=calib,
                 window=args.window,
                 windows=args.windows,
-                work=Path(work),
+                work=args.work or Path(temporary),
             )
         found = Comparison(
             command=" ".join(["python -m nvfp4_runtime.evaluate.compare", *given]),
             commit=commit(),
             made_at=made_at,
             machine=machine(),
-            calibration="the packaged text" if args.calib is None else args.calib.name,
+            calibration=f"{args.calib or 'the packaged text'}, its first {args.calib_tokens} tokens",
             default_method=default_method(),
             report=report,
             rows=rows,

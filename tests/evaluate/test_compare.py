@@ -11,11 +11,12 @@ import pytest
 
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.evaluate import compare
-from nvfp4_runtime.evaluate.compare import Comparison, Row, check_apart, default_method, main, verdict
+from nvfp4_runtime.evaluate.compare import Comparison, Row, check_apart, default_method, first_tokens, main, verdict
 from nvfp4_runtime.evaluate.divergence import Interval, percentiles
 from nvfp4_runtime.evaluate.document import markdown_table, replace_section
 from nvfp4_runtime.evaluate.report import Divergence, Measured
 from nvfp4_runtime.quantize.pipeline import METHODS
+from nvfp4_runtime.text.tokenizer import Tokenizer
 from tests.tiny import tiny_llama
 
 TEXT = "".join(f"Sentence {i} of what is evaluated, and nothing that anybody would calibrate on.\n" for i in range(20))
@@ -66,6 +67,34 @@ def test_a_text_that_was_calibrated_on_is_refused(
     with pytest.raises(ConfigError, match="share '"):
         check_apart(["short", CALIB[330:]], TEXT + CALIB)
     check_apart([CALIB], TEXT)
+
+
+def test_folders_that_are_there_are_taken(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("text", TEXT), ("calib", CALIB)):
+        (tmp_path / name).write_text(content)
+    work = tmp_path / "work"
+    arguments = ["--text", str(tmp_path / "text"), "--calib", str(tmp_path / "calib"), "--model", str(parent)]
+    arguments += ["--window", "64", "--methods", "max"]
+    assert main([*arguments, "--only-quantize"]) == 1
+    assert "needs a folder to stay in" in capsys.readouterr().err
+    assert main([*arguments, "--only-quantize", "--work", str(work)]) == 0
+    assert sorted(path.name for path in work.iterdir()) == ["max", "max.seconds"]
+    (work / "max.seconds").write_text("123.4\n")
+
+    def made_again(*_: object, method: str = "max", **__: object) -> None:
+        raise AssertionError(f"{method} was quantised again")
+
+    monkeypatch.setattr(compare, "quantize_folder", made_again)
+    assert main([*arguments, "--work", str(work)]) == 0
+    assert "| 123 |" in capsys.readouterr().out
+
+
+def test_calibration_texts_are_cut_to_the_tokens_asked_for(parent: Path) -> None:
+    tokenizer = Tokenizer.load(parent)  # a token is a byte
+    assert first_tokens(["abc", "defg", "hi"], tokenizer, 5) == ["abc", "de"]
+    assert first_tokens(["abc", "defg"], tokenizer, 7) == ["abc", "defg"]
 
 
 def row(method: str, numerics: str, kl: list[float], base: list[float] | None) -> Row:
