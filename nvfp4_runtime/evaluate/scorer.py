@@ -101,9 +101,7 @@ class Scorer:
         logits = self._runner.logits(Schedule((Scheduled(request, start, stop - start),)), [range(stop - start)])
         self.seconds += time.perf_counter() - started
         rows = Rows.of_logits(logits, tokens[start + 1 : stop + 1])
-        finite = np.isfinite(
-            rows.top_prob
-        )  # of the maximum: -Inf elsewhere is a probability of 0, NaN and +Inf are faults
+        finite = np.isfinite(rows.top_prob)  # NaN and +Inf are faults; -Inf below the top is a probability of 0
         if not finite.all():
             raise CheckpointError(
                 f"{self.side.folder}: the logits after token {start + int(finite.argmin())} of a window are not "
