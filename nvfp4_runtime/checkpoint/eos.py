@@ -21,15 +21,17 @@ def eos_token_ids(folder: Path, of_config: Sequence[int]) -> list[int]:
     token = tokenizer.get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     found = [_id_of(text, tokenizer, folder)] if isinstance(text, str) else []
-    return list(dict.fromkeys(i for i in [*of_config, *more, *found] if isinstance(i, int)))
+    return list(dict.fromkeys(i for i in [*of_config, *more, *found] if type(i) is int))
 
 
 def _id_of(text: str, tokenizer: dict[str, Any], folder: Path) -> int | None:
-    for token_id, entry in tokenizer.get("added_tokens_decoder", {}).items():
-        if entry.get("content") == text:
+    decoder = tokenizer.get("added_tokens_decoder")
+    for token_id, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and entry.get("content") == text and token_id.isdecimal() and len(token_id) < 10:
             return int(token_id)
-    for entry in _json(folder / "tokenizer.json").get("added_tokens", []):
-        if entry.get("content") == text:
+    added = _json(folder / "tokenizer.json").get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and entry.get("content") == text and type(entry.get("id")) is int:
             return int(entry["id"])
     return None
 

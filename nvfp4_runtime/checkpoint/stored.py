@@ -302,7 +302,7 @@ def _packed(prefix: str, weight: TensorInfo, one: Mapping[Role, TensorInfo]) -> 
         return _Form(dialect, "mxfp4", n, k, _experts(weight), (1, MXFP4_GROUP), transposed)
     if scale.dtype != "F8_E4M3":
         raise TensorShapeError(scale.name, scale.file.name, f"F8_E4M3 {_scale_shape(weight)}", str(scale))
-    n, k, group, transposed = _groups(weight, scale, NVFP4_GROUPS)
+    n, k, group, transposed = _groups(weight, scale, NVFP4_GROUPS[:1] if divides else NVFP4_GROUPS)
     if tensor_scale is None:
         leaf = "weight_global_scale" if divides else "weight_scale_2"
         name = f"{prefix}.{leaf}" if dotted else f"{prefix}_{leaf.removeprefix('weight_') if divides else leaf}"
@@ -326,7 +326,7 @@ def _groups(weight: TensorInfo, scale: TensorInfo, allowed: tuple[int, ...]) -> 
                 return a, 2 * b, group, False
             if len(shape) == 3 and shape[-2:] == (2 * a / group, b):
                 return b, 2 * a, group, True
-    wanted = f"{'F8_E4M3' if allowed == NVFP4_GROUPS else 'U8'} {_scale_shape(weight, allowed[0])}"
+    wanted = f"{'F8_E4M3' if allowed[0] == 16 else 'U8'} {_scale_shape(weight, allowed[0])}"
     if len(shape) == 1 or math.prod(shape) >= math.prod(weight.shape) * 2 // allowed[0]:
         wanted += ", row-major (not padded, not swizzled into 128 x 4 tiles)"
     raise TensorShapeError(scale.name, scale.file.name, wanted, str(scale))

@@ -8,13 +8,24 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.config import RopeConfig
+from nvfp4_runtime.errors import ConfigError
+
+MAX_TABLE_BYTES = 1 << 30  # 2 million positions of 128 dimensions
 
 
 def rope_tables(rope: RopeConfig, rotary_dim: int, max_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, times the variant's attention factor.
 
     returns  fp32 [max_positions, rotary_dim / 2] each, the values transformers computes (it repeats them twice)
+
+    Raises ConfigError when they would take more than 1 GiB: a config.json may claim any context length.
     """
+    if (num_bytes := 4 * max_positions * rotary_dim) > MAX_TABLE_BYTES:
+        raise ConfigError(
+            f"a context of {max_positions} tokens needs {num_bytes / 2**30:.1f} GiB of rotary tables, more than "
+            f"{MAX_TABLE_BYTES / 2**30:.0f}; lower --max-model-len",
+            "--max-model-len",
+        )
     frequencies, attention_factor = inverse_frequencies(rope, rotary_dim)
     angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return angles.cos() * attention_factor, angles.sin() * attention_factor

@@ -40,6 +40,11 @@ FAMILIES = {
 
 _CLASS_WINDOW = 4096  # transformers' default where a Mistral or Qwen config.json lacks sliding_window (null: none)
 
+# Beyond any model there is, and small enough that nothing sized by them alone exhausts the memory: a config.json may
+# claim anything, and its tensors are looked at later.
+_LIMITS = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "head_dim": 8_192}
+_LIMIT = 2**31 - 1
+
 # Features of relatives that change the arithmetic: absent, None, or this value.
 _NEUTRAL: dict[str, Any] = {
     "attention_chunk_size": None,
@@ -75,7 +80,6 @@ def parse_model_config(raw: Raw) -> ModelConfig:
     if head_dim % 2:
         raise _unsupported("head_dim", head_dim, "an even number, since rope turns pairs")
     max_position = _count(raw, "max_position_embeddings")
-    eos = raw.get("eos_token_id")
     return ModelConfig(
         architecture=architecture,
         model_type=str(raw.get("model_type", "")),
@@ -96,8 +100,8 @@ def parse_model_config(raw: Raw) -> ModelConfig:
         qk_norm=family.qk_norm,
         layer_windows=_windows(raw, family, num_layers),
         dtype=_dtype(raw),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        bos_token_id=next(iter(_token_ids(raw, "bos_token_id")), None),
+        eos_token_ids=_token_ids(raw, "eos_token_id"),
     )
 
 
@@ -123,13 +127,18 @@ def parse_rope(raw: Raw, max_position: int) -> RopeConfig:
         raise _unsupported(f"{field}.partial_rotary_factor", partial, "1.0")
     if rope.get("mrope_section") is not None:
         raise _unsupported(f"{field}.mrope_section", rope["mrope_section"], "no multimodal rope")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    place = rope if rope.get("rope_theta") else raw
+    theta = _number(place, "rope_theta", 10000.0)
+    if theta <= 1:
+        raise _unsupported("rope_theta", theta, "more than 1")
     if kind == "default":
         return RopeConfig(theta=theta)
     # a few models keep the original length beside the rope fields; there it takes precedence
     original = (
         raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_position
     )
+    if isinstance(original, bool) or not isinstance(original, int | float) or not 1 <= original <= _LIMIT:
+        raise _unsupported(f"{field}.original_max_position_embeddings", original, "a positive number of tokens")
     factor = rope.get("factor")
     if factor is None and kind == "yarn":
         factor = max_position / original
@@ -137,7 +146,7 @@ def parse_rope(raw: Raw, max_position: int) -> RopeConfig:
     if kind == "llama3":
         numbers |= {name: rope.get(name) for name in ("low_freq_factor", "high_freq_factor")}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LIMIT:
             raise _unsupported(f"{field}.{name}", value, f"a positive number, as rope type {kind} needs")
         numbers[name] = float(value)
     if kind == "llama3" and numbers["low_freq_factor"] == numbers["high_freq_factor"]:
@@ -146,11 +155,11 @@ def parse_rope(raw: Raw, max_position: int) -> RopeConfig:
         theta=theta,
         kind=cast(Literal["linear", "llama3", "yarn"], kind),
         original_max_position_embeddings=int(original),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
-        attention_factor=rope.get("attention_factor"),
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
+        beta_fast=_number(rope, "beta_fast", 32.0) or 32.0,
+        beta_slow=_number(rope, "beta_slow", 1.0) or 1.0,
+        attention_factor=_optional(rope, "attention_factor"),
+        mscale=_optional(rope, "mscale"),
+        mscale_all_dim=_optional(rope, "mscale_all_dim"),
         truncate=bool(rope.get("truncate", True)),
         **numbers,
     )
@@ -175,7 +184,7 @@ def _windows(raw: Raw, family: Family, num_layers: int) -> tuple[int | None, ...
             raise _unsupported("use_sliding_window", False, "true and a sliding_window, since layer_types has some")
         return tuple(size if kind == "sliding_attention" else None for kind in types)
     expected = "sliding_attention" if family.windows == "all" and size is not None else "full_attention"
-    if types is not None and set(types) != {expected}:
+    if types is not None and any(kind != expected for kind in types):
         raise _unsupported("layer_types", types, f"{expected} everywhere for this architecture")
     if family.windows == "none" and size is not None:
         raise _unsupported("sliding_window", size, "null for this architecture")
@@ -202,16 +211,31 @@ def _dtype(raw: Raw) -> Dtype:
 def _count(raw: Raw, field: str, default: int | None = None) -> int:
     value = raw.get(field)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise _unsupported(field, value, "a positive integer")
+    limit = _LIMITS.get(field, _LIMIT)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+        raise _unsupported(field, value, f"a positive integer, at most {limit}")
     return value
 
 
 def _number(raw: Raw, field: str, default: float) -> float:
-    value = raw.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise _unsupported(field, value, "a number, 0 or more")
+    value = raw.get(field)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LIMIT:  # NaN is neither
+        raise _unsupported(field, value, f"a number from 0 to {_LIMIT}")
     return float(value)
+
+
+def _optional(raw: Raw, field: str) -> float | None:
+    return None if raw.get(field) is None else _number(raw, field, 0.0)
+
+
+def _token_ids(raw: Raw, field: str) -> tuple[int, ...]:
+    """One id, several, or none."""
+    value = raw.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and 0 <= i <= _LIMIT for i in ids):
+        raise _unsupported(field, value, "a token id, a list of them, or null")
+    return tuple(ids)
 
 
 def _flag(raw: Raw, field: str) -> bool:
@@ -226,4 +250,12 @@ def _family_flag(raw: Raw, rule: bool | str) -> bool:
 
 
 def _unsupported(field: str, found: object, expected: str) -> UnsupportedFormatError:
-    return UnsupportedFormatError(f"config.json: {field} is {found!r}; expected {expected}")
+    return UnsupportedFormatError(f"config.json: {field} is {_shown(found)}; expected {expected}")
+
+
+def _shown(found: object) -> str:
+    """A value for a message: a stranger's number may have more digits than Python cares to print."""
+    if isinstance(found, int) and found.bit_length() > 128:
+        return f"a number of {found.bit_length()} bits"
+    text = repr(found)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ import torch
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.errors import ConfigError, MissingTensorError, UnexpectedTensorError
-from nvfp4_runtime.kernels.ops import LinearKernel
+from nvfp4_runtime.kernels.ops import LinearKernel, LinearSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.kernels.reference.linear import ReferenceLinear
-from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.layers.linear import Linear
+from nvfp4_runtime.kernels.registry import Kernels, available_backends
+from nvfp4_runtime.layers.linear import Linear, PreScaled
+from nvfp4_runtime.models import load_model
+from nvfp4_runtime.nvfp4.weight import NVFP4Weight
+from tests import dialects
+from tests.models.paged import PagedRunner
 from tests.tiny import llama_config, pack_tensors, random_tensors, write_modelopt, write_plain
 
 PREFIX = "model.layers.0.self_attn"
@@ -114,3 +120,51 @@ def test_the_largest_input_scale_serves_fused_parts(tmp_path: Path) -> None:
     ).kernels[0]
     assert isinstance(kernel, ReferenceLinear)
     assert kernel.input_scale == 0.25
+
+
+def test_a_pre_quant_scale_multiplies_the_input_and_differing_ones_stay_apart(tmp_path: Path) -> None:
+    model = dialects.tiny_model()
+    hidden = model.config["hidden_size"]
+    x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0))
+    for name, num_kernels in (("modelopt awq", 1), ("modelopt awq, q and k apart", 3)):
+        ckpt = Checkpoint.open(dialects.dialects(model)[name].save(tmp_path / name, model))
+        fused = Linear.fused(ckpt, kernels(), "qkv_proj", QKV, sizes(model.config), hidden)
+        assert len(fused.kernels) == num_kernels
+        assert all(isinstance(kernel, PreScaled) for kernel in fused.kernels)
+        want = x @ torch.cat([model.matrices[prefix].value for prefix in QKV]).T
+        torch.testing.assert_close(fused(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_w4a4_quantises_the_scaled_input(tmp_path: Path) -> None:
+    """input_scale was calibrated behind the pre_quant_scale."""
+    model = dialects.tiny_model()
+    prefix, k = f"{PREFIX}.o_proj", 128
+    awq = dialects.dialects(model)["modelopt awq"].save(tmp_path / "m", model)
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = Linear.single(Checkpoint.open(awq), kernels(numerics="w4a4"), prefix, 160, k)
+    weight = Checkpoint.open(awq).linear(prefix, 160, k)
+    assert isinstance(weight, NVFP4Weight)
+    assert weight.pre_quant_scale is not None
+    unscaled = replace(weight, pre_quant_scale=None)
+    inner = kernels(numerics="w4a4").linear("o_proj", unscaled)
+    torch.testing.assert_close(layer(x.float()), inner(x.float() * weight.pre_quant_scale), rtol=0, atol=0)
+
+
+def test_a_pre_scaled_layer_makes_the_native_decoder_run_op_by_op(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = dialects.tiny_model()
+    folder = dialects.dialects(model)["modelopt awq"].save(tmp_path / "m", model)
+    backends = available_backends("auto")
+    with caplog.at_level(logging.INFO):
+        made = load_model(Checkpoint.open(folder), Kernels(backends, "bfloat16", "w4a16"))
+    assert made.run_as_one is None
+    if backends[0].refuses(LinearSpec(16, 16, "nvfp4", "w4a16", "bfloat16", "float32")) is None:
+        assert "layer 0: qkv is a PreScaled" in caplog.text
+    got = PagedRunner(made).run((0, list(range(20))))[0]
+    plain = dialects.dialects(model)["plain fp32"].save(tmp_path / "p", model)
+    want = PagedRunner(load_model(Checkpoint.open(plain), Kernels([ReferenceBackend()], "float32"))).run(
+        (0, list(range(20)))
+    )[0]
+    # bfloat16 inputs: 2^-9 of each value, through two layers
+    assert float((got - want).abs().mean()) <= 0.03 * float(want.std())

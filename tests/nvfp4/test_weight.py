@@ -93,3 +93,52 @@ def test_fused_parts_are_joined_only_when_somebody_asks():
     assert whole.row_scale_2().tolist() == [s for p in (*parts, packed_weight(16, 64, 2)) for s in p.row_scale_2()]
     with pytest.raises(AttributeError, match="no 'scales'"):
         whole.scales
+
+
+def test_a_divisor_is_divided_by_and_survives_fusing() -> None:
+    """3 has no exact reciprocal: products and quotients differ in the last bit of some blocks."""
+    packed, scale = codec.quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.tensor(1 / 3))
+    divisor = torch.tensor([3.0])
+    weight = NVFP4Weight(packed, scale, 1 / divisor, (8,), divisor=divisor)
+    product = NVFP4Weight(packed, scale, 1 / divisor, (8,))
+    want = codec.decode_e2m1(codec.unpack_codes(packed)) * (scale.float() / 3).repeat_interleave(16, 1)
+    assert torch.equal(weight.dequantize(), want)
+    assert not torch.equal(product.dequantize(), want)
+    both = fuse([weight, product])
+    assert isinstance(both, NVFP4Weight)
+    assert torch.equal(both.dequantize(), torch.cat([weight.dequantize(), product.dequantize()]))
+
+
+@pytest.mark.parametrize(
+    ("scales", "fusable"), [((None, None), True), ((2.0, 2.0), True), ((2.0, 3.0), False), ((2.0, None), False)]
+)
+def test_parts_fuse_only_behind_one_pre_quant_scale(scales, fusable) -> None:
+    parts = [
+        NVFP4Weight(
+            torch.zeros(4, 16, dtype=torch.uint8),
+            torch.zeros(4, 2).to(torch.float8_e4m3fn),
+            torch.ones(1),
+            (4,),
+            pre_quant_scale=None if s is None else torch.full((32,), s),
+        )
+        for s in scales
+    ]
+    assert can_fuse(parts) is fusable
+    if fusable:
+        fused = fuse(parts)
+        assert isinstance(fused, NVFP4Weight)
+        assert (fused.pre_quant_scale is None) is (scales[0] is None)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"divisor": torch.ones(2)}, {"pre_quant_scale": torch.ones(16)}, {"divisor": torch.ones(1).double()}]
+)
+def test_extras_of_a_wrong_shape_or_type_are_refused(extra) -> None:
+    with pytest.raises(NVFP4ShapeError, match="float32"):
+        NVFP4Weight(
+            torch.zeros(4, 16, dtype=torch.uint8),
+            torch.zeros(4, 2).to(torch.float8_e4m3fn),
+            torch.ones(1),
+            (4,),
+            **extra,
+        )

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.doctor.inspect import inspect
 from nvfp4_runtime.checkpoint.doctor.repair import inspect_and_repair
 from tests.checkpoint.doctor.patients import DOWN, GATE, UP, Q, alarms, dequantised, edit, found, sound
@@ -64,6 +65,8 @@ def test_broken_scales_are_errors_and_need_the_parent(tmp_path, id, change):
     # quantised anew by `max` with its sibling's tensor scale: what the sound checkpoint held
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert alarms(tmp_path / "out", parent) == []
+    served = Checkpoint.open(tmp_path / "out")
+    assert all(torch.equal(served.linear(name, *w.shape).dequantize(), w) for name, w in before.items())
 
 
 @pytest.mark.parametrize(
