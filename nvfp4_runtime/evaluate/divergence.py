@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -36,15 +37,31 @@ class Rows:
     @classmethod
     def of_logits(cls, logits: Tensor, targets: Sequence[int]) -> Rows:
         """From float32 logits [R, V]. log_softmax sums in float32, which moves every NLL of 49,152 tokens by 8e-6."""
-        log_probs = logits - logits.amax(-1, keepdim=True)
-        log_probs -= log_probs.exp().sum(-1, keepdim=True, dtype=torch.float64).log().float()
-        return cls.of_log_probs(log_probs, targets)
+        largest, top = logits.max(-1, keepdim=True)
+        log_probs = logits - largest
+        log_total = log_probs.exp().sum(-1, keepdim=True, dtype=torch.float64).log()
+        log_probs -= log_total.float()
+        return cls._of(log_probs, targets, top, -log_total)
 
     @classmethod
     def of_log_probs(cls, log_probs: Tensor, targets: Sequence[int]) -> Rows:
+        best, top = log_probs.max(-1, keepdim=True)
+        return cls._of(log_probs, targets, top, best.double())
+
+    @classmethod
+    def _of(cls, log_probs: Tensor, targets: Sequence[int], top: Tensor, best: Tensor) -> Rows:
         nll = -log_probs.gather(1, torch.tensor(targets).unsqueeze(1)).squeeze(1).double()
-        best, top = log_probs.max(-1)
-        return cls(log_probs, nll.numpy(), top.numpy(), best.double().exp().numpy())
+        return cls(log_probs, nll.numpy(), top.squeeze(1).numpy(), best.float().double().exp().squeeze(1).numpy())
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """float32 [R, V]; made once, for a teacher of many students."""
+        return self.log_probs.exp()
+
+    @cached_property
+    def rules_out(self) -> bool:
+        """Whether some token has probability 0."""
+        return not math.isfinite(float(self.log_probs.amin()))
 
 
 def forward_kl(teacher: Rows, student: Rows) -> Floats:
@@ -52,11 +69,10 @@ def forward_kl(teacher: Rows, student: Rows) -> Floats:
 
     Terms in float32, summed in float64: off by about 1e-6 of the log-probabilities' size. Equal bits give exactly 0.
     """
-    p, q = teacher.log_probs, student.log_probs
-    terms = p - q
-    if not math.isfinite(float(p.amin())):  # where the teacher's probability is 0 the term is 0, whatever q is
-        terms.masked_fill_(p == -math.inf, 0.0)
-    kl: Floats = terms.mul_(p.exp()).sum(-1, dtype=torch.float64).numpy()
+    terms = teacher.log_probs - student.log_probs
+    if teacher.rules_out:  # where the teacher's probability is 0 the term is 0, whatever the student's
+        terms.masked_fill_(teacher.log_probs == -math.inf, 0.0)
+    kl: Floats = terms.mul_(teacher.probs).sum(-1, dtype=torch.float64).numpy()
     return kl
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from nvfp4_runtime.checkpoint.detect import read_config
 from nvfp4_runtime.config import CacheConfig, Dtype, EngineConfig, HeadDtype, KVDtype, Numerics, SchedulerConfig
 from nvfp4_runtime.engine.build import build_engine
@@ -98,13 +100,14 @@ class Scorer:
         started = time.perf_counter()
         logits = self._runner.logits(Schedule((Scheduled(request, start, stop - start),)), [range(stop - start)])
         self.seconds += time.perf_counter() - started
-        finite = logits.amax(-1).isfinite()  # the maximum: -Inf is a probability of 0, NaN and +Inf are faults
-        if not bool(finite.all()):
+        rows = Rows.of_logits(logits, tokens[start + 1 : stop + 1])
+        finite = np.isfinite(rows.top_prob)  # NaN and +Inf are faults; -Inf below the top is a probability of 0
+        if not finite.all():
             raise CheckpointError(
-                f"{self.side.folder}: the logits after token {start + int(finite.int().argmin())} of a window are not "
+                f"{self.side.folder}: the logits after token {start + int(finite.argmin())} of a window are not "
                 "finite: weights or scales are broken, which nvfp4 inspect can tell more about"
             )
-        return Rows.of_logits(logits, tokens[start + 1 : stop + 1])
+        return rows
 
 
 def find_model(name: str, flag: str | None = None) -> Path:
