@@ -2,6 +2,7 @@
 
 GGUF stores q_proj and k_proj with each head's rotary pairs interleaved (x0, y0, x1, y1, ...); Hugging Face keeps the
 halves apart (x0, x1, ..., y0, y1, ...). Tensors are dequantised to FP32, put in that order, and rounded to BF16 once.
+NVFP4 tensors keep their second scale in a tensor of their own, `blk.0.attn_q.scale`: it multiplies before the rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.writer import ShardWriter, TensorSpec, write_json
-from nvfp4_runtime.errors import CheckpointError, UnsupportedFormatError
+from nvfp4_runtime.errors import CheckpointError, InvalidScaleError, UnsupportedFormatError
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -34,6 +35,7 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SCALE, _INPUT_SCALE = ".scale", ".input_scale"  # the latter is for 4-bit activations, of which BF16 knows nothing
 _CONTROL, _USER_DEFINED = 3, 4  # gguf token types
 
 
@@ -45,7 +47,6 @@ def convert_gguf(source: Path, out: Path, progress: Callable[[str, int, int], No
     BPE of a kind we know.
     """
     import gguf  # slow to import, and only conversion needs it
-    from gguf.quants import dequantize
 
     try:
         reader = gguf.GGUFReader(source)
@@ -55,14 +56,18 @@ def convert_gguf(source: Path, out: Path, progress: Callable[[str, int, int], No
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedFormatError(f"{source} holds a {architecture!r} model; only 'llama' GGUF files are converted")
-    config = _config(meta, tied=all(t.name != "output.weight" for t in reader.tensors))
+    scales = {t.name: _scale(t, source) for t in reader.tensors if t.name.endswith(_SCALE)}
+    tensors = [t for t in reader.tensors if not t.name.endswith((_SCALE, _INPUT_SCALE))]
+    config = _config(meta, tied=all(t.name != "output.weight" for t in tensors))
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    plan = [(t, _hf_name(t.name, source), tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors]
+    plan = [(t, _hf_name(t.name, source), tuple(int(n) for n in reversed(t.shape))) for t in tensors]
+    if homeless := set(scales) - {t.name.removesuffix(".weight") + _SCALE for t in tensors}:
+        raise CheckpointError(f"{source} holds the scale {min(homeless)!r} and no tensor it belongs to")
     specs = [TensorSpec(name, "BF16", shape) for _, name, shape in plan]
     total, done = sum(spec.nbytes for spec in specs), 0
     with ShardWriter(out, specs) as writer:
         for (tensor, name, shape), spec in zip(plan, specs, strict=True):
-            values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+            values = _dequantised(tensor, source) * scales.get(tensor.name.removesuffix(".weight") + _SCALE, 1.0)
             kind = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
             if kind in heads:
                 values = _halves_apart(values, heads[kind])
@@ -74,6 +79,26 @@ def convert_gguf(source: Path, out: Path, progress: Callable[[str, int, int], No
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     write_json(out / "generation_config.json", special)
     _write_tokenizer(meta, config, source, out)
+
+
+def _dequantised(tensor: Any, source: Path) -> Tensor:
+    from gguf.quants import dequantize
+
+    try:
+        return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+    except NotImplementedError as error:
+        raise UnsupportedFormatError(
+            f"{source} stores {tensor.name!r} as {tensor.tensor_type.name}, which the installed gguf package cannot "
+            f"dequantise ({error}): install a newer one"
+        ) from error
+
+
+def _scale(tensor: Any, source: Path) -> float:
+    """The second scale of an NVFP4 tensor."""
+    values = _dequantised(tensor, source).reshape(-1)
+    if values.numel() != 1 or not bool(torch.isfinite(values).all()) or float(values) < 0:
+        raise InvalidScaleError(tensor.name, source.name, f"{values[:4].tolist()} ({values.numel()} values)")
+    return float(values)
 
 
 def _hf_name(name: str, source: Path) -> str:

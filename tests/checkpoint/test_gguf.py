@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.gguf import convert_gguf
-from nvfp4_runtime.errors import CheckpointError, UnsupportedFormatError
+from nvfp4_runtime.errors import CheckpointError, InvalidScaleError, UnsupportedFormatError
+from nvfp4_runtime.nvfp4 import codec
 from tests import tiny
 
 CONFIG = tiny.llama_config(tie_word_embeddings=True)
@@ -52,7 +53,13 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(
-    path: Path, tensors: dict[str, torch.Tensor], *, arch: str = "llama", pre: str = "smollm", extra: bool = False
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    arch: str = "llama",
+    pre: str = "smollm",
+    extra: bool = False,
+    raw: dict[str, np.ndarray] | None = None,
 ) -> Path:
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(CONFIG["max_position_embeddings"])
@@ -83,11 +90,18 @@ def write_gguf(
         writer.add_tensor(gguf_name(name), values)
     if extra:
         writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, dtype=np.float32))
+    for name, data in (raw or {}).items():
+        dtype = gguf.GGMLQuantizationType.NVFP4 if data.dtype == np.uint8 else None
+        writer.add_tensor(name, data, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 @pytest.fixture
@@ -136,6 +150,46 @@ def test_what_is_not_a_plain_llama_is_refused_by_name(tmp_path, tensors, options
     out.mkdir()
     with pytest.raises(UnsupportedFormatError, match=message):
         convert_gguf(write_gguf(tmp_path / "m.gguf", tensors, **options), out)
+
+
+def nvfp4_blocks(packed: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
+    """ggml's layout: super-blocks of 64, 4 scale bytes and 32 bytes of codes, elements i and i + 8 sharing a byte."""
+    codes = codec.unpack_codes(packed).reshape(packed.shape[0], -1, 4, 2, 8)
+    nibbles = (codes[..., 0, :] | (codes[..., 1, :] << 4)).flatten(2)
+    scales = scale.view(torch.uint8).reshape(packed.shape[0], -1, 4)
+    return torch.cat([scales, nibbles], dim=2).flatten(1).numpy()
+
+
+@pytest.mark.parametrize("scale", [2.0**-8, None])
+def test_nvfp4_tensors_are_dequantised_with_their_second_scale(tmp_path, tensors, scale):
+    """The package reads ggml's nibble order and halved scales; the tensor scale beside it is ours to apply."""
+    module = "model.layers.1.self_attn.o_proj"
+    packed, block_scale = codec.quantize(tensors[f"{module}.weight"], torch.tensor(2.0**-8))
+    raw = {"blk.1.attn_output.weight": nvfp4_blocks(packed, block_scale)}
+    if scale is not None:
+        raw |= {"blk.1.attn_output.scale": np.float32([scale]), "blk.1.attn_output.input_scale": np.float32([0.5])}
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_gguf(write_gguf(tmp_path / "m.gguf", without(tensors, f"{module}.weight"), raw=raw), out)
+    found = load_file(out / "model.safetensors")
+    assert set(found) == set(tensors)
+    want = codec.dequantize(packed, block_scale, torch.tensor(scale or 1.0))
+    assert torch.equal(found[f"{module}.weight"], want.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "message"),
+    [
+        ({"blk.1.attn_output.scale": np.float32([np.nan])}, InvalidScaleError, r"attn_output\.scale.*nan"),
+        ({"blk.1.attn_output.scale": np.float32([1, 2])}, InvalidScaleError, "2 values"),
+        ({"blk.7.attn_output.scale": np.float32([1])}, CheckpointError, "no tensor it belongs to"),
+    ],
+)
+def test_an_odd_scale_is_refused_by_name(tmp_path, tensors, raw, error, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(error, match=message):
+        convert_gguf(write_gguf(tmp_path / "m.gguf", tensors, raw=raw), out)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints written by NVIDIA's own tool, judged as their READMEs say."""
+"""Checkpoints written by NVIDIA's and llm-compressor's own tools, judged as their READMEs say."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.models.paged import BACKENDS, PagedRunner, load_or_skip
 
 FIXTURES = Path(__file__).parents[2] / "../shared/fixtures"
 KVFP8, EXCLUDED = "modelopt-llama-nvfp4-kvfp8", "modelopt-llama-nvfp4-excluded"
+COMPRESSED = "llmcompressor-llama-nvfp4"
 # a step whose two best logits lie closer than this may go either way: twice the logits' tolerance
 DECIDED = 2e-4
 
@@ -32,7 +33,7 @@ def logits(name: str, backend: str, numerics: Numerics, kv_dtype: KVDtype, ids: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("prompt", ["prompt", "long"])
-@pytest.mark.parametrize("name", [KVFP8, EXCLUDED])
+@pytest.mark.parametrize("name", [KVFP8, EXCLUDED, COMPRESSED])
 def test_weight_only_logits_agree_to_1e_4(name: str, prompt: str, backend: str) -> None:
     expected = reference(name)
     found = logits(name, backend, "w4a16", "float32", expected[f"input_ids.{prompt}"])
@@ -43,7 +44,12 @@ def test_weight_only_logits_agree_to_1e_4(name: str, prompt: str, backend: str) 
 @pytest.mark.parametrize("prompt", ["prompt", "long"])
 @pytest.mark.parametrize(
     ("name", "mode", "kv_dtype"),
-    [(KVFP8, "act_quant", "float32"), (KVFP8, "act_quant_kv_quant", "fp8"), (EXCLUDED, "act_quant", "float32")],
+    [
+        (KVFP8, "act_quant", "float32"),
+        (KVFP8, "act_quant_kv_quant", "fp8"),
+        (EXCLUDED, "act_quant", "float32"),
+        (COMPRESSED, "act_quant", "float32"),
+    ],
 )
 def test_w4a4_logits_agree_on_average_and_in_argmax(
     name: str, mode: str, kv_dtype: KVDtype, prompt: str, backend: str
@@ -61,7 +67,7 @@ def test_w4a4_logits_agree_on_average_and_in_argmax(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", [KVFP8, EXCLUDED])
+@pytest.mark.parametrize("name", [KVFP8, EXCLUDED, COMPRESSED])
 def test_greedy_tokens_agree_wherever_the_choice_is_clear(name: str, backend: str) -> None:
     expected = reference(name)
     tokens = expected["greedy_tokens.weight_only.prompt"].flatten().tolist()
