@@ -255,15 +255,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of short figures: does it work?")
     parser.add_argument("--default-model", metavar="FOLDER", help="instead of SmolLM2-135M, for profile")
     parser.add_argument("--cache", type=Path, default=checkpoints.cache_folder(), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/cpu-N-core-<machine>.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="every reading; default: docs/benchmarks/cpu-N-core-<machine>.json for a complete run, none for a part",
+    )
     parser.add_argument(
         "--docs", type=Path, metavar="FILE", help="replace the tables of what is measured in this document"
     )
     args = parser.parse_args(argv)
     if args.quick:
         args.rounds, args.starts = 1, 1
-    args.json = args.json or json_path(args.threads)
+    if args.json is None and is_complete(args):
+        args.json = json_path(args.threads)
     return args
+
+
+def is_complete(args: argparse.Namespace) -> bool:
+    """Whether the run measures everything: a part must not take the place of a complete run's record."""
+    return set(args.only) == set(SECTIONS) and set(args.shapes) == set(SHAPES) and not args.sides and not args.quick
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -289,9 +300,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "llama.cpp": peer,
         "bars": bars,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(whole | benchmark.result, indent=1) + "\n")
-    say(f"wrote {args.json}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(whole | benchmark.result, indent=1) + "\n")
+        say(f"wrote {args.json}")
     if args.docs is not None:
         docs.write_sections(args.docs, benchmark.sections)
         say(f"wrote its tables into {args.docs}")
