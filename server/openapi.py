@@ -36,6 +36,32 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     503: _json("The engine is not running.", _ERROR),
 }
 
+
+def json_responses(description: str) -> dict[int | str, dict[str, Any]]:
+    """Of an endpoint that answers with a JSON object."""
+    return {200: _json(description, {"type": "object"}), **ERROR_RESPONSES}
+
+
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
+
+def anthropic_responses(description: str) -> dict[int | str, dict[str, Any]]:
+    """The same of an endpoint whose errors come in Anthropic's envelope."""
+    errors = {status: _json(each["description"], _ANTHROPIC_ERROR) for status, each in ERROR_RESPONSES.items()}
+    return {200: _json(description, {"type": "object"}), **errors}
+
+
 _STREAM = {"schema": {"type": "string", "description": "Server-sent events, ended by data: [DONE]"}}
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -44,3 +70,12 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     **ERROR_RESPONSES,
 }
+_NAMED_EVENTS = {
+    "description": "The answer; with stream: true, named server-sent events.",
+    "content": {
+        "application/json": {"schema": {"type": "object"}},
+        "text/event-stream": {"schema": {"type": "string", "description": "Named server-sent events"}},
+    },
+}
+RESPONSES_RESPONSES: dict[int | str, dict[str, Any]] = {**ERROR_RESPONSES, 200: _NAMED_EVENTS}
+MESSAGES_RESPONSES: dict[int | str, dict[str, Any]] = anthropic_responses("") | {200: _NAMED_EVENTS}

@@ -1,4 +1,4 @@
-"""/health, /ping, /metrics, /version: for probes and operators."""
+"""/health, /ping, /load, /metrics, /version: for probes and operators."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ router = APIRouter()
 
 @router.get("/health", response_class=Response)
 @router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response)
 async def health(request: Request) -> Response:
     """200 and empty while the engine runs, else 503 with the reason."""
     server = ServerState.of(request)
@@ -29,6 +30,13 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(ServerState.of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/load", response_class=Response)
+async def load(request: Request) -> Response:
+    """Requests in the engine, running or waiting, as of its last step."""
+    stats = ServerState.of(request).engine.stats
+    return json_response({"server_load": stats.num_running + stats.num_waiting})
 
 
 @router.get("/version", response_class=Response)

@@ -85,7 +85,11 @@ async def test_key_is_asked_for_on_every_route_but_health(serve: Serve) -> None:
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "/version", "/ping"} <= paths
     for path in [*paths, "/docs", "/openapi.json", "/nowhere"]:
         for method in ("GET", "POST"):
-            assert_error(await server.http.request(method, path), 401, None)
+            response = await server.http.request(method, path)
+            if path.startswith("/v1/messages"):
+                assert (response.status_code, response.json()["type"]) == (401, "error")
+            else:
+                assert_error(response, 401, None)
     assert (await server.http.get("/health")).status_code == 200
 
 
