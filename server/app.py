@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,7 @@ from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
 from server.metrics import Metrics
 from server.middleware import LimitBody, RequestContext, RequireKey
+from server.openapi import document
 from server.response_store import ResponseStore
 from server.routes import (
     chat,
@@ -60,6 +62,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
     for routes in (completions, chat, responses, messages, embeddings, tokenize, invocations, models, health):
         app.include_router(routes.router)
+    app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(NVFP4Error, _runtime_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -79,3 +82,18 @@ _NAMED_EVENTS = {
 }
 RESPONSES_RESPONSES: dict[int | str, dict[str, Any]] = {**ERROR_RESPONSES, 200: _NAMED_EVENTS}
 MESSAGES_RESPONSES: dict[int | str, dict[str, Any]] = anthropic_responses("") | {200: _NAMED_EVENTS}
+TEXT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+HEALTH_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"description": "It runs."}, 503: ERROR_RESPONSES[503]}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document without the 422s that FastAPI declares and this server never sends."""
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        found.get("components", {}).get("schemas", {}).pop(name, None)
+    return found
