@@ -8,6 +8,7 @@ depends on the prompt alone.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
@@ -51,13 +52,14 @@ class Beam:
 
 def score(beam: Beam, num_prompt: int, length_penalty: float) -> float:
     """vLLM's: the sum of logprobs over the sequence's length (prompt included, EOS not) to the power of the penalty."""
-    return beam.logprob / max(1, num_prompt + len(beam.entries) - beam.ended) ** length_penalty
+    length = float(max(1, num_prompt + len(beam.entries) - beam.ended))
+    return beam.logprob / math.pow(length, length_penalty)
 
 
 def best_possible(beam: Beam, num_prompt: int, max_tokens: int, length_penalty: float) -> float:
     """What `beam` could at most score once it is longer: its sum can only fall, its length only grow."""
     longest = num_prompt + max_tokens if length_penalty > 0 else num_prompt + len(beam.entries)
-    return beam.logprob / max(1, longest) ** length_penalty
+    return beam.logprob / math.pow(max(1, longest), length_penalty)
 
 
 class BeamGeneration:
@@ -118,7 +120,7 @@ class BeamGeneration:
             if step > 0:
                 streams = [await self._resubmit(job.prompt_token_ids + beam.token_ids) for beam in beams]
                 answers = await asyncio.gather(*map(self._next_token, streams))
-            longer = []
+            longer: list[Beam] = []
             for beam, answer in zip(beams, answers, strict=True):
                 for rank, (token_id, logprob) in enumerate(answer.top[: 2 * width], start=1):
                     entry = TokenLogprob(token_id, logprob, rank, answer.top)

@@ -77,7 +77,7 @@ def renamed_params(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if error.param in names:
+        if error.param is not None and error.param in names:
             error.args = (str(error).replace(error.param, names[error.param]), *error.args[1:])
             error.param = names[error.param]
         raise

@@ -59,7 +59,7 @@ class ModelRunner:
     def _pool(self, schedule: Schedule) -> list[StepResult]:
         rows = [range(0 if e.request.pooling == "mean" else e.count - 1, e.count) for e in schedule.entries]
         hidden = self._model.hidden(self.prepare(schedule, rows)).float().cpu()
-        sums = [part.sum(dim=0) for part in hidden.split([len(wanted) for wanted in rows])]
+        sums = [part.sum(dim=0) for part in torch.split(hidden, [len(wanted) for wanted in rows])]
         return [StepResult(None, finite=bool(each.isfinite().all()), hidden_sum=each.numpy()) for each in sums]
 
     @torch.inference_mode()

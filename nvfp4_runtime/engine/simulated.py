@@ -44,8 +44,8 @@ class SimulatedExecutor:
         scored = None
         if request.params.prompt_logprobs is not None:
             stop = min(entry.start + entry.count + 1, request.num_prompt_tokens)
-            count = request.params.prompt_logprobs
-            scored = [self._logprob(token, count) for token in request.tokens[entry.start + 1 : stop]]
+            wanted = request.params.prompt_logprobs
+            scored = [self._logprob(token, wanted) for token in request.tokens[entry.start + 1 : stop]]
         if not entry.samples:
             return StepResult(None, prompt_logprobs=scored)
         token = self.next_token(request)

@@ -20,6 +20,7 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "context_management": (),
     "output_format": (),
     "output_config": ({},),
+    "speed": ("standard",),
 }
 
 
