@@ -44,9 +44,7 @@ def test_anthropic_counts_tokens_and_stops(claude: anthropic.Anthropic) -> None:
     whole = claude.messages.create(**options)
     assert count.input_tokens == whole.usage.input_tokens
     stop = whole.content[0].text[10:13]
-    cut = claude.messages.create(
-        model=MODEL, messages=MESSAGES, max_tokens=40, extra_body={"temperature": 0}, stop_sequences=[stop]
-    )
+    cut = claude.messages.create(**options, stop_sequences=[stop])
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", stop)
     assert cut.content[0].text == whole.content[0].text[: whole.content[0].text.index(stop)]
 
