@@ -1,7 +1,7 @@
 """Scoring given continuations over HTTP, as lm-eval's local-completions does it: equal to our own scores.
 
-lm-eval itself is not in the test extra, for it brings datasets, pyarrow, pandas and scikit-learn: its own test runs where
-it is installed (`pip install .[lm-eval]`) and is skipped elsewhere. What it sends is tested everywhere.
+lm-eval itself is not in the test extra, for it brings datasets, pyarrow, pandas and scikit-learn: its own test runs
+where it is installed (`pip install .[lm-eval]`) and is skipped elsewhere. What it sends is tested everywhere.
 """
 
 from __future__ import annotations
