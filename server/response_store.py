@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from nvfp4_runtime.errors import QueueFullError
 from server.errors import ResponseNotFoundError
 
 OVERHEAD = 6  # a parsed JSON text takes about this many times its bytes in memory
@@ -38,7 +39,7 @@ class StoredResponse:
 class ResponseStore:
     """Responses by id. The oldest go when there are more than `max_bytes`, and each after `seconds`.
 
-    What runs in the background is never dropped: the engine bounds how many there are.
+    What runs in the background is never dropped; more of it than `max_bytes` is refused.
     """
 
     def __init__(self, max_bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,10 +50,17 @@ class ResponseStore:
         self.num_bytes = 0
 
     def put(self, response: StoredResponse) -> None:
-        """Keep a response, new or changed, as the newest; one that is larger than the bound is not kept."""
+        """Keep a response, new or changed, as the newest; one that is larger than the bound is not kept.
+
+        Raises QueueFullError for one in the background for which there is no room beside the others.
+        """
         self._drop(response.body["id"])
         response.num_bytes = OVERHEAD * (len(orjson.dumps(response.body)) + len(orjson.dumps(response.messages)))
-        if response.num_bytes > self._max_bytes and not response.running:
+        if response.running:
+            busy = sum(other.num_bytes for other in self._responses.values() if other.running)
+            if response.body["status"] == "in_progress" and busy + response.num_bytes > self._max_bytes:
+                raise QueueFullError("too much is running in the background; try again later")
+        elif response.num_bytes > self._max_bytes:
             return
         response.expires = self._clock() + self._seconds
         self._responses[response.body["id"]] = response

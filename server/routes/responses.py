@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from nvfp4_runtime.errors import InvalidParameterError, NVFP4Error
+from nvfp4_runtime.errors import InvalidParameterError, NVFP4Error, QueueFullError
 from server.errors import json_response, renamed_params
 from server.generation import until_disconnect
 from server.openapi import RESPONSES_RESPONSES, json_responses
@@ -167,7 +167,13 @@ class _Response:
 
     async def in_background(self) -> StoredResponse:
         """Start generating; the store has the response from now on."""
-        stored = self.keep(asyncio.create_task(self._run()))
+        task = asyncio.create_task(self._run())
+        try:
+            stored = self.keep(task)
+        except QueueFullError:
+            task.cancel()
+            self.chat.generation.close()
+            raise
         await asyncio.sleep(0)  # it runs: a task cancelled before that would never get to its `finally`
         return stored
 

@@ -144,6 +144,18 @@ async def test_background_response_is_stopped(serve: Serve, how: str) -> None:
     assert engine.running == 0
 
 
+async def test_more_in_the_background_than_the_store_holds_is_refused_for_now(serve: Serve) -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    server = await serve(engine, stored_responses_bytes=15_000)
+    said = [{"type": "reasoning", "content": [{"text": "x" * 1000}]}, {"role": "assistant", "content": "a"}]
+    answers = [await create(server, said, background=True) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 429, 429, 429]
+    assert "retry-after" in answers[-1].headers
+    assert engine.running == 1, "a refused one does not run"
+    await server.app.state.server.responses.close()
+
+
 async def test_synchronous_response_cannot_be_cancelled(serve: Serve) -> None:
     server = await serve()
     body = (await create(server, max_output_tokens=1)).json()
