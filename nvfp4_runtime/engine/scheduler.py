@@ -222,7 +222,7 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted while the step ran
                 continue
             if not result.finite:
-                outputs.append(self._finish(request, "error", error="the model's output was not finite"))
+                outputs.append(self._finish(request, "error", error=_why_no_token(request)))
                 continue
             request.num_computed = entry.start + entry.count
             self._publish(request)
@@ -306,6 +306,15 @@ class Scheduler:
         assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
         alive = {request.id for request in self.running} | {request.id for request in self.waiting}
         assert alive == set(self.requests), "requests and queues disagree"
+
+
+def _why_no_token(request: Request) -> str:
+    params = request.params
+    if params.allowed_token_ids is None and not params.bad_words_token_ids:
+        return "the model's output was not finite"
+    return (
+        "no token is left to choose: the lists of allowed tokens and bad words forbid all, or the output is not finite"
+    )
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -200,6 +200,8 @@ async def test_rules_between_fields(serve: Serve, path: str) -> None:
     await refused("best_of", n=2, best_of=3)
     await refused("allowed_token_ids", allowed_token_ids=[])
     await refused("allowed_token_ids", allowed_token_ids=[259])
+    await refused("allowed_token_ids", allowed_token_ids=[258], min_tokens=1)
+    await refused("allowed_token_ids", allowed_token_ids=[97, 98], bad_words=["a", "b"])
     await refused("bad_words", bad_words=[""])
     await refused("bad_words", bad_words=["  "])
     await refused("bad_words", bad_words=["x"] * 65)
