@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -40,15 +41,21 @@ _SHUTDOWN_SECONDS = 10.0
 
 
 class TokenStream:
-    """The outputs of one request, in order; the last carries a finish_reason."""
+    """The outputs of one request, in order; the last carries a finish_reason.
+
+    A reader that lags gets what has gathered as one output: under load the server then writes fewer, larger events.
+    """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._queue: asyncio.Queue[TokenOutput | NVFP4Error] = asyncio.Queue()
+        self._waiting: deque[TokenOutput | NVFP4Error] = deque()
+        self._reader: asyncio.Future[None] | None = None
         self._ended = False
 
     def put(self, item: TokenOutput | NVFP4Error) -> None:
-        self._queue.put_nowait(item)
+        self._waiting.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]:
         return self
@@ -56,10 +63,18 @@ class TokenStream:
     async def __anext__(self) -> TokenOutput:
         if self._ended:
             raise StopAsyncIteration
-        item = await self._queue.get()
+        while not self._waiting:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        item = self._waiting.popleft()
         if isinstance(item, NVFP4Error):
             self._ended = True
             raise item
+        while (
+            self._waiting and not isinstance(later := self._waiting[0], NVFP4Error) and later.finish_reason != "error"
+        ):
+            item.absorb(later)
+            self._waiting.popleft()
         self._ended = item.finish_reason is not None
         return item
 
