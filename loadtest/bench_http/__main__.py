@@ -1,8 +1,8 @@
 """CPU time of the HTTP layer per streamed token and per request, beside a bare server-sent-events app in turns.
 
-The server runs over the simulated engine (its own process, real scheduler, no model). What is counted is the CPU time of
-the server's process alone, parsing, admission, detokenising, metrics and the set-up of every stream included; the engine's
-process and the client are not. The bare app streams ready-made events on the same tick, so it is the floor of this stack.
+The server runs over the simulated engine (its own process, real scheduler, no model). What is counted is the CPU time
+of the server's process alone, parsing, admission, detokenising, metrics and the set-up of every stream included; the
+engine's process and the client are not. The bare app streams ready-made events on the same tick: this stack's floor.
 
     make bench-http            # about three minutes; BENCH="--rounds 1" for a try
 """
@@ -110,10 +110,8 @@ def run(args: argparse.Namespace, scratch: Path) -> tuple[list[Streamed], list[S
             for side in both:
                 measure_short(side, args.requests // 10)
                 short.append(request := measure_short(side, args.requests))
-                rate = request.requests / request.seconds
-                say(
-                    f"{side.name:>12}: {rate:7.0f} requests/s, {1e6 * request.cpu_seconds / request.requests:.0f} us each"
-                )
+                rate, cost = request.requests / request.seconds, 1e6 * request.cpu_seconds / request.requests
+                say(f"{side.name:>12}: {rate:7.0f} requests/s, {cost:.0f} us each")
     return streamed, short
 
 

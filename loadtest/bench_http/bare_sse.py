@@ -1,6 +1,6 @@
 """The peer: Starlette under uvicorn, streaming ready-made events on a common tick. No model, no parsing, no metrics.
 
-`python -m loadtest.bench_http.bare_sse PORT STEP_SECONDS NUM_TOKENS`. What it costs is what any server on this stack costs.
+`python -m loadtest.bench_http.bare_sse PORT STEP_SECONDS NUM_TOKENS`. What it costs, any server on this stack costs.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Streamed:
-    """One run of N streams. `us_per_token` is CPU of the server's process over tokens; None: no lag is measured there."""
+    """One run of N streams. `cpu_seconds` are those of the server's process; lag None: that server exports none."""
 
     side: str
     streams: int

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float], None]
 _SHUTDOWN_SECONDS = 10.0
+_DELIVERED_AT_ONCE = 64  # some 2 ms of writing: what a step of a thousand streams may delay everybody else by
 
 
 class TokenStream:
@@ -153,7 +154,7 @@ class EngineClient:
             raise
         client = cls(process, writer, info)
         for payload in rest:
-            client._dispatch(payload)
+            await client._dispatch(payload)
         client._reader_task = asyncio.create_task(client._read(reader, frames))
         return client
 
@@ -236,7 +237,7 @@ class EngineClient:
         try:
             while data := await reader.read(1 << 20):
                 for payload in frames.feed(data):
-                    self._dispatch(payload)
+                    await self._dispatch(payload)
         except ConnectionError as error:
             # an engine that stops with our last messages unread resets the connection: expected while closing
             level = logging.DEBUG if self._closing else logging.WARNING
@@ -247,11 +248,13 @@ class EngineClient:
         finally:  # whatever ended the reading: nobody may wait for tokens that will not come
             self._die("the engine was closed" if self._closing else reason)
 
-    def _dispatch(self, payload: bytes) -> None:
+    async def _dispatch(self, payload: bytes) -> None:
         match decode_from_engine(payload):
             case Outputs(outputs, stats):
                 self.stats = stats
-                for output in outputs:
+                for i, output in enumerate(outputs):
+                    if i and i % _DELIVERED_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # these streams write now; timers and new requests get their turn
                     self._deliver(output)
                 for callback in self._on_step:
                     callback(stats)

@@ -78,7 +78,8 @@ class TokenOutput(msgspec.Struct):
     def absorb(self, later: TokenOutput) -> None:
         """Become one output that says what this one and the next say. Not for a next that is an error: its reader
         gets these tokens first."""
-        assert self.finish_reason is None and later.finish_reason != "error"
+        assert self.finish_reason is None
+        assert later.finish_reason != "error"
         self.token_ids += later.token_ids
         if later.logprobs is not None:
             self.logprobs = (self.logprobs or []) + later.logprobs
