@@ -124,6 +124,7 @@ class EngineClient:
         self._streams: dict[str, TokenStream] = {}
         self._death: str | None = None
         self._closing = False
+        self._unsent = bytearray()
         self._on_step: list[Callable[[StepStats], None]] = []
         self._on_output: list[Callable[[TokenOutput], None]] = []
         self._on_finish: list[Callable[[TokenOutput], None]] = []
@@ -173,6 +174,7 @@ class EngineClient:
         self._closing = True
         if self.alive:
             self._send(Shutdown())
+            self._flush()
         self._writer.close()  # after what is buffered; a closed socket ends the engine whatever state it is in
         try:
             await asyncio.to_thread(self._process.wait, _SHUTDOWN_SECONDS)
@@ -226,7 +228,15 @@ class EngineClient:
     # -- wire ----------------------------------------------------------------------------------------------------
 
     def _send(self, message: ToEngine) -> None:
-        self._writer.write(frame(message))
+        """What is sent in one turn of the event loop leaves in one write, which wakes the engine once."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += frame(message)
+
+    def _flush(self) -> None:
+        if self._unsent and not self._writer.is_closing():
+            self._writer.write(bytes(self._unsent))
+        self._unsent.clear()
 
     def _require_alive(self) -> None:
         if self._death is not None:
