@@ -39,6 +39,7 @@ class LeanHistogram(Collector):
         cumulative, buckets = 0, []
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             cumulative += count
-            buckets.append((floatToGoString(bound), float(cumulative)))
+            bound_text = floatToGoString(bound)  # type: ignore[no-untyped-call]  # prometheus_client did not annotate it
+            buckets.append((bound_text, float(cumulative)))
         family.add_metric(list(self._labels.values()), buckets, self._sum)
         yield family
