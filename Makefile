@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality
+.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality bench-http
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -71,6 +71,10 @@ bench-cpu: install
 # Seconds from exec to the first token of a synthetic 1.2B NVFP4 checkpoint, by phase, and memory. BENCH: more flags.
 bench-load: install
 	$(BIN)/python -m loadtest.bench_load --json docs/benchmarks/load-2-core-epyc.json $(BENCH)
+
+# CPU time of the HTTP layer per streamed token and request, beside a bare uvicorn app in turns. BENCH: more flags.
+bench-http: install
+	$(BIN)/python -m loadtest.bench_http --json docs/benchmarks/http-2-core-epyc.json $(BENCH)
 
 # What each quantisation method costs the default model: perplexity, KL and top-1 agreement, into docs/quality.md.
 # TEXT is predicted, CALIB is calibrated on (neither is part of this repository). BENCH: more flags.

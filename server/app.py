@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from nvfp4_runtime.errors import NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
+from server.loop_lag import watch_loop_lag
 from server.metrics import Metrics
 from server.middleware import LimitBody, RequestContext, RequireKey
 from server.openapi import document
@@ -45,7 +47,9 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        lag = asyncio.create_task(watch_loop_lag(metrics.loop_lag.observe))
         yield
+        lag.cancel()
         await store.close()
         await engine.close()
 

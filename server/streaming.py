@@ -46,6 +46,34 @@ class ChunkWriter:
         return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
 
 
+class SlowClientWatch:
+    """Notices a client that has not taken an event for `limit_seconds`.
+
+    One timer a stream, re-armed when it fires: a timeout around every event would cost more than the event.
+
+    since    loop.time() when the event being sent was handed over; None while none waits
+    too_slow done when the client was too slow
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
+        self.since: float | None = None
+        self._limit = limit_seconds
+        self._loop = asyncio.get_running_loop()
+        self.too_slow: asyncio.Future[None] = self._loop.create_future()
+        self._timer = self._loop.call_later(limit_seconds, self._check)
+
+    def _check(self) -> None:
+        waited = 0.0 if self.since is None else self._loop.time() - self.since
+        if waited < self._limit:
+            self._timer = self._loop.call_later(self._limit - waited, self._check)
+        elif not self.too_slow.done():
+            self.too_slow.set_result(None)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        self.too_slow.cancel()
+
+
 class EventStream(Response):
     """An SSE answer from a generator of ready-made chunks; this class adds `end`.
 
@@ -74,40 +102,40 @@ class EventStream(Response):
         self._write_error = write_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
-        watch = asyncio.create_task(client_gone(receive))
+        watch = SlowClientWatch(self._slow_client_seconds)
+        pump = asyncio.create_task(self._pump(send, watch))
+        gone = asyncio.create_task(client_gone(receive))
         try:
-            await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({pump, gone, watch.too_slow}, return_when=asyncio.FIRST_COMPLETED)
             if not pump.done():
                 raise ClientDisconnected
             pump.result()
         finally:
-            for task in (pump, watch):
+            watch.stop()
+            for task in (pump, gone):
                 task.cancel()
-            await asyncio.gather(pump, watch, return_exceptions=True)
+            await asyncio.gather(pump, gone, return_exceptions=True)
             await self._chunks.aclose()
             self._close()  # a generator that was never started has nothing to run when it is closed
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, watch: SlowClientWatch) -> None:
+        clock = asyncio.get_running_loop().time
         started = False
         try:
             async for chunk in self._chunks:
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     started = True
-                await self._send(send, chunk)
+                watch.since = clock()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                watch.since = None
+            rest = self._end
         except Exception as error:
             if not started or isinstance(error, (ClientDisconnected, OSError)):
                 raise
             status, body, _ = describe(error)
             if status == 500:
                 logger.exception("a stream failed")
-            await self._send(send, self._write_error(body))
-        await send({"type": "http.response.body", "body": self._end, "more_body": False})
-
-    async def _send(self, send: Send, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._slow_client_seconds):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError as error:
-            raise ClientDisconnected from error
+            rest = self._write_error(body) + self._end
+        watch.since = clock()
+        await send({"type": "http.response.body", "body": rest, "more_body": False})

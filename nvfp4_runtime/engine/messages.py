@@ -86,6 +86,20 @@ class TokenOutput(msgspec.Struct):
     error: str | None = None
     embedding: bytes | None = None
 
+    def absorb(self, later: TokenOutput) -> None:
+        """Become one output that says what this one and the next say. Not for a next that is an error: its reader
+        gets these tokens first."""
+        assert self.finish_reason is None
+        assert later.finish_reason != "error"
+        self.token_ids += later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = (self.prompt_logprobs or []) + later.prompt_logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
+        self.times = later.times
+
 
 class StepStats(msgspec.Struct):
     """State after a step, and what the step did. Counters are totals since start."""
