@@ -77,11 +77,13 @@ class Generation:
         request: GenerationRequest,
         request_id: str,
         jobs: Sequence[Job],
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._request = request
+        self._kept_special_ids = kept_special_ids  # shown even where special tokens are skipped: parsers need them
         self.choices = [ChoiceState(job) for job in jobs]
         self._streams: list[TokenStream] = []
         try:
@@ -151,6 +153,7 @@ class Generation:
             skip_special_tokens=request.skip_special_tokens,
             min_tokens=request.min_tokens,
             prompt_ids=choice.job.prompt_token_ids,
+            kept_special_ids=self._kept_special_ids,
         )
         try:
             async for output in stream:
@@ -161,7 +164,8 @@ class Generation:
                     choice.prompt_logprobs += output.prompt_logprobs
                 choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
                 piece = Piece(choice.job.index, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
-                ended_by_token = output.finish_reason == "stop" and not request.include_stop_str_in_output
+                ended_by_token = output.finish_reason == "stop" and not output.ends_whole
+                ended_by_token = ended_by_token and not request.include_stop_str_in_output
                 last = len(output.token_ids) - 1
                 for i, token_id in enumerate(output.token_ids):
                     if ended_by_token and i == last:

@@ -63,6 +63,7 @@ class TokenOutput(msgspec.Struct):
 
     finish_reason  "stop" (EOS, stop_token_ids), "length", "abort", "error"; None while running
     stop_reason    the stop token's id when one of stop_token_ids ended it
+    ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class TokenOutput(msgspec.Struct):
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
     error: str | None = None
+    ends_whole: bool = False
 
 
 class StepStats(msgspec.Struct):

@@ -19,6 +19,9 @@ from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
 
+NOT_FINITE = "the model's output was not finite"
+
+
 @dataclass(frozen=True)
 class Scheduled:
     """`count` tokens of `request` from `start` on. `samples`: the step reaches its last token and yields the next."""
@@ -55,12 +58,14 @@ class StepResult:
     token_id         the next token, or None if the entry does not sample
     prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
     finite           False: this row's logits were not numbers; the request ends with an error, others go on
+    error            why, where it was something else
     """
 
     token_id: int | None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     finite: bool = True
+    error: str | None = None
 
 
 @dataclass
@@ -211,7 +216,7 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted while the step ran
                 continue
             if not result.finite:
-                outputs.append(self._finish(request, "error", error="the model's output was not finite"))
+                outputs.append(self._finish(request, "error", error=result.error or NOT_FINITE))
                 continue
             request.num_computed = entry.start + entry.count
             self._publish(request)
@@ -238,6 +243,7 @@ class Scheduler:
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
             output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
+            output.ends_whole = request.ends_whole
         return output
 
     def _new_scores(self, entry: Scheduled, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob | None] | None:

@@ -7,6 +7,7 @@ import math
 import msgspec
 
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.structured.spec import StructuredSpec
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
@@ -18,6 +19,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature 0 is greedy. top_k 0 or -1 is off. seed None: drawn by the engine, so output differs per call.
     logprobs: how many alternatives to report beside the sampled token; None for no logprobs at all.
     prompt_logprobs: the same for each prompt token.
+    structured: the form the text must have.
     """
 
     temperature: float = 1.0
@@ -35,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredSpec | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise InvalidParameterError naming the first field that has another type or is out of range."""
@@ -72,6 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _check_token(token_id, vocab_size, "logit_bias")
         for token_id in self.stop_token_ids:
             _check_token(token_id, vocab_size, "stop_token_ids")
+        if self.structured is not None:
+            self.structured.validate()
 
 
 def _check(ok: bool, param: str, found: object, expected: str) -> None:

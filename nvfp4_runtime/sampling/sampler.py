@@ -18,7 +18,9 @@ import numpy as np
 from nvfp4_runtime.sampling.draw import draw, uniform
 from nvfp4_runtime.sampling.logits import FloatRow, LogitEdits
 from nvfp4_runtime.sampling.logprobs import token_logprob
+from nvfp4_runtime.sampling.masks import Masks, MaskWorker
 from nvfp4_runtime.sampling.state import Logprob, Sampled, SamplingState
+from nvfp4_runtime.structured.matcher import GrammarState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,21 +31,33 @@ class BatchSampler:
 
     def __init__(self) -> None:
         self._edits: WeakKeyDictionary[SamplingState, LogitEdits] = WeakKeyDictionary()
+        self._masks = MaskWorker()
 
-    def sample(self, logits: Tensor, requests: Sequence[SamplingState]) -> list[Sampled]:
+    def begin(self, requests: Sequence[SamplingState]) -> Masks | None:
+        """Start on what `sample` will need besides the logits: the grammars' masks. None when nothing is."""
+        return self._masks.start(requests)
+
+    def sample(
+        self, logits: Tensor, requests: Sequence[SamplingState], masks: Masks | None = None
+    ) -> list[Sampled]:
         """One answer per row.
 
         logits    float32 [R, V]  raw logits of each request's last token; not changed
         requests  [R]             row r belongs to requests[r]; a request has at most one row
+        masks     what `begin` gave for these requests; None: begun now
         """
         assert logits.shape[0] == len(requests), (tuple(logits.shape), len(requests))
         rows = _rows(logits)
         best = rows.argmax(axis=-1)  # the first NaN, if a row has one
         largest = rows[np.arange(len(rows)), best]
         answers: list[Sampled] = []
+        masks = masks or self.begin(requests)
         for row, token_id, value, state in zip(rows, best.tolist(), largest, requests, strict=True):
             if not math.isfinite(value):
                 answers.append(Sampled(-1, finite=False))
+                continue
+            if state.grammar is not None:
+                answers.append(self._sample_structured(row, state, state.grammar, masks))
                 continue
             if state.edits_logits or state.awaits_min_tokens or state.params.temperature > 0:
                 # a row's -Inf, and what overflows to it when divided by a small temperature, are probability 0 as meant
@@ -51,6 +65,28 @@ class BatchSampler:
                     token_id = self._choose(row, token_id, value, state)
             answers.append(_answer(row, token_id, state))
         return answers
+
+    def _sample_structured(
+        self, row: FloatRow, state: SamplingState, grammar: GrammarState, masks: Masks | None
+    ) -> Sampled:
+        """The token of a row with a grammar, which moves on by it. Log-probabilities are those after the mask."""
+        if grammar.applies:
+            assert masks is not None
+            row = masks.apply(row, grammar)
+        if grammar.error is not None:
+            return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+        best = int(row.argmax())
+        if not math.isfinite(row[best]):
+            return Sampled(-1, finite=False, error="the grammar allows no token of this model's vocabulary")
+        with np.errstate(over="ignore"):
+            token_id = self._choose(row, best, row[best], state)
+        if token_id < 0:
+            why = "logit_bias and min_tokens leave no token that the grammar allows"
+            return Sampled(-1, finite=False, error=why)
+        grammar.accept(token_id)
+        if grammar.error is not None:
+            return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+        return _answer(row, token_id, state)
 
     def _choose(self, row: FloatRow, token_id: int, largest: np.float32, state: SamplingState) -> int:
         """The token of a finite row whose largest logit is `token_id`'s; -1 if the edits leave none."""

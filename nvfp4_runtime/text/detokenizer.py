@@ -23,9 +23,11 @@ class Decoder(Protocol):
 class ByteDecoder:
     """For byte-level tokenizers: tokens are bytes, so a UTF-8 decoder does it, exactly and in linear time."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, kept: frozenset[int] = frozenset()
+    ) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -43,13 +45,24 @@ class WindowDecoder:
     The window starts with the last text emitted, so spaces between words come out as in a whole decode.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        kept: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._kept = kept if skip_special_tokens else frozenset()
         self._skip = skip_special_tokens
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         self._new = len(self._ids)  # ids before this index have been emitted
 
     def push(self, token_id: int) -> str:
+        if token_id in self._kept:  # between two texts: the tokenizer would leave it out
+            shown = self.flush() + self._tokenizer.token_text(token_id)
+            self._ids, self._new = [], 0
+            return shown
         self._ids.append(token_id)
         text = self._pending()
         if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._new <= MAX_HELD_TOKENS):
@@ -121,6 +134,7 @@ class Detokenizer:
     stop          stop strings; `stopped_by` names the one found
     min_tokens    stop strings that are complete within the first `min_tokens` tokens do not count
     prompt_ids    left context, for decoders that need it
+    kept_special_ids  special tokens that are shown although others are skipped
     """
 
     def __init__(
@@ -132,11 +146,12 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._decoder: Decoder = (
-            ByteDecoder(tokenizer, skip_special_tokens)
+            ByteDecoder(tokenizer, skip_special_tokens, kept_special_ids)
             if tokenizer.is_byte_level
-            else WindowDecoder(tokenizer, skip_special_tokens, prompt_ids)
+            else WindowDecoder(tokenizer, skip_special_tokens, prompt_ids, kept_special_ids)
         )
         self._scanner = StopScanner(stop, include_stop_str_in_output)
         self._min_tokens = min_tokens
