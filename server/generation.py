@@ -19,7 +19,7 @@ from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from server.errors import GenerationError
 from server.metrics import Metrics
-from server.protocol import GenerationRequest
+from server.protocol.generation import GenerationRequest
 
 T = TypeVar("T")
 

@@ -10,7 +10,9 @@ from typing import Any
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError
 from nvfp4_runtime.text.chat_template import render_to_ids
 from nvfp4_runtime.text.processor import TextProcessor
-from server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+from server.protocol.chat import ChatCompletionRequest, ChatMessage
+from server.protocol.completions import CompletionRequest
+from server.protocol.generation import GenerationRequest
 
 MAX_TEMPLATE_STRING_CHARS = 1024
 # Switches that many clients send to any model. Turning off what a template does not have is no request.

@@ -15,7 +15,7 @@ from server.formatting import TokenNames, usage_of
 from server.generation import Generation, Piece, make_jobs, off_loop, until_disconnect
 from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, encode_chat, fit, output_budget
-from server.protocol import ChatCompletionRequest
+from server.protocol.chat import ChatCompletionRequest
 from server.state import Answer, ServerState
 from server.streaming import ChunkWriter, EventStream
 

@@ -17,7 +17,7 @@ from server.formatting import CompletionLogprobs, TokenNames, usage_of
 from server.generation import ChoiceState, Generation, Piece, make_jobs, off_loop, until_disconnect
 from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, encode_completion_prompts, fit, output_budget
-from server.protocol import CompletionRequest
+from server.protocol.completions import CompletionRequest
 from server.state import Answer, ServerState
 from server.streaming import ChunkWriter, EventStream
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.config import ServerConfig
-from server.protocol import ChatCompletionRequest, CompletionRequest
+from server.protocol.chat import ChatCompletionRequest
+from server.protocol.completions import CompletionRequest
 from tests.fakes import FakeEngine
 from tests.server.conftest import running_server
 

@@ -1,0 +1,52 @@
+"""Known fields that are not honoured: a 400 that names them. Unknown extras pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Fields of vLLM's contract that are not honoured yet, with the values that ask for nothing. null always does.
+NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "spaces_between_special_tokens": (True,),
+    "allowed_token_ids": (),
+    "logprob_token_ids": (),
+    "bad_words": ([],),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "session_id": (),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "vllm_xargs": ({},),
+    "repetition_detection": (),
+    "thinking_token_budget": (),
+    "stream_interval": (1,),
+}
+# What older clients of vLLM and OpenAI send, by the name that took its place.
+_STRUCTURED = "structured_outputs took its place (not honoured yet either)"
+REPLACED = {
+    "best_of": "ask for n answers",
+    "functions": "tools took its place (not honoured yet either)",
+    "function_call": "tool_choice took its place (not honoured yet either)",
+    "guided_json": _STRUCTURED,
+    "guided_regex": _STRUCTURED,
+    "guided_choice": _STRUCTURED,
+    "guided_grammar": _STRUCTURED,
+    "guided_decoding_backend": _STRUCTURED,
+}
+NOT_HONOURED |= dict.fromkeys(REPLACED, ()) | {"best_of": (1,)}
+NOT_HONOURED_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
+NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
+    "tools": (),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (True, False),  # says nothing without tools
+    "reasoning_effort": (),
+    "include_reasoning": (True,),
+    "chat_template": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "return_prompt_text": (False,),
+    "return_assistant_tokens_mask": (False,),
+}
