@@ -23,6 +23,8 @@ class ServerConfig:
     max_choices               prompts x n of one request
     shutdown_timeout_seconds  how long running requests may go on after SIGTERM
     slow_client_seconds       a stream whose client takes nothing for this long is aborted
+    tool_call_parser          by name, "auto" (by the chat template) or "none"
+    reasoning_parser          the same
     default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
     """
 
@@ -35,6 +37,8 @@ class ServerConfig:
     shutdown_timeout_seconds: float = 30.0
     slow_client_seconds: float = 30.0
     enable_prompt_tokens_details: bool = False
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 

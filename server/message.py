@@ -140,7 +140,7 @@ class MessageWriter:
                 return {"tool_calls": [{"index": len(self.calls) - 1, "function": {"arguments": text}}]}
 
     def finish_reason(self, reason: str | None, named: bool) -> str | None:
-        """"tool_calls" where the model stopped to have tools called; a forced, named call ends with "stop"."""
+        """ "tool_calls" where the model stopped to have tools called; a forced, named call ends with "stop"."""
         return "tool_calls" if reason == "stop" and self.calls and not named else reason
 
     def message(self, role: str, echo: str) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def _value(kind: Kind, value: Any) -> str:
     match kind, value:
         case "json_object", True:
             return ""
-        case ("json" | "structural_tag"), str():
+        case (("json" | "structural_tag"), str()):
             return str(value)
-        case ("json" | "structural_tag"), dict():
+        case (("json" | "structural_tag"), dict()):
             return json_text(value, param)
-        case ("regex" | "grammar"), str() if value:
+        case (("regex" | "grammar"), str()) if value:
             json_text(value, param)
             return str(value)
         case "choice", list():

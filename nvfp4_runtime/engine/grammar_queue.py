@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -70,10 +71,8 @@ class GrammarQueue:
 
     def ready(self) -> list[tuple[Submit, RequestError | None]]:
         """Requests whose wait is over, each with what came of it: None for a grammar, or why there is none."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # nothing has ended; patience may have
             os.read(self._reader, 4096)
-        except BlockingIOError:
-            pass  # nothing has ended; patience may have
         over = []
         for request_id, one in list(self._waiting.items()):
             error: RequestError | None = None
@@ -98,7 +97,5 @@ class GrammarQueue:
         os.close(self._writer)
 
     def _wake(self, future: Future[object]) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # so full of wake-ups that one more changes nothing
             os.write(self._writer, b"x")
-        except BlockingIOError:
-            pass  # so full of wake-ups that one more changes nothing

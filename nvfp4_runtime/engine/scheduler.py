@@ -18,7 +18,6 @@ from nvfp4_runtime.config import SchedulerConfig
 from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
-
 NOT_FINITE = "the model's output was not finite"
 
 

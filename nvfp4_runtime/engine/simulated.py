@@ -63,9 +63,7 @@ class SimulatedExecutor:
         packed = struct.pack(f"<qq{len(tail)}q", seed, request.num_tokens, *tail)
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
-    def _structured(
-        self, request: Request, grammar: GrammarState, scored: list[TokenLogprob] | None
-    ) -> StepResult:
+    def _structured(self, request: Request, grammar: GrammarState, scored: list[TokenLogprob] | None) -> StepResult:
         """The token that would come, if the grammar allows it; else one that it allows, by the same hash."""
         wanted = self.next_token(request)
         words = np.zeros(grammar.num_words, dtype=np.int32)
@@ -115,9 +113,7 @@ def simulated_engine(config: EngineConfig) -> Engine:
         backends={},
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    return Engine(
-        scheduler, SimulatedExecutor(simulated), info, config.seed, GrammarCompiler(_vocabulary(simulated))
-    )
+    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, GrammarCompiler(_vocabulary(simulated)))
 
 
 def _vocabulary(config: SimulatedConfig) -> Vocabulary:

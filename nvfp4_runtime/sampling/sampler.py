@@ -37,9 +37,7 @@ class BatchSampler:
         """Start on what `sample` will need besides the logits: the grammars' masks. None when nothing is."""
         return self._masks.start(requests)
 
-    def sample(
-        self, logits: Tensor, requests: Sequence[SamplingState], masks: Masks | None = None
-    ) -> list[Sampled]:
+    def sample(self, logits: Tensor, requests: Sequence[SamplingState], masks: Masks | None = None) -> list[Sampled]:
         """One answer per row.
 
         logits    float32 [R, V]  raw logits of each request's last token; not changed

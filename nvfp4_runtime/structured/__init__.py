@@ -1,1 +1,1 @@
-"""Structured output: grammars that a request's tokens must follow. Torch-free; the library is imported when first needed."""
+"""Structured output: grammars that a request's tokens must follow. Torch-free; llguidance is imported when needed."""

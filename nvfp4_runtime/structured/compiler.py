@@ -64,7 +64,7 @@ class _ByteTokens:
 class GrammarCompiler:
     """Compiles and remembers. Safe to call from several threads; compiling drops the interpreter lock.
 
-    Raises InvalidParameterError for a grammar that is wrong or beyond the limits; so it does the next time, from memory.
+    Raises InvalidParameterError for a grammar that is wrong or beyond the limits: the next time from memory.
     """
 
     def __init__(self, vocabulary: Vocabulary, cache_bytes: int = CACHE_BYTES) -> None:

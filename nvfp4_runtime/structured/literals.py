@@ -24,5 +24,3 @@ def regex_literal(regex: str) -> str:
         else:
             escaped.append({"/": "\\/", "\n": "\\n", "\r": "\\r"}.get(char, char))
     return f"/{''.join(escaped)}/"
-
-

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nvfp4_runtime.structured.spec import ReasoningSpan
 
-Words = npt.NDArray[np.int32]
+if TYPE_CHECKING:  # the server imports this module and needs no numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    Words = npt.NDArray[np.int32]
 
 
 class Matcher(Protocol):
@@ -100,4 +101,4 @@ def _bit(words: Words, token_id: int) -> bool:
 
 
 def _set(words: Words, token_id: int) -> None:
-    words.view(np.uint32)[token_id >> 5] |= np.uint32(1 << (token_id & 31))
+    words.view("uint32")[token_id >> 5] |= 1 << (token_id & 31)

@@ -12,8 +12,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "logprob_token_ids": (),
     "bad_words": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "session_id": (),
     "return_token_offsets": (False,),
     "routed_experts_prompt_start": (0,),
@@ -25,11 +23,11 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
 }
 # What older clients of vLLM and OpenAI send, by the name that took its place.
-_STRUCTURED = "structured_outputs took its place (not honoured yet either)"
+_STRUCTURED = "structured_outputs took its place"
 REPLACED = {
     "best_of": "ask for n answers",
-    "functions": "tools took its place (not honoured yet either)",
-    "function_call": "tool_choice took its place (not honoured yet either)",
+    "functions": "tools took its place",
+    "function_call": "tool_choice took its place",
     "guided_json": _STRUCTURED,
     "guided_regex": _STRUCTURED,
     "guided_choice": _STRUCTURED,
@@ -39,11 +37,7 @@ REPLACED = {
 NOT_HONOURED |= dict.fromkeys(REPLACED, ()) | {"best_of": (1,)}
 NOT_HONOURED_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
 NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
-    "tools": (),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True, False),  # says nothing without tools
     "reasoning_effort": (),
-    "include_reasoning": (True,),
     "chat_template": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),

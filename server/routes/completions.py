@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -62,7 +63,8 @@ class _Completion:
             asked = 1 if self.echo_only else body.max_tokens
             default = int(server.config.default_sampling.get("max_tokens", DEFAULT_MAX_TOKENS))
             budget = output_budget(asked, default, len(ids), limit, "max_tokens")
-            params.append(body.sampling_params(budget, server.config.default_sampling, self._prompt_logprobs()))
+            one = body.sampling_params(budget, server.config.default_sampling, self._prompt_logprobs())
+            params.append(msgspec.structs.replace(one, structured=body.structured_spec()))
             fitted.append(prompt if ids is prompt.token_ids and prompt.text else EncodedPrompt("", ids))
         jobs = make_jobs([prompt.token_ids for prompt in fitted], params, body.n)
         self.generation = Generation(server.engine, server.text.tokenizer, server.metrics, body, answer.engine_id, jobs)

@@ -50,6 +50,7 @@ class Llama3Json:
                 self._lead.append(found)
             case str(found):
                 self._cutter.prepend("".join(self._lead) + found)
+                self._lead.clear()
                 self._is_content = True
         return True
 

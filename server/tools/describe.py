@@ -14,15 +14,17 @@ _INTRODUCTION = (
 
 
 def described(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`messages` as a template without tools can show them: tools in the system message, calls and answers as text."""
-    found = [_plain(message) for message in messages]
-    if tools:
-        text = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        if found and found[0]["role"] in ("system", "developer"):
-            found[0] = {**found[0], "content": f"{found[0]['content']}\n\n{text}"}
-        else:
-            found.insert(0, {"role": "system", "content": text})
-    return found
+    """`messages` with the tools in the system message."""
+    text = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    first = messages[0]
+    if first["role"] in ("system", "developer"):
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def calls_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with past calls and their results as text."""
+    return [_plain(message) for message in messages]
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from server.tools.events import CallArguments, CallBegin, Content, Event, Reason
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _CONSTRAIN = "<|constrain|>"
+_RECIPIENT = " to="
 MAX_HEADER_CHARS = 1024
 FINAL = f"{_CHANNEL}final{_MESSAGE}"  # from here on the answer itself
 
@@ -22,6 +23,7 @@ class Harmony:
 
     def __init__(self) -> None:
         self._cutter = Cutter()
+        self._begun = False
         self._in_header = False
         self._header: list[str] = []
         self._kind: type[Content] | type[Reasoning] | type[CallArguments] = Content
@@ -29,12 +31,23 @@ class Harmony:
     def push(self, text: str) -> list[Event]:
         self._cutter.feed(text)
         events: list[Event] = []
-        while self._read_header(events) if self._in_header else self._read_body(events):
-            pass
+        while self._begun or self._begin_text():
+            if not (self._read_header(events) if self._in_header else self._read_body(events)):
+                break
         return events
 
     def finish(self) -> list[Event]:
         return [] if self._in_header else [self._kind(self._cutter.rest())]
+
+    def _begin_text(self) -> bool:
+        """The prompt ends inside a header, and a call may go on with it: " to=functions.name"."""
+        found = None if self._cutter.is_empty else self._cutter.starts(_RECIPIENT)
+        if found is None:
+            return False
+        self._begun = True
+        if found:
+            self._in_header, self._header = True, [found]
+        return True
 
     def _read_body(self, events: list[Event]) -> bool:
         text, found = self._cutter.until(_START, _CHANNEL, *_ENDS)

@@ -141,7 +141,7 @@ class CallReader:
                 self._key, self._value = ['"'], ValueEnd()
                 self._value.find('"', 0)
                 return _State.KEY
-            case (_State.KEY | _State.NEXT), "}":
+            case ((_State.KEY | _State.NEXT), "}"):
                 return self._end_object(events)
             case _State.COLON, ":":
                 self._value, self._collected = ValueEnd(), []

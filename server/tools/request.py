@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.structured.spec import MAX_DEPTH, MAX_SPEC_BYTES, StructuredSpec, nesting
+from server.structured import json_text
 
 MAX_TOOLS = 1024
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -126,15 +127,16 @@ def _moved(schema: Any, root: str) -> Any:
 def _check_function(function: FunctionDefinition, position: int) -> None:
     if not _NAME.fullmatch(function.name):
         raise InvalidParameterError(
-            f"tools.{position}: a name has 1 to 128 letters, digits and _ . : / -, found {function.name!r:.140}", "tools"
+            f"tools.{position}: a name has 1 to 128 letters, digits and _ . : / -, found {function.name!r:.140}",
+            "tools",
         )
     schema = function.parameters
     if schema is None:
         return
-    text = json.dumps(schema)
+    text = json_text(schema, f"tools.{position}.parameters")
     if len(text) > MAX_SPEC_BYTES or nesting(text) > MAX_DEPTH - 8:  # the array of calls adds some
         raise InvalidParameterError(
-            f"tools.{position}: parameters must have at most {MAX_SPEC_BYTES} bytes and {MAX_DEPTH - 8} nested brackets",
+            f"tools.{position}: parameters may have {MAX_SPEC_BYTES} bytes and {MAX_DEPTH - 8} nested brackets at most",
             "tools",
         )
     if schema.get("type", "object") != "object":
