@@ -10,6 +10,8 @@ from nvfp4_runtime.structured.literals import quoted, regex_literal
 from nvfp4_runtime.structured.spec import StructuredSpec
 from nvfp4_runtime.structured.structural_tag import structural_tag_to_lark
 
+# Between two tokens of JSON. Bounded: a model that has lost its way writes blanks for ever.
+BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -42,8 +44,8 @@ def _json_grammar(spec: StructuredSpec, schema: Any) -> str:
     options: dict[str, Any] = {"whitespace_flexible": spec.any_whitespace}
     if not spec.any_whitespace:
         options |= {"item_separator": ",", "key_separator": ":"}
-    if spec.whitespace_pattern is not None:
-        options["whitespace_pattern"] = spec.whitespace_pattern
+    else:
+        options["whitespace_pattern"] = spec.whitespace_pattern or BLANKS
     return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": options}}]})
 
 

@@ -87,12 +87,16 @@ class ToolFields(BaseModel):
         """The grammar of a forced call: an array of calls (required), or one tool's arguments (named)."""
         match self.choice:
             case NamedToolChoice(function=function):
-                return StructuredSpec(kind="json", value=json.dumps(self.schemas[function.name]), param="tools")
+                return _compact(self.schemas[function.name])
             case "required":
-                schema = calls_schema(self.schemas, self.parallel_tool_calls)
-                return StructuredSpec(kind="json", value=json.dumps(schema), param="tools")
+                return _compact(calls_schema(self.schemas, self.parallel_tool_calls))
             case _:
                 return None
+
+
+def _compact(schema: dict[str, Any]) -> StructuredSpec:
+    """JSON without blanks between its tokens: nobody reads it but a program."""
+    return StructuredSpec(kind="json", value=json.dumps(schema), param="tools", any_whitespace=False)
 
 
 def calls_schema(schemas: dict[str, dict[str, Any]], parallel: bool) -> dict[str, Any]:
