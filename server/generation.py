@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
+from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
@@ -159,6 +159,8 @@ class Generation:
             async for output in stream:
                 if output.finish_reason == "error":
                     choice.finished = True
+                    if output.param is not None:
+                        raise InvalidParameterError(output.error or "the request cannot be served", output.param)
                     raise GenerationError(output.error or "the engine could not complete this request")
                 if output.prompt_logprobs:
                     choice.prompt_logprobs += output.prompt_logprobs

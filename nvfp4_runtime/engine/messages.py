@@ -63,6 +63,8 @@ class TokenOutput(msgspec.Struct):
 
     finish_reason  "stop" (EOS, stop_token_ids), "length", "abort", "error"; None while running
     stop_reason    the stop token's id when one of stop_token_ids ended it
+    error          with "error": why
+    param          with "error": the request's field at fault, where the request is
     ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
     """
 
@@ -76,6 +78,7 @@ class TokenOutput(msgspec.Struct):
     times: RequestTimes | None = None
     error: str | None = None
     ends_whole: bool = False
+    param: str | None = None
 
 
 class StepStats(msgspec.Struct):

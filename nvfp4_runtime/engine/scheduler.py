@@ -215,7 +215,10 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted while the step ran
                 continue
             if not result.finite:
-                outputs.append(self._finish(request, "error", error=result.error or NOT_FINITE))
+                output = self._finish(request, "error", error=result.error or NOT_FINITE)
+                spec = request.params.structured
+                output.param = spec.field if result.error is not None and spec is not None else None
+                outputs.append(output)
                 continue
             request.num_computed = entry.start + entry.count
             self._publish(request)

@@ -21,6 +21,7 @@ from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.worker import GrammarTrial
 
 
 class SimulatedExecutor:
@@ -113,7 +114,9 @@ def simulated_engine(config: EngineConfig) -> Engine:
         backends={},
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, GrammarCompiler(_vocabulary(simulated)))
+    vocabulary = _vocabulary(simulated)
+    grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
+    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, grammars)
 
 
 def _vocabulary(config: SimulatedConfig) -> Vocabulary:

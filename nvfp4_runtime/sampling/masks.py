@@ -22,9 +22,13 @@ class Masks:
         self._rows = rows
         self._done = done
 
+    def wait(self) -> None:
+        """Until every mask of the step is there."""
+        self._done.result()
+
     def apply(self, row: FloatRow, grammar: GrammarState) -> FloatRow:
         """A copy of `row` with -Inf wherever the grammar allows no token."""
-        self._done.result()
+        self.wait()
         words = self._rows[grammar]
         allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(row)].view(bool)
         masked = np.full(len(row), -np.inf, dtype=np.float32)

@@ -36,10 +36,12 @@ class _LLGuidance:
 
     def __init__(self, tokenizer: Path) -> None:
         from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
+        from nvfp4_runtime.structured.worker import GrammarTrial
 
         raw = json.loads(tokenizer.read_text())
         size = 1 + max(*raw["model"]["vocab"].values(), *(token["id"] for token in raw["added_tokens"]))
-        self._compiler = GrammarCompiler(Vocabulary(size, (), tokenizer))
+        vocabulary = Vocabulary(size, (), tokenizer)
+        self._compiler = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
         self._compiler.warm_up()
 
     def start(self, kind: Any, text: str) -> tuple[Callable[[], bytes], Accept]:

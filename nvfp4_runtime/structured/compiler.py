@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 CACHE_BYTES = 64 << 20
+# The library bounds time and memory but recurses over chained rules: some thousand of them overflow the stack. In so
+# many bytes there is no room for them; longer grammars are tried in a process of their own first.
+DIRECT_BYTES = 2048
 # What a compiled grammar is taken to need in memory: measured by `python -m nvfp4_runtime.structured.bench`.
 GRAMMAR_BYTES = 256 << 10
 BYTES_PER_SOURCE_BYTE = 32
@@ -67,8 +71,15 @@ class GrammarCompiler:
     Raises InvalidParameterError for a grammar that is wrong or beyond the limits: the next time from memory.
     """
 
-    def __init__(self, vocabulary: Vocabulary, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        trial: Callable[[StructuredSpec], str | None] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """`trial` says beforehand why a grammar of more than DIRECT_BYTES cannot be used, None if it can."""
         self._vocabulary = vocabulary
+        self._trial = trial
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._limits: Any = None
@@ -127,6 +138,8 @@ class GrammarCompiler:
         tokenizer = self._load()
         import llguidance
 
+        if self._trial is not None and len(spec.value) > DIRECT_BYTES and (reason := self._trial(spec)) is not None:
+            return reason
         try:
             grammar = grammar_text(spec)
         except InvalidParameterError as error:

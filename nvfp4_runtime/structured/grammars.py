@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from nvfp4_runtime.structured.ebnf import ebnf_to_lark, looks_like_ebnf
-from nvfp4_runtime.structured.literals import quoted, regex_literal
+from nvfp4_runtime.structured.literals import escaped, regex_literal
 from nvfp4_runtime.structured.spec import StructuredSpec
 from nvfp4_runtime.structured.structural_tag import structural_tag_to_lark
 
@@ -23,7 +23,9 @@ def grammar_text(spec: StructuredSpec) -> str:
         case "json":
             return _json_grammar(spec, spec.json_value())
         case "choice":
-            return json.dumps({"grammars": [{"lark_grammar": "start: " + " | ".join(map(quoted, spec.json_value()))}]})
+            # one regex: as alternatives of a grammar, thousands of choices would be beyond the parser's limits
+            regex = "|".join(map(escaped, spec.json_value()))
+            return json.dumps({"grammars": [{"lark_grammar": f"start: {regex_literal(regex)}"}]})
         case "regex":
             return json.dumps({"grammars": [{"lark_grammar": f"start: {regex_literal(spec.value)}"}]})
         case "grammar":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+_SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~")
+
 
 def quoted(text: str) -> str:
     """A Lark string."""
@@ -24,3 +26,8 @@ def regex_literal(regex: str) -> str:
         else:
             escaped.append({"/": "\\/", "\n": "\\n", "\r": "\\r"}.get(char, char))
     return f"/{''.join(escaped)}/"
+
+
+def escaped(text: str) -> str:
+    """A regex of `text` alone."""
+    return "".join(f"\\{char}" if char in _SPECIAL else char for char in text)

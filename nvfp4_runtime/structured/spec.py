@@ -68,7 +68,12 @@ class StructuredSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise self.refused(f"is not valid JSON: {error}") from error
 
     def refused(self, why: str) -> InvalidParameterError:
-        return InvalidParameterError(f"{self.param} {why}", self.param.partition(".")[0])
+        return InvalidParameterError(f"{self.param} {why}", self.field)
+
+    @property
+    def field(self) -> str:
+        """The request's field that holds this constraint."""
+        return self.param.partition(".")[0]
 
     @property
     def grammar_key(self) -> bytes:

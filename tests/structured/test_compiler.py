@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.structured import worker
 from nvfp4_runtime.structured.bench_cases import hostile
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.spec import ReasoningSpan, StructuredSpec
+from nvfp4_runtime.structured.worker import GrammarTrial
 
 pytest.importorskip("llguidance", reason="package llguidance is not installed")
 
@@ -30,7 +32,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(VOCABULARY)
+    return GrammarCompiler(VOCABULARY, GrammarTrial(VOCABULARY))
 
 
 def spec(kind: Any, value: Any = "", **options: Any) -> StructuredSpec:
@@ -74,6 +76,9 @@ TAG = {"type": "structural_tag", "triggers": ["<f="],
         (spec("json", "true"), "[1]", "complete"),
         (spec("choice", ["yes", "yes, but", 'q"\\']), "yes", "may end"),
         (spec("choice", ["yes", 'q"\\']), 'q"\\', "complete"),
+        (spec("choice", ["a.b", "a/b", "(c\n|d)", "[x]{2}^$"]), "(c\n|d)", "complete"),
+        (spec("choice", ["a.b", "a/b"]), "axb", "refused x"),
+        (spec("choice", ["é日", "a/b"]), "é日", "complete"),
         (spec("regex", r"[0-9]{2}/é\n?"), "12/é\n", "complete"),
         (spec("regex", "a|b"), "c", "refused c"),
         (spec("grammar", 'root ::= "a"+ [^a]'), "aab", "complete"),
@@ -159,6 +164,25 @@ def test_opening_tag_is_allowed_beside_the_grammars_first_token(compiler: Gramma
     assert allowed(state) == {*b"0123456789"} | ({THINK} if THINK in allowed(state) else set())
     state.accept(ord("5"))
     assert state.complete
+
+
+def test_grammar_that_kills_the_trial_is_refused_and_the_next_one_works() -> None:
+    trial = GrammarTrial(VOCABULARY)
+    chain = "root ::= r0\n" + "".join(f'r{i} ::= "a" r{i + 1}\n' for i in range(20_000)) + 'r20000 ::= "b"\n'
+    assert "nested too deep" in (trial(spec("grammar", chain)) or "")
+    assert trial(spec("grammar", 'root ::= "a"')) is None
+    assert "cannot be used" in (trial(spec("regex", "(")) or "")
+    trial.close()
+
+
+def test_trial_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = GrammarTrial(VOCABULARY)
+    assert trial(spec("regex", "a")) is None
+    monkeypatch.setattr(worker, "TRIAL_SECONDS", 0.0)
+    assert "takes longer" in (trial(spec("regex", "|".join(f"word {i}" for i in range(5000)))) or "")
+    monkeypatch.undo()
+    assert trial(spec("regex", "a")) is None, "a new process takes its place"
+    trial.close()
 
 
 def test_cache_holds_to_its_bound_and_drops_what_was_used_longest_ago() -> None:
