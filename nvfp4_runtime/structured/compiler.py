@@ -168,7 +168,10 @@ def _load_tokenizer(vocabulary: Vocabulary) -> tuple[LLTokenizer, Any]:
     source: Any = str(vocabulary.tokenizer) if vocabulary.tokenizer is not None else _ByteTokens(vocabulary)
     eos = vocabulary.eos_token_ids[0] if vocabulary.eos_token_ids else None
     try:
-        tokenizer = llguidance.LLTokenizer(source, n_vocab=vocabulary.size, eos_token=eos)
+        try:
+            tokenizer = llguidance.LLTokenizer(source, n_vocab=vocabulary.size, eos_token=eos)
+        except ValueError:  # more tokens than the model has rows; those beyond can never be drawn
+            tokenizer = llguidance.LLTokenizer(source, eos_token=eos)
     except ValueError as error:
         raise InvalidParameterError(f"this model's tokenizer does not allow structured output: {error}") from error
     return tokenizer, llguidance.LLParserLimits(**LIMITS)
