@@ -134,6 +134,17 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="how the model writes its reasoning: auto, none, or one of " + ", ".join(REASONING_PARSERS),
     )
     add("--enable-prompt-tokens-details", action="store_true", help="cached_tokens in usage")
+    add("--trust-request-chat-template", action="store_true", help="requests may bring a chat_template of their own")
+    add("--enable-tokenizer-info-endpoint", action="store_true", help="answer on /tokenizer_info")
+    add("--embedding-pooling", choices=("last", "mean"), default="last", help="for /v1/embeddings (default: last)")
+    add(
+        "--response-store-memory",
+        type=parse_bytes,
+        default=64 << 20,
+        metavar="SIZE",
+        help="for what /v1/responses keeps (default: 64MiB)",
+    )
+    add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
     add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nvfp4_runtime.engine.messages import Pooling
 from nvfp4_runtime.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "NVFP4_"
@@ -25,6 +26,11 @@ class ServerConfig:
     slow_client_seconds       a stream whose client takes nothing for this long is aborted
     tool_call_parser          by name, "auto" (by the chat template) or "none"
     reasoning_parser          the same
+    trust_request_chat_template  requests may bring a chat_template of their own; it runs in the sandbox, but may loop
+    enable_tokenizer_info     /tokenizer_info answers
+    pooling                   how /v1/embeddings makes one vector of a prompt, where the request does not say
+    stored_responses_bytes    bound on what /v1/responses keeps; the oldest go first
+    stored_responses_seconds  how long it keeps one
     default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
     """
 
@@ -39,6 +45,11 @@ class ServerConfig:
     enable_prompt_tokens_details: bool = False
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    trust_request_chat_template: bool = False
+    enable_tokenizer_info: bool = False
+    pooling: Pooling = "last"
+    stored_responses_bytes: int = 64 << 20
+    stored_responses_seconds: float = 3600.0
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 

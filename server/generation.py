@@ -151,6 +151,7 @@ class Generation:
             stop=request.stop_strings,
             include_stop_str_in_output=request.include_stop_str_in_output,
             skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
             min_tokens=request.min_tokens,
             prompt_ids=choice.job.prompt_token_ids,
             kept_special_ids=self._kept_special_ids,

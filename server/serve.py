@@ -75,6 +75,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
     if not 0 <= args.shutdown_timeout < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.shutdown_timeout}", "--shutdown-timeout")
+    if not 0 < args.response_store_ttl < math.inf:
+        raise ConfigError(f"expected seconds, more than 0, found {args.response_store_ttl}", "--response-store-ttl")
     return ServerConfig(
         served_model_names=tuple(names),
         model_root=model or "",
@@ -83,6 +85,11 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
+        trust_request_chat_template=args.trust_request_chat_template,
+        enable_tokenizer_info=args.enable_tokenizer_info_endpoint,
+        pooling=args.embedding_pooling,
+        stored_responses_bytes=args.response_store_memory,
+        stored_responses_seconds=args.response_store_ttl,
     )
 
 

@@ -18,19 +18,21 @@ from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.form import Styles
 from server.metrics import Metrics
+from server.response_store import ResponseStore
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass
 class ServerState:
-    """Engine, text, configuration and metrics of one server. `draining`: it was told to stop."""
+    """Engine, text, configuration, metrics and kept responses of one server. `draining`: it was told to stop."""
 
     engine: AsyncEngine
     text: TextProcessor
     config: ServerConfig
     metrics: Metrics
     created: int
+    responses: ResponseStore
     draining: bool = False
 
     @classmethod

@@ -19,6 +19,15 @@ logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
+def data_line(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def named_event(body: Mapping[str, Any]) -> bytes:
+    """An event that carries its type as its name too, as Anthropic's and the Responses API's do."""
+    return b"event: " + str(body["type"]).encode() + b"\n" + data_line(body)
+
+
 class ChunkWriter:
     """Writes the chunks of one answer. What never changes within an answer is serialised once."""
 
@@ -38,17 +47,22 @@ class ChunkWriter:
 
 
 class EventStream(Response):
-    """An SSE answer from a generator of ready-made chunks; this class adds the final [DONE].
+    """An SSE answer from a generator of ready-made chunks; this class adds `end`.
 
-    The status leaves with the first chunk, so an error before it is an ordinary HTTP error. Later errors are an
-    error event, then [DONE]. When the client leaves, or takes nothing for `slow_client_seconds`, the generator is
-    closed and `close` called, which aborts its requests.
+    The status leaves with the first chunk, so an error before it is an ordinary HTTP error. Later errors are an event
+    made by `write_error` of an OpenAI error body, then `end`. When the client leaves, or takes nothing for
+    `slow_client_seconds`, the generator is closed and `close` called, which aborts its requests.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], close: Callable[[], None], slow_client_seconds: float
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        slow_client_seconds: float,
+        end: bytes = DONE,
+        write_error: Callable[[dict[str, Any]], bytes] = data_line,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         # Response declares a length of 0; a stream has none.
@@ -56,6 +70,8 @@ class EventStream(Response):
         self._chunks = chunks
         self._close = close
         self._slow_client_seconds = slow_client_seconds
+        self._end = end
+        self._write_error = write_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.create_task(self._pump(send))
@@ -86,8 +102,8 @@ class EventStream(Response):
             status, body, _ = describe(error)
             if status == 500:
                 logger.exception("a stream failed")
-            await self._send(send, b"data: " + orjson.dumps(body) + b"\n\n")
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await self._send(send, self._write_error(body))
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
         try:

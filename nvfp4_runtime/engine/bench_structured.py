@@ -103,7 +103,11 @@ def line(row: dict[str, Any]) -> str:
     cells = [f"{row['batch']}", f"{row['temperature']:g}", f"{1e3 * free:.2f}"]
     for name in list(SPECS)[1:]:
         more = row[f"{name}_seconds"] / free - 1
-        cells += [f"{1e3 * row[f'{name}_seconds']:.2f}", f"{100 * more:+.1f} %", f"{1e6 * row[f'{name}_waited_seconds']:.0f}"]
+        cells += [
+            f"{1e3 * row[f'{name}_seconds']:.2f}",
+            f"{100 * more:+.1f} %",
+            f"{1e6 * row[f'{name}_waited_seconds']:.0f}",
+        ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -19,6 +19,7 @@ from nvfp4_runtime.engine.messages import (
     EngineInfo,
     Failed,
     Outputs,
+    Pooling,
     Progress,
     Ready,
     Refused,
@@ -84,6 +85,7 @@ class AsyncEngine(Protocol):
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> TokenStream: ...
 
     def abort(self, request_id: str) -> None: ...
@@ -177,6 +179,7 @@ class EngineClient:
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> TokenStream:
         """Admit a request or raise at once: RequestError (400), QueueFullError (429), EngineDeadError (503)."""
         self._require_alive()
@@ -186,7 +189,7 @@ class EngineClient:
         bound = self.info.max_num_seqs + self.info.max_queued_requests
         if len(self._streams) >= bound:
             raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
-        self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority))
+        self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority, pooling))
         stream = self._streams[request_id] = TokenStream(request_id)
         return stream
 

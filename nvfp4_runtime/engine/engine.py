@@ -28,6 +28,7 @@ class Executor(Protocol):
 def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
     """Refuse now what could never be served: called by whoever admits (client process, LLM, engine)."""
     params.validate(info.vocab_size)
+    _check_choice(params, info)
     if not prompt_token_ids:
         raise InvalidParameterError("the prompt holds no tokens; expected at least one", "prompt")
     lowest, highest = min(prompt_token_ids), max(prompt_token_ids)
@@ -44,6 +45,22 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info:
             "Please reduce the length of the prompt or of the completion.",
             len(prompt_token_ids),
             info.max_model_len,
+        )
+
+
+def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
+    """Refuse lists that leave no token to choose from the start."""
+    allowed = params.allowed_token_ids
+    if allowed is None:
+        return
+    left = set(allowed) - {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+    if params.min_tokens > 0:
+        left -= {*params.stop_token_ids, *info.eos_token_ids}
+    if not left:
+        raise InvalidParameterError(
+            "allowed_token_ids leaves no token to choose: bad_words, or min_tokens with the tokens that end an answer, "
+            "forbid all of them",
+            "allowed_token_ids",
         )
 
 

@@ -6,10 +6,14 @@ Failed, then Outputs after each step and Refused for a request it cannot take.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.sampling.params import SamplingParams
+
+Pooling = Literal["mean", "last"]
 
 
 class Start(msgspec.Struct, tag=True):
@@ -20,7 +24,11 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches."""
+    """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
+
+    priority  lower goes first
+    pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -28,6 +36,7 @@ class Submit(msgspec.Struct, tag=True):
     arrival_seconds: float
     cache_salt: str = ""
     priority: int = 0
+    pooling: Pooling | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -66,6 +75,7 @@ class TokenOutput(msgspec.Struct):
     error          with "error": why
     param          with "error": the request's field at fault, where the request is
     ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
+    embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
     """
 
     request_id: str
@@ -79,6 +89,7 @@ class TokenOutput(msgspec.Struct):
     error: str | None = None
     ends_whole: bool = False
     param: str | None = None
+    embedding: bytes | None = None
 
 
 class StepStats(msgspec.Struct):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from nvfp4_runtime.engine.messages import RequestTimes, Submit
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.sampling.state import SamplingState
 from nvfp4_runtime.structured.matcher import GrammarState
+
+if TYPE_CHECKING:  # the server imports this module, and has no use for numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    FloatRow = npt.NDArray[np.float32]
 
 
 class Status(Enum):
@@ -24,6 +32,8 @@ class Request:
     num_published        how many blocks this request has made findable
     num_cached_tokens    prompt tokens whose KV was found, at first admission; -1 before it
     num_scored           prompt positions whose logprobs were sent (prompt_logprobs only)
+    arrival              position in the order of arrival, given by the scheduler
+    hidden_sum           pooling only: the sum of the hidden states that are pooled, as far as they are computed
     """
 
     def __init__(
@@ -52,6 +62,10 @@ class Request:
         )
         self.status = Status.WAITING
         self.cache_salt = submit.cache_salt
+        self.priority = submit.priority
+        self.pooling = submit.pooling
+        self.hidden_sum: FloatRow | None = None
+        self.arrival = 0
         self.num_computed = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -59,6 +73,25 @@ class Request:
         self.num_cached_tokens = -1
         self.num_scored = 0
         self.times = RequestTimes(submit.arrival_seconds, 0.0, 0.0, 0.0)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first: by priority, then by arrival."""
+        return self.priority, self.arrival
+
+    def pool(self, part: FloatRow, start: int) -> None:
+        """Take the hidden states of the tokens from `start` on (a preempted request begins again at 0)."""
+        adds = self.pooling == "mean" and start > 0
+        self.hidden_sum = self.hidden_sum + part if adds and self.hidden_sum is not None else part
+
+    @property
+    def embedding(self) -> bytes | None:
+        """What was pooled, at unit length; None before anything was."""
+        if self.hidden_sum is None:
+            return None
+        # A sum and a mean differ in length only, and that is taken out.
+        length = math.sqrt(float(self.hidden_sum @ self.hidden_sum))
+        return (self.hidden_sum / (length or 1.0)).astype("float32").tobytes()
 
     @property
     def num_tokens(self) -> int:

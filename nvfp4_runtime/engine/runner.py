@@ -24,6 +24,10 @@ class Model(Protocol):
         """float32 logits [R, V] of `batch.logits_rows`."""
         ...
 
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """What enters the head: hidden states [R, hidden_size] of `batch.logits_rows`, after the final norm."""
+        ...
+
 
 class ModelRunner:
     """The executor over a real model. Holds the KV tensors and nothing about any request."""
@@ -36,10 +40,29 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, schedule: Schedule) -> list[StepResult]:
-        """Run the model once over all entries, then sample for those that reached their last token."""
+        """Run the model once over all entries, then sample for those that reached their last token.
+
+        Entries that only want hidden states (pooling) are a batch of their own.
+        """
+        if any(entry.request.pooling is not None for entry in schedule.entries):
+            return self._execute_apart(schedule)
         rows = [_logits_rows(entry) for entry in schedule.entries]
         masks = self._sampler.begin([entry.request.sampling for entry in schedule.entries if entry.samples])
         return self._results(schedule, rows, self.logits(schedule, rows), masks)
+
+    def _execute_apart(self, schedule: Schedule) -> list[StepResult]:
+        results: dict[int, StepResult] = {}
+        for run, pooled in ((self.execute, False), (self._pool, True)):
+            chosen = [i for i, e in enumerate(schedule.entries) if (e.request.pooling is not None) is pooled]
+            part = Schedule(tuple(schedule.entries[i] for i in chosen))
+            results |= zip(chosen, run(part) if chosen else [], strict=True)
+        return [results[i] for i in range(len(schedule.entries))]
+
+    def _pool(self, schedule: Schedule) -> list[StepResult]:
+        rows = [range(0 if e.request.pooling == "mean" else e.count - 1, e.count) for e in schedule.entries]
+        hidden = self._model.hidden(self.prepare(schedule, rows)).float().cpu()
+        sums = [part.sum(dim=0) for part in torch.split(hidden, [len(wanted) for wanted in rows])]
+        return [StepResult(None, finite=bool(each.isfinite().all()), hidden_sum=each.numpy()) for each in sums]
 
     @torch.inference_mode()
     def logits(self, schedule: Schedule, rows: Sequence[range]) -> Tensor:

@@ -1,24 +1,28 @@
 """The scheduler: which requests get how many tokens and which blocks in the next step. Torch-free.
 
 Prefill and decode are not two modes: a request has `num_computed` catching up with its tokens, under one token budget
-per step. Out of blocks, the youngest running request gives its blocks back and is recomputed later. Anything accepted
-fits alone (the engine refuses the rest at submit), so the oldest request always gets on and everything ends.
+per step. Requests go by rank: lower priority values first, then by arrival. Out of blocks, the running request that
+ranks last gives its blocks back and is recomputed later. Anything accepted fits alone (the engine refuses the rest at
+submit), so the request that ranks first always gets on and everything ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nvfp4_runtime.cache.block_pool import BlockPool, chain_hash, salt_hash
 from nvfp4_runtime.config import SchedulerConfig
 from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
-NOT_FINITE = "the model's output was not finite"
+if TYPE_CHECKING:
+    from nvfp4_runtime.engine.request import FloatRow
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class StepResult:
     prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
     finite           False: this row's logits were not numbers; the request ends with an error, others go on
     error            why, where it was something else
+    hidden_sum       pooling: the sum of this entry's hidden states (mean), or the last token's (last)
     """
 
     token_id: int | None
@@ -65,6 +70,7 @@ class StepResult:
     prompt_logprobs: list[TokenLogprob] | None = None
     finite: bool = True
     error: str | None = None
+    hidden_sum: FloatRow | None = None
 
 
 @dataclass
@@ -76,12 +82,13 @@ class Scheduler:
     block_size: int
     enable_prefix_caching: bool = True
     hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
-    waiting: deque[Request] = field(default_factory=deque)
+    waiting: list[Request] = field(default_factory=list)  # both sorted by rank
     running: list[Request] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    _arrivals: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def has_work(self) -> bool:
@@ -90,7 +97,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         assert request.id not in self.requests, f"request id {request.id} is in use"
         self.requests[request.id] = request
-        self.waiting.append(request)
+        request.arrival = next(self._arrivals)
+        insort(self.waiting, request, key=_rank)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """End a request in any state and free its blocks. None if it is not here (any more)."""
@@ -137,8 +145,8 @@ class Scheduler:
             request.num_published = len(cached)
             request.status = Status.RUNNING
             self._note_admission(request, start)
-            self.waiting.popleft()
-            self.running.append(request)
+            self.waiting.pop(0)
+            insort(self.running, request, key=_rank)
             budget -= count
             yield Scheduled(request, start, count)
 
@@ -167,7 +175,7 @@ class Scheduler:
         self._release(request)
         request.status = Status.WAITING
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_rank)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
@@ -178,8 +186,9 @@ class Scheduler:
     # -- prefix cache --------------------------------------------------------------------------------------------
 
     def _may_use_prefix(self, request: Request) -> bool:
-        # prompt_logprobs need the logits of every prompt position, so nothing of it may be skipped
-        return self.enable_prefix_caching and request.params.prompt_logprobs is None
+        # prompt_logprobs need the logits of every prompt position, a mean its hidden state: nothing may be skipped
+        needs_all = request.params.prompt_logprobs is not None or request.pooling == "mean"
+        return self.enable_prefix_caching and not needs_all
 
     def _find_prefix(self, request: Request) -> list[int]:
         if not self._may_use_prefix(request):
@@ -215,7 +224,7 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted while the step ran
                 continue
             if not result.finite:
-                output = self._finish(request, "error", error=result.error or NOT_FINITE)
+                output = self._finish(request, "error", error=result.error or _why_no_token(request))
                 spec = request.params.structured
                 output.param = spec.field if result.error is not None and spec is not None else None
                 outputs.append(output)
@@ -229,6 +238,10 @@ class Scheduler:
 
     def _advance(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
         request = entry.request
+        if request.pooling is not None:
+            if result.hidden_sum is not None:
+                request.pool(result.hidden_sum, entry.start)
+            return self._finish(request, "stop", embedding=request.embedding) if entry.samples else None
         scored = self._new_scores(entry, result.prompt_logprobs)
         if result.token_id is None:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
@@ -258,7 +271,9 @@ class Scheduler:
         request.num_scored = max(request.num_scored, entry.start + len(logprobs) + 1)
         return [*first, *fresh]
 
-    def _finish(self, request: Request, reason: str, error: str | None = None) -> TokenOutput:
+    def _finish(
+        self, request: Request, reason: str, error: str | None = None, embedding: bytes | None = None
+    ) -> TokenOutput:
         if request.status is Status.RUNNING:
             self.running.remove(request)
         else:
@@ -274,6 +289,7 @@ class Scheduler:
             num_cached_tokens=max(request.num_cached_tokens, 0),
             times=request.times,
             error=error,
+            embedding=embedding,
         )
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -296,3 +312,16 @@ class Scheduler:
         assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
         alive = {request.id for request in self.running} | {request.id for request in self.waiting}
         assert alive == set(self.requests), "requests and queues disagree"
+
+
+def _why_no_token(request: Request) -> str:
+    params = request.params
+    if params.allowed_token_ids is None and not params.bad_words_token_ids:
+        return "the model's output was not finite"
+    return (
+        "no token is left to choose: the lists of allowed tokens and bad words forbid all, or the output is not finite"
+    )
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.config import EngineConfig, SimulatedConfig
@@ -22,6 +24,8 @@ from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepR
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.worker import GrammarTrial
+
+HIDDEN_SIZE = 8
 
 
 class SimulatedExecutor:
@@ -38,19 +42,34 @@ class SimulatedExecutor:
 
     def _result(self, entry: Scheduled) -> StepResult:
         request = entry.request
+        if request.pooling is not None:
+            return StepResult(None, hidden_sum=self._hidden_sum(entry))
         scored = None
         if request.params.prompt_logprobs is not None:
             stop = min(entry.start + entry.count + 1, request.num_prompt_tokens)
-            scored = [self._logprob(token) for token in request.tokens[entry.start + 1 : stop]]
+            wanted = request.params.prompt_logprobs
+            scored = [self._logprob(token, wanted) for token in request.tokens[entry.start + 1 : stop]]
         if not entry.samples:
             return StepResult(None, prompt_logprobs=scored)
         if request.sampling.grammar is not None:
             return self._structured(request, request.sampling.grammar, scored)
         token = self.next_token(request)
-        logprob = None if request.params.logprobs is None else self._logprob(token)
-        return StepResult(token, logprob, scored)
+        count, ids = request.params.logprobs, request.params.logprob_token_ids
+        return StepResult(token, None if count is None else self._logprob(token, count, ids), scored)
 
     def next_token(self, request: Request) -> int:
+        """The hash's or script's token, or the next one that allowed_token_ids and bad words permit."""
+        params = request.params
+        token = self._preferred(request)
+        if params.allowed_token_ids is None and not params.bad_words_token_ids:
+            return token
+        allowed = sorted(params.allowed_token_ids or range(self.config.vocab_size))
+        forbidden = set(request.sampling.completing_bad_words)
+        start = bisect_left(allowed, token)
+        around = allowed[start:] + allowed[:start]
+        return next((other for other in around if other not in forbidden), token)
+
+    def _preferred(self, request: Request) -> int:
         """The script's token, else a hash of the tokens so far (and of the seed, when not greedy), never EOS."""
         config = self.config
         if config.script:
@@ -78,8 +97,19 @@ class SimulatedExecutor:
         logprob = None if request.params.logprobs is None else self._logprob(wanted)
         return StepResult(wanted, logprob, scored)
 
-    def _logprob(self, token: int) -> TokenLogprob:
-        return TokenLogprob(token, -0.5, 1, [(token, -0.5)])
+    def _logprob(self, token: int, count: int, ids: Sequence[int] | None = None) -> TokenLogprob:
+        """The token first with -0.5, each next id (wrapping round) 1 less likely."""
+        size = self.config.vocab_size
+        shown = [(token + i) % size for i in range(min(count, size))] if ids is None else ids
+        return TokenLogprob(token, -0.5, 1, [(other, -0.5 - (other - token) % size) for other in shown])
+
+    def _hidden_sum(self, entry: Scheduled) -> npt.NDArray[np.float32]:
+        """A token's hidden state depends on its id alone; HIDDEN_SIZE values in [0, 1)."""
+        start, stop = entry.start, entry.start + entry.count
+        tokens = entry.request.tokens[start if entry.request.pooling == "mean" else stop - 1 : stop]
+        states = np.outer(np.array(tokens) + 1, np.arange(1, HIDDEN_SIZE + 1)) * 0.6180339887 % 1
+        pooled: npt.NDArray[np.float32] = states.sum(axis=0, dtype=np.float32)
+        return pooled
 
 
 def simulated_engine(config: EngineConfig) -> Engine:

@@ -56,7 +56,11 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
-        return self.lm_head(self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch))
+        return self.lm_head(self.hidden(batch))
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
+        return self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch)
 
     def _op_by_op(self, batch: ForwardBatch) -> Tensor:
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)

@@ -121,7 +121,9 @@ def _answer(row: FloatRow, token_id: int, state: SamplingState) -> Sampled:
     if token_id < 0:
         return Sampled(-1, finite=False)
     k = state.params.logprobs
-    return Sampled(token_id, None if k is None else token_logprob(row, token_id, k))
+    if k is None:
+        return Sampled(token_id)
+    return Sampled(token_id, token_logprob(row, token_id, k, state.params.logprob_token_ids))
 
 
 def _rows(logits: Tensor) -> FloatRow:

@@ -16,7 +16,7 @@ class Logprob:
 
     logprob  natural logarithm of its probability; -inf where the logit is -inf
     rank     1 = most likely; equal logits rank by lower id first
-    top      the most likely (token_id, logprob), best first, same order as `rank`
+    top      the most likely (token_id, logprob), best first, same order as `rank`; or the tokens that were asked for
     """
 
     token_id: int
@@ -64,7 +64,18 @@ class SamplingState:
     def __post_init__(self) -> None:
         p = self.params
         self.penalises = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        self.edits_logits = self.penalises or bool(p.logit_bias)
+        restricts = p.allowed_token_ids is not None or bool(p.bad_words_token_ids)
+        self.edits_logits = self.penalises or bool(p.logit_bias) or restricts
+
+    @property
+    def completing_bad_words(self) -> list[int]:
+        """Tokens that would complete one of params.bad_words_token_ids now."""
+        found = []
+        for word in self.params.bad_words_token_ids:
+            before = len(word) - 1
+            if before == 0 or tuple(self.output_token_ids[-before:]) == word[:-1]:
+                found.append(word[-1])
+        return found
 
     @property
     def is_constrained(self) -> bool:

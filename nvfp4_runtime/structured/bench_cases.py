@@ -24,7 +24,9 @@ _ORDER = _object(
         "customer": _object({"name": {"type": "string"}, "email": {"type": "string", "format": "email"}}),
         "items": {
             "type": "array",
-            "items": _object({"sku": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"}, "count": {"type": "integer"}}),
+            "items": _object(
+                {"sku": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"}, "count": {"type": "integer"}}
+            ),
         },
         "state": {"enum": ["new", "paid", "sent", "returned"]},
         "note": {"type": ["string", "null"]},
@@ -57,7 +59,9 @@ def hostile() -> dict[str, Case]:
     """Made when asked for: some are a megabyte."""
     words = [f"word number {i * 7919 % 20_000}" for i in range(20_000)]
     many = {f"property_{i}": {"type": "string", "maxLength": i % 50 + 1} for i in range(15_000)}
-    references = {f"n{i}": {"anyOf": [{"$ref": f"#/$defs/n{i + 1}"}] * 2} for i in range(40)} | {"n40": {"type": "null"}}
+    references = {f"n{i}": {"anyOf": [{"$ref": f"#/$defs/n{i + 1}"}] * 2} for i in range(40)} | {
+        "n40": {"type": "null"}
+    }
     return {
         "regex (.*a.{20})+": ("regex", "(.*a.{20})+"),
         "regex nested stars": ("regex", "((a*)*b*)*c"),

@@ -61,6 +61,7 @@ class ChatTemplate:
 
     def __init__(self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
         named = {"default": sources} if isinstance(sources, str) else dict(sources)
+        self.sources = named
         self._special_tokens = dict(special_tokens or {})
         environment = _environment()
         self._templates: dict[str, jinja2.Template] = {}

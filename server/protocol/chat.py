@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,8 @@ class ChatMessage(BaseModel):
 
 
 class ChatCompletionRequest(GenerationRequest, ToolFields):
+    prompt_field: ClassVar[str] = "messages"
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
     logprobs: bool = False
@@ -43,7 +45,9 @@ class ChatCompletionRequest(GenerationRequest, ToolFields):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[ShortStr, Any] | None = None
+    return_prompt_text: bool = False
 
     @property
     def num_logprobs(self) -> int | None:

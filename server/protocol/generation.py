@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nvfp4_runtime.errors import InvalidParameterError
-from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from server.protocol.fields import Int, Number, ShortStr, check_num_logprobs, note_unknown, token_biases
 from server.protocol.not_honoured import NOT_HONOURED, REPLACED
 from server.structured import StructuredFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
+MAX_BEAMS = MAX_LOGPROBS // 2  # a step looks at the 2 n likeliest tokens of each beam
+NOT_WITH_BEAM_SEARCH = (
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "logprob_token_ids",
+)
 
 
 class StreamOptions(BaseModel):
@@ -27,6 +41,7 @@ class GenerationRequest(StructuredFields, BaseModel):
     """What completions and chat have in common. null means the default, everywhere."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+    prompt_field: ClassVar[str] = "prompt"  # what errors about the prompt name
 
     model: ShortStr | None = None
     max_tokens: Int | None = None
@@ -38,9 +53,14 @@ class GenerationRequest(StructuredFields, BaseModel):
     top_k: Int | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
+    use_beam_search: bool = False
+    length_penalty: Number = 1.0
+    best_of: Int | None = None
     presence_penalty: Number = 0.0
     frequency_penalty: Number = 0.0
     logit_bias: dict[ShortStr, Number] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] = []
     seed: Int | None = None
     stop: str | list[str] = []
     stop_token_ids: list[Int] = []
@@ -48,7 +68,9 @@ class GenerationRequest(StructuredFields, BaseModel):
     min_tokens: Int = 0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     prompt_logprobs: Int | None = None
+    logprob_token_ids: list[Int] | None = None
     echo: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -85,20 +107,41 @@ class GenerationRequest(StructuredFields, BaseModel):
         check_num_logprobs("prompt_logprobs", self.prompt_logprobs)
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidParameterError("prompt_logprobs cannot be had with stream: true", "prompt_logprobs")
-        if self.priority != 0:
+        if self.best_of not in (None, self.n):
             raise InvalidParameterError(
-                f"priority must be 0, got {self.priority}: this server does not schedule by priority", "priority"
+                f"best_of must be equal to n ({self.n}), got {self.best_of}: this server returns every answer it makes",
+                "best_of",
             )
-        stop = self.stop_strings
-        if len(stop) > MAX_STOP_STRINGS or any(not 1 <= len(text) <= MAX_STOP_CHARS for text in stop):
+        for name, strings in (("stop", self.stop_strings), ("bad_words", self.bad_words)):
+            if len(strings) > MAX_STOP_STRINGS or any(not 1 <= len(text) <= MAX_STOP_CHARS for text in strings):
+                raise InvalidParameterError(
+                    f"{name} takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters", name
+                )
+        if self.use_beam_search:
+            self._check_beam_search()
+        elif self.length_penalty != 1:
+            raise InvalidParameterError("length_penalty needs use_beam_search: true", "length_penalty")
+
+    def _check_beam_search(self) -> None:
+        """Beams are ranked by the model's own distribution: what would edit it, or cut a beam short, is refused."""
+        if self.n > MAX_BEAMS:
+            raise InvalidParameterError(f"n must be at most {MAX_BEAMS} with use_beam_search, got {self.n}", "n")
+        for name in NOT_WITH_BEAM_SEARCH:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise InvalidParameterError(f"{name} cannot be combined with use_beam_search", name)
+        if not -10 <= self.length_penalty <= 10:
             raise InvalidParameterError(
-                f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters", "stop"
+                f"length_penalty must be a number in [-10, 10], got {self.length_penalty}", "length_penalty"
             )
 
     def sampling_params(
-        self, max_tokens: int, defaults: Mapping[str, float | int], prompt_logprobs: int | None
+        self,
+        max_tokens: int,
+        defaults: Mapping[str, float | int],
+        prompt_logprobs: int | None,
+        bad_words: Sequence[tuple[int, ...]] = (),
     ) -> SamplingParams:
-        """The engine's part of the request; `defaults` fill what the request leaves out."""
+        """The engine's part of the request; `defaults` fill what the request leaves out, `bad_words` are tokens."""
 
         def value(name: str, otherwise: float | int) -> Any:
             given = getattr(self, name)
@@ -120,8 +163,11 @@ class GenerationRequest(StructuredFields, BaseModel):
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
             prompt_logprobs=prompt_logprobs,
+            logprob_token_ids=None if self.logprob_token_ids is None else tuple(self.logprob_token_ids),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words_token_ids=tuple(bad_words),
         )
-        if params.temperature == 0 and self.n > 1:
+        if params.temperature == 0 and self.n > 1 and not self.use_beam_search:
             raise InvalidParameterError(f"n must be 1 when temperature is 0 (greedy), got {self.n}", "n")
         return params
 

@@ -6,12 +6,7 @@ from typing import Any
 
 # Fields of vLLM's contract that are not honoured yet, with the values that ask for nothing. null always does.
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "spaces_between_special_tokens": (True,),
-    "allowed_token_ids": (),
-    "logprob_token_ids": (),
-    "bad_words": ([],),
+    "early_stopping": (False,),
     "session_id": (),
     "return_token_offsets": (False,),
     "routed_experts_prompt_start": (0,),
@@ -25,7 +20,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
 # What older clients of vLLM and OpenAI send, by the name that took its place.
 _STRUCTURED = "structured_outputs took its place"
 REPLACED = {
-    "best_of": "ask for n answers",
     "functions": "tools took its place",
     "function_call": "tool_choice took its place",
     "guided_json": _STRUCTURED,
@@ -34,13 +28,11 @@ REPLACED = {
     "guided_grammar": _STRUCTURED,
     "guided_decoding_backend": _STRUCTURED,
 }
-NOT_HONOURED |= dict.fromkeys(REPLACED, ()) | {"best_of": (1,)}
+NOT_HONOURED |= dict.fromkeys(REPLACED, ())
 NOT_HONOURED_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
 NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
-    "chat_template": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "return_prompt_text": (False,),
     "return_assistant_tokens_mask": (False,),
 }

@@ -11,12 +11,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nvfp4_runtime.engine.messages import TokenLogprob
+from nvfp4_runtime.errors import InvalidParameterError
+from server.beam_search import start_generation
 from server.errors import json_response
 from server.form import AnswerForm
 from server.formatting import TokenNames, usage_of
-from server.generation import Generation, Piece, make_jobs, off_loop, until_disconnect
+from server.generation import Piece, make_jobs, off_loop, until_disconnect
 from server.openapi import GENERATION_RESPONSES
-from server.prompts import EncodedPrompt, encode_chat, fit, output_budget
+from server.prompts import EncodedPrompt, bad_words_token_ids, encode_chat, fit, output_budget
 from server.protocol.chat import ChatCompletionRequest
 from server.state import Answer, ServerState
 from server.streaming import ChunkWriter, EventStream
@@ -25,7 +27,7 @@ router = APIRouter()
 ROLE = "assistant"
 
 
-class _Chat:
+class Chat:
     """A running chat request: knows how its pieces are written."""
 
     def __init__(self, server: ServerState, body: ChatCompletionRequest, answer: Answer, prompt: EncodedPrompt) -> None:
@@ -37,23 +39,19 @@ class _Chat:
         asked, param = body.max_completion_tokens, "max_completion_tokens"
         if asked is None:
             asked, param = body.max_tokens, "max_tokens"
+        self.prompt_text = prompt.text
         self.prompt_token_ids = fit(body, prompt.token_ids, asked, limit)
         default = server.config.default_sampling.get("max_tokens")
         budget = output_budget(
             asked, None if default is None else int(default), len(self.prompt_token_ids), limit, param
         )
         self.form = AnswerForm(body, server.styles, prompt.text)
-        params = body.sampling_params(budget, server.config.default_sampling, body.prompt_logprobs)
+        bad_words = bad_words_token_ids(body.bad_words, server.text.tokenizer)
+        params = body.sampling_params(budget, server.config.default_sampling, body.prompt_logprobs, bad_words)
         params = msgspec.structs.replace(params, structured=self.form.structured)
-        self.generation = Generation(
-            server.engine,
-            server.text.tokenizer,
-            server.metrics,
-            body,
-            answer.engine_id,
-            make_jobs([self.prompt_token_ids], [params], body.n),
-            self.form.kept_special_ids(server.text.tokenizer),
-        )
+        jobs = make_jobs([self.prompt_token_ids], [params], body.n)
+        kept = self.form.kept_special_ids(server.text.tokenizer)
+        self.generation = start_generation(server, body, answer.engine_id, jobs, kept)
         self.writers = [self.form.writer() for _ in range(body.n)]
 
     def echo_text(self) -> str:
@@ -62,7 +60,9 @@ class _Chat:
         return last.content if self.body.echo and last.role == ROLE and isinstance(last.content, str) else ""
 
     def logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        return self.names.chat_logprobs(entries, self.body.top_logprobs or 0) if self.body.logprobs else None
+        body = self.body
+        listed = body.logprob_token_ids is not None
+        return self.names.chat_logprobs(entries, body.top_logprobs or 0, listed) if body.logprobs else None
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         body, answer = self.body, self.answer
@@ -79,7 +79,8 @@ class _Chat:
                 extra = {"usage": usage_of(self.generation.choices, body.n, details)} if continuous else {}
                 if piece.index not in begun:
                     begun.add(piece.index)
-                    first = {"prompt_token_ids": self.prompt_token_ids} if body.return_token_ids else {}
+                    first: dict[str, Any] = {"prompt_token_ids": self.prompt_token_ids} if body.return_token_ids else {}
+                    first |= {"prompt_text": self.prompt_text} if body.return_prompt_text else {}
                     yield chunks.choice(_delta(piece.index, {"role": ROLE, "content": ""}), first | extra)
                     if echo:
                         yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
@@ -126,7 +127,7 @@ class _Chat:
             "usage": usage_of(self.generation.choices, body.n, self.server.config.enable_prompt_tokens_details),
             "prompt_logprobs": None if shown is None else self.names.prompt_logprobs(shown, body.prompt_logprobs or 0),
             "prompt_token_ids": self.prompt_token_ids if body.return_token_ids else None,
-            "prompt_text": None,
+            "prompt_text": self.prompt_text if body.return_prompt_text else None,
             "kv_transfer_params": None,
             "ec_transfer_params": None,
             "metrics": None,
@@ -149,15 +150,29 @@ def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = 
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
+async def begin_chat(server: ServerState, body: ChatCompletionRequest, answer: Answer) -> Chat:
+    """Check, encode and submit. Whoever calls it closes `.generation`."""
+    body.check(server.config.max_n)
+    return Chat(server, body, answer, await encode(server, body))
+
+
+async def encode(server: ServerState, body: ChatCompletionRequest) -> EncodedPrompt:
+    """The prompt, rendered and encoded off the event loop where it is long."""
+    if body.chat_template is not None and not server.config.trust_request_chat_template:
+        raise InvalidParameterError(
+            "this server does not run templates that come with a request; leave chat_template out, or start the server "
+            "with --trust-request-chat-template",
+            "chat_template",
+        )
+    size = sum(len(str(message.content)) for message in body.messages)
+    return await off_loop(size, lambda: encode_chat(body, server.text))
+
+
 @router.post("/v1/chat/completions", responses=GENERATION_RESPONSES, response_class=Response)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Answer a conversation."""
     server = ServerState.of(request)
-    answer = Answer.begin("chatcmpl", server, request, body)
-    body.check(server.config.max_n)
-    size = sum(len(str(message.content)) for message in body.messages)
-    prompt = await off_loop(size, lambda: encode_chat(body, server.text))
-    chat = _Chat(server, body, answer, prompt)
+    chat = await begin_chat(server, body, Answer.begin("chatcmpl", server, request, body))
     if body.stream:
         return EventStream(chat.stream(), chat.generation.close, server.config.slow_client_seconds)
     try:

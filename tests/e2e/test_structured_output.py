@@ -147,7 +147,7 @@ def test_logprobs_are_over_what_the_grammar_allows(llm: LLM) -> None:
     first = result.logprobs[0]
     finite = [logprob for _, logprob in first.top if logprob > -1e30]
     assert len(finite) < 10, "yes and no begin with few tokens"
-    assert sum(2.718281828 ** logprob for logprob in finite) == pytest.approx(1, abs=1e-4)
+    assert sum(2.718281828**logprob for logprob in finite) == pytest.approx(1, abs=1e-4)
 
 
 def test_logprobs_may_ask_for_more_tokens_than_are_allowed(llm: LLM) -> None:
@@ -158,7 +158,9 @@ def test_logprobs_may_ask_for_more_tokens_than_are_allowed(llm: LLM) -> None:
 
 def test_greedy_constrained_output_is_the_likeliest_allowed(llm: LLM) -> None:
     structured = spec("choice", ["Paris", "London"])
-    (result,) = llm.generate("The capital of France is the city of", SamplingParams(temperature=0, structured=structured))
+    (result,) = llm.generate(
+        "The capital of France is the city of", SamplingParams(temperature=0, structured=structured)
+    )
     assert (result.text, result.finish_reason) == ("Paris", "stop")
 
 
@@ -173,7 +175,7 @@ def test_grammar_begins_after_the_reasoning(llm: LLM) -> None:
 def test_what_forbids_every_allowed_token_ends_that_request_alone(llm: LLM) -> None:
     ids = {llm.tokenizer.encode(text)[0] for text in ("yes", "y", "ye")}
     params = [
-        hot(spec("choice", ["yes"]), 1, logit_bias={i: -100.0 for i in ids}),
+        hot(spec("choice", ["yes"]), 1, logit_bias=dict.fromkeys(ids, -100.0)),
         hot(spec("choice", ["yes"]), 1, stop_token_ids=tuple(ids), min_tokens=3),
         hot(None, 1, max_tokens=4, ignore_eos=True),
     ]

@@ -129,5 +129,7 @@ def test_engine_refuses_a_wrong_grammar_at_once() -> None:
     pytest.importorskip("llguidance", reason="package llguidance is not installed")
     engine = simulated_engine(make_config())
     with pytest.raises(InvalidParameterError, match="regex"):
-        engine.add(submit("bad", [1], structured=StructuredSpec(kind="regex", value="(", param="structured_outputs.regex")))
+        engine.add(
+            submit("bad", [1], structured=StructuredSpec(kind="regex", value="(", param="structured_outputs.regex"))
+        )
     assert not engine.has_work

@@ -134,7 +134,9 @@ def test_failing_grammar_ends_its_row_alone() -> None:
 
 
 def test_bias_and_min_tokens_come_after_the_mask() -> None:
-    (biased,) = BatchSampler().sample(logits_of(8, 1), [state_of(0, {3, 4}, temperature=0.0, logit_bias={4: 100.0, 9: 100.0})])
+    (biased,) = BatchSampler().sample(
+        logits_of(8, 1), [state_of(0, {3, 4}, temperature=0.0, logit_bias={4: 100.0, 9: 100.0})]
+    )
     assert biased.token_id == 4
     (stopped,) = BatchSampler().sample(logits_of(8, 1), [state_of(0, {2}, min_tokens=3)])
     assert not stopped.finite

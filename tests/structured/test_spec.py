@@ -38,9 +38,12 @@ def test_nesting_counts_the_most_brackets_open_at_once() -> None:
 
 def test_grammar_key_is_of_the_grammar_alone() -> None:
     spec = StructuredSpec(kind="regex", value="a")
-    assert spec.grammar_key == StructuredSpec(
-        kind="regex", value="a", param="other", reasoning=ReasoningSpan("<t>", "</t>", True)
-    ).grammar_key
+    assert (
+        spec.grammar_key
+        == StructuredSpec(
+            kind="regex", value="a", param="other", reasoning=ReasoningSpan("<t>", "</t>", True)
+        ).grammar_key
+    )
     assert spec.grammar_key != StructuredSpec(kind="regex", value="b").grammar_key
     assert spec.grammar_key != StructuredSpec(kind="regex", value="a", any_whitespace=False).grammar_key
 
