@@ -30,7 +30,7 @@ _encode = msgspec.msgpack.encode
 
 
 class GrammarTrial:
-    """The other end: starts the process when first asked, ends it when it takes too long, starts it anew when it died."""
+    """The other end: starts the process when first asked, ends it when it takes too long, starts it anew after that."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary

@@ -1,4 +1,4 @@
-"""Structured output on the default model, in one process: hot samples that still fit, beside free ones that do not notice."""
+"""Structured output on the default model: hot samples that still fit, beside free ones that do not notice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ POINTS = {
 }  # fmt: skip
 TREE = {
     "$defs": {"node": {
-        "type": "object", "properties": {"leaf": {"type": "boolean"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+        "type": "object",
+        "properties": {
+            "leaf": {"type": "boolean"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+        },
         "required": ["leaf", "next"], "additionalProperties": False,
     }},
     "$ref": "#/$defs/node",

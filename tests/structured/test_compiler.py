@@ -1,4 +1,4 @@
-"""GrammarCompiler and GrammarState over a vocabulary of bytes: what each kind allows, the cache, and hostile grammars."""
+"""GrammarCompiler and GrammarState over a vocabulary of bytes: what each kind allows, the cache, hostile grammars."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ TAG = {"type": "structural_tag", "triggers": ["<f="],
         (spec("structural_tag", TAG), "free < text <f=a>12</f> and <more", "may end"),
         (spec("structural_tag", TAG), "free <f=b", "refused b"),
         (spec("structural_tag", TAG), "<f=a>x", "refused x"),
-        (spec("structural_tag", {"format": {"type": "tag", "begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}}),
+        (spec("structural_tag", {"format": {
+            "type": "tag", "begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}}),
          "<a>x</b></a>", "complete"),
         (spec("structural_tag", {"format": {"type": "sequence", "elements": [
             {"type": "const_string", "value": "n="}, {"type": "or", "elements": [
@@ -106,7 +107,8 @@ def test_grammar_allows_this_much(
         (spec("regex", "("), "cannot be used"), (spec("regex", "(?=a)b"), "cannot be used"),
         (spec("json", "{"), "not valid JSON"), (spec("json", "5"), "JSON schema"),
         (spec("json", {"type": "nothing"}), "cannot be used"), (spec("json", {"$ref": "#/none"}), "cannot be used"),
-        (spec("json", {"$ref": "http://127.0.0.1:9/x"}), "cannot be used"), (spec("grammar", "start: ("), "cannot be used"),
+        (spec("json", {"$ref": "http://127.0.0.1:9/x"}), "cannot be used"),
+        (spec("grammar", "start: ("), "cannot be used"),
         (spec("grammar", "root ::= missing"), "cannot be used"), (spec("grammar", 'a ::= "b"'), "root"),
         (spec("structural_tag", {}), "structures"), (spec("structural_tag", "[]"), "object"),
         (spec("structural_tag", {"format": {"type": "qwen_xml_parameter"}}), "not supported"),

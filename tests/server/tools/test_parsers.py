@@ -20,7 +20,8 @@ FRAGMENTS = (
     "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "f", ";", "<|python_tag|>", "<function=f>", "<parameter=s>",
     "</parameter>", "</function>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function<｜tool▁sep｜>",
     "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "```json\n", "\n", " ", "<TOOLCALL>", "</TOOLCALL>", "<think>",
-    "</think>", "<|channel|>", "analysis", "final", "<|message|>", "<|end|>", "<|start|>", " to=functions.f", "<|call|>",
+    "</think>", "<|channel|>",
+    "analysis", "final", "<|message|>", "<|end|>", "<|start|>", " to=functions.f", "<|call|>",
     "<", "é", "日", "text",
 )  # fmt: skip
 
@@ -102,7 +103,8 @@ def test_arguments_are_given_out_while_they_arrive() -> None:
 @pytest.mark.parametrize(
     ("value", "schema", "expected"),
     [
-        ("5", {"type": "string"}, "5"), ("5", {"type": "integer"}, 5), ("5", None, 5), ("true", {"type": "boolean"}, True),
+        ("5", {"type": "string"}, "5"), ("5", {"type": "integer"}, 5), ("5", None, 5),
+        ("true", {"type": "boolean"}, True),
         ("True", {"type": "boolean"}, True), ("x", {"type": "integer"}, "x"), ("[1, 2]", {"type": "array"}, [1, 2]),
         ("null", {"type": ["string", "null"]}, None), ("5", {"type": ["string", "null"]}, "5"),
         ("a", {"enum": ["a", "b"]}, "a"), ("1", {"enum": ["1"]}, "1"), ("NaN", {"type": "number"}, "NaN"),
