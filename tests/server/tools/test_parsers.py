@@ -64,7 +64,8 @@ HOSTILE = [
     "<" * 100_000, "[TOOL_CALLS]" * 8_000, "[TOOL_CALLS]f{" + '"' * 99_000, "[TOOL_CALLS]" + "n" * 99_000,
     "<function=" + "x" * 99_000, "<function=f><parameter=s>" + "</paramete" * 9_900, "{" * 100_000,
     '{"name": "' + "\\" * 99_000, "<｜tool▁calls▁begin｜>" + "<｜tool▁call▁begin｜>" * 5_000,
-    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{" * 2_000, "<think>" * 14_000, "<think>" + "</thin" * 16_000,
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{" * 2_000, "<think>" * 14_000,
+    "<think>" + "</thin" * 16_000,
     "<|channel|>" * 9_000, "<|channel|>" + "a" * 99_000, "<|channel|>analysis<|message|>" * 3_300, " " * 100_000,
     "\n<tool_call>\n" * 7_700, "<TOOLCALL>[" * 9_000,
 ]  # fmt: skip
