@@ -54,6 +54,14 @@ class Chat:
         self.generation = start_generation(server, body, answer.engine_id, jobs, kept)
         self.writers = [self.form.writer() for _ in range(body.n)]
 
+    async def content_pieces(self) -> AsyncGenerator[Piece, None]:
+        """The generation's pieces with their content alone: for endpoints that show no reasoning."""
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                deltas = self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
+                piece.text = "".join(delta.get("content", "") for delta in deltas)
+                yield piece
+
     def echo_text(self) -> str:
         """echo: the last message's text, if it is the assistant's own, comes before the new text."""
         last = self.body.messages[-1]

@@ -51,7 +51,7 @@ class _Response:
         yield {"type": "response.content_part.added", "item_id": self.item_id, **_WHERE, "part": part}
         finish_reason = None
         try:
-            async with aclosing(self.chat.generation.pieces()) as pieces:
+            async with aclosing(self.chat.content_pieces()) as pieces:
                 async for piece in pieces:
                     shown = self.chat.logprobs(piece.logprobs)
                     logprobs = shown["content"] if shown else []
