@@ -133,11 +133,11 @@ class BeamGeneration:
                     ended = token_id in self._eos
                     (finished if ended else longer).append(beam.extended(entry, ended))
             beams = sorted(longer, key=lambda beam: -beam.logprob)[:width]  # all of one length
-            finished.sort(key=lambda beam: -score(beam, num_prompt, penalty))
+            finished = sorted(finished, key=lambda beam: -score(beam, num_prompt, penalty))[:width]
             hope = max((best_possible(beam, num_prompt, max_tokens, penalty) for beam in beams), default=None)
             if hope is None:
                 break
-            if len(finished) >= width and hope <= score(finished[width - 1], num_prompt, penalty):
+            if len(finished) == width and hope <= score(finished[-1], num_prompt, penalty):
                 break
         ranked = sorted(finished + beams, key=lambda beam: -score(beam, num_prompt, penalty))
         return ranked[:width]

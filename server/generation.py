@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -50,6 +51,17 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+
+    def joined(self, later: Piece) -> Piece:
+        """This piece and the next one of the same choice, as one."""
+        return Piece(
+            self.index,
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.stop_reason,
+        )
 
 
 @dataclass
@@ -102,8 +114,28 @@ class Generation:
             raise
         metrics.accepted(request.n)
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Pieces of all choices as they come, in order within each choice. Close the generator to stop early."""
+    def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of all choices as they come, in order within each choice. Close the generator to stop early.
+
+        With stream_interval k, a choice's first and last piece come at once, those between for k tokens together.
+        """
+        interval = self._request.stream_interval if self._request.stream else 1
+        return self._pieces() if interval == 1 else self._joined_pieces(interval)
+
+    async def _joined_pieces(self, interval: int) -> AsyncGenerator[Piece, None]:
+        held: dict[int, Piece] = {}
+        begun: set[int] = set()
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                if piece.index in held:
+                    piece = held.pop(piece.index).joined(piece)
+                if piece.index in begun and piece.finish_reason is None and len(piece.token_ids) < interval:
+                    held[piece.index] = piece
+                    continue
+                begun.add(piece.index)
+                yield piece
+
+    async def _pieces(self) -> AsyncGenerator[Piece, None]:
         if len(self.choices) == 1:
             async for piece in self._choice(self.choices[0], self._streams[0]):
                 yield piece

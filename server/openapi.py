@@ -65,11 +65,18 @@ def anthropic_responses(description: str) -> dict[int | str, dict[str, Any]]:
     return {200: _json(description, {"type": "object"}), **errors}
 
 
-_STREAM = {"schema": {"type": "string", "description": "Server-sent events, ended by data: [DONE]"}}
+# One event, as its fields: how readers of OpenAPI take the schema of a stream.
+_EVENT = {
+    "schema": {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    }
+}
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream: true, server-sent events.",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": _STREAM},
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": _EVENT},
     },
     **ERROR_RESPONSES,
 }
@@ -77,7 +84,7 @@ _NAMED_EVENTS = {
     "description": "The answer; with stream: true, named server-sent events.",
     "content": {
         "application/json": {"schema": {"type": "object"}},
-        "text/event-stream": {"schema": {"type": "string", "description": "Named server-sent events"}},
+        "text/event-stream": _EVENT,
     },
 }
 RESPONSES_RESPONSES: dict[int | str, dict[str, Any]] = {**ERROR_RESPONSES, 200: _NAMED_EVENTS}

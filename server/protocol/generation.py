@@ -48,6 +48,7 @@ class GenerationRequest(StructuredFields, BaseModel):
     n: Int = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[Int, Field(ge=1)] = 1
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: Int | None = None

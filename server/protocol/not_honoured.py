@@ -15,7 +15,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     "repetition_detection": (),
     "thinking_token_budget": (),
-    "stream_interval": (1,),
 }
 # What older clients of vLLM and OpenAI send, by the name that took its place.
 _STRUCTURED = "structured_outputs took its place"

@@ -59,6 +59,7 @@ def test_anthropic_raises_its_own_exceptions(claude: anthropic.Anthropic) -> Non
 # -- litellm ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Items? '.*:UserWarning")  # of litellm's own types
 def test_litellm_completes_streams_and_embeds(simulated: LiveServer) -> None:
     for provider in ("openai", "hosted_vllm"):
         options: dict[str, Any] = {

@@ -24,7 +24,7 @@ NOT_HONOURED = [
     ("early_stopping", True), ("length_penalty", 0.5), ("logprob_token_ids", [1]), ("session_id", "s"),
     ("return_token_offsets", True), ("routed_experts_prompt_start", 3), ("kv_transfer_params", {"a": 1}),
     ("ec_transfer_params", {"a": 1}), ("vllm_xargs", {"a": 1}), ("repetition_detection", {"a": 1}),
-    ("thinking_token_budget", 5), ("stream_interval", 4), ("best_of", 3), ("best_of", True), ("functions", []),
+    ("thinking_token_budget", 5), ("best_of", 3), ("best_of", True), ("functions", []),
     ("function_call", "auto"), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
     ("guided_grammar", "root ::= x"), ("guided_decoding_backend", "auto"),
 ]  # fmt: skip
@@ -107,7 +107,8 @@ OUT_OF_RANGE = [
     ("min_p", -0.1), ("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", -3),
     ("n", 0), ("n", -1), ("n", 129), ("n", 10**9), ("n", BIG), ("max_tokens", 0), ("max_tokens", -5),
     ("max_tokens", BIG), ("min_tokens", -1), ("min_tokens", 3), ("seed", 2**63), ("seed", -(2**63) - 1),
-    ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("truncate_prompt_tokens", 0),
+    ("stream_interval", 0), ("stream_interval", -1), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
+    ("truncate_prompt_tokens", 0),
     ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 10**6), ("truncation_side", "middle"),
     ("stop_token_ids", [-1]), ("stop_token_ids", [259]), ("stop_token_ids", [2**63]), ("stop_token_ids", [True]),
     ("stop_token_ids", ["x"]), ("logit_bias", {"259": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"x": 1}),

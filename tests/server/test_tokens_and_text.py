@@ -23,6 +23,7 @@ OPTIONS = st.fixed_dictionaries(
         "echo": st.booleans(),
         "logprob_token_ids": st.just([97, 98]),
         "return_tokens_as_token_ids": st.booleans(),
+        "stream_interval": st.integers(1, 6),
     },
 )
 
