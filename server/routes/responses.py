@@ -24,7 +24,7 @@ from server.streaming import EventStream, named_event
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
-_PARAMS = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
+_PARAMS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
 _WHERE = {"output_index": 0, "content_index": 0}
 
 
@@ -134,7 +134,7 @@ class _Response:
             "service_tier": "default",
             "store": asked.store,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": asked.text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": asked.top_logprobs or 0,
