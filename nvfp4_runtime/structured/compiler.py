@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.structured.grammars import grammar_text
-from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.matcher import GrammarState, first_line
 from nvfp4_runtime.structured.spec import StructuredSpec
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ DIRECT_BYTES = 2048
 # What a compiled grammar is taken to need in memory: measured by `python -m nvfp4_runtime.structured.bench`.
 GRAMMAR_BYTES = 256 << 10
 BYTES_PER_SOURCE_BYTE = 32
-# Bounds of the library's work: see docs/structured-output.md for what each costs at most.
+# Bounds of the library's work. States: each holds 0.5 to 1.1 kB in a request's own lexer, and a JSON string with a
+# maxLength takes nine per character.
 LIMITS = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
-    "max_lexer_states": 20_000,
+    "max_lexer_states": 50_000,
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
@@ -147,7 +148,7 @@ class GrammarCompiler:
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # states of the lexer that every request starts with are made here, once
-        return f"cannot be used: {_first_line(matcher.get_error())}" if matcher.is_error() else matcher
+        return f"cannot be used: {first_line(matcher.get_error())}" if matcher.is_error() else matcher
 
     def _load(self) -> LLTokenizer:
         with self._lock:
@@ -181,7 +182,3 @@ def _matcher_or_raise(made: LLMatcher | str, spec: StructuredSpec) -> LLMatcher:
     if isinstance(made, str):
         raise spec.refused(made)
     return made
-
-
-def _first_line(message: str) -> str:
-    return message.strip().splitlines()[0][:300] if message.strip() else "the library gives no reason"

@@ -66,7 +66,7 @@ class GrammarState:
         """
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, self.num_words * 4)
         if self._matcher.is_error():
-            self.error = self._matcher.get_error()
+            self.error = first_line(self._matcher.get_error())
             return
         if self._eos and _bit(words, self._eos[0]):
             for token_id in self._eos[1:]:
@@ -91,9 +91,14 @@ class GrammarState:
             self.complete = True  # the mask allows it only there
             return
         if not self._matcher.consume_token(token_id):
-            self.error = self._matcher.get_error() or "the grammar did not take its own token"
+            self.error = first_line(self._matcher.get_error())
         elif self._matcher.is_stopped():
             self.complete = True
+
+
+def first_line(message: str) -> str:
+    """What the library says of an error, without the grammar it repeats below."""
+    return message.strip().splitlines()[0][:300] if message.strip() else "the library gives no reason"
 
 
 def _bit(words: Words, token_id: int) -> bool:
