@@ -68,18 +68,27 @@ class BatchSampler:
         self, row: FloatRow, state: SamplingState, grammar: GrammarState, masks: Masks | None
     ) -> Sampled:
         """The token of a row with a grammar, which moves on by it. Log-probabilities are those after the mask."""
+        mask = None
         if grammar.applies:
             assert masks is not None
-            row = masks.apply(row, grammar)
+            mask = masks.of(grammar)
         if grammar.error is not None:
             return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
-        best = int(row.argmax())
-        if not math.isfinite(row[best]):
+        if mask is not None and mask.allowed and _only_greedy(state):
+            ids = mask.within(len(row))  # a few of many tokens, and nobody asks for the others
+            token_id = int(ids[row[ids].argmax()]) if len(ids) else -1
+            found = len(ids) > 0 and math.isfinite(row[token_id])
+        else:
+            row = row if mask is None else mask.apply(row)
+            token_id = int(row.argmax())
+            found = math.isfinite(row[token_id])
+        if not found:
             return Sampled(-1, finite=False, error="the grammar allows no token of this model's vocabulary")
-        with np.errstate(over="ignore"):
-            token_id = self._choose(row, best, row[best], state)
+        if not _only_greedy(state):
+            with np.errstate(over="ignore"):
+                token_id = self._choose(row, token_id, row[token_id], state)
         if token_id < 0:
-            why = "logit_bias and min_tokens leave no token that the grammar allows"
+            why = "min_tokens and the lists of tokens leave no token that the grammar allows"
             return Sampled(-1, finite=False, error=why)
         grammar.accept(token_id)
         if grammar.error is not None:
@@ -101,6 +110,13 @@ class BatchSampler:
         if state.params.temperature == 0:
             return token_id
         return draw(row, largest, state.params, uniform(state.seed, len(state.output_token_ids)))
+
+
+def _only_greedy(state: SamplingState) -> bool:
+    """The largest logit decides, and nothing else is asked for."""
+    params = state.params
+    edited = state.edits_logits or state.awaits_min_tokens
+    return params.temperature == 0 and params.logprobs is None and not edited
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprob | None]:
