@@ -22,8 +22,9 @@ from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import Submit
-from nvfp4_runtime.sampling.masks import Masks
+from nvfp4_runtime.sampling.masks import Mask, Masks
 from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.spec import StructuredSpec
 
 STEPS = 48
@@ -47,15 +48,15 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        apply = Masks.apply
+        of = Masks.of
 
-        def timed(masks: Masks, *arguments: Any) -> Any:
+        def timed(masks: Masks, grammar: GrammarState) -> Mask:
             started = time.perf_counter()
             masks.wait()
             self.seconds += time.perf_counter() - started
-            return apply(masks, *arguments)
+            return of(masks, grammar)
 
-        Masks.apply = timed  # type: ignore[method-assign]
+        Masks.of = timed  # type: ignore[method-assign]
 
 
 def decode(engine: Engine, name: str, batch: int, round_id: int, temperature: float, waiting: _Waiting) -> list[Any]:

@@ -224,10 +224,10 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted while the step ran
                 continue
             if not result.finite:
-                output = self._finish(request, "error", error=result.error or _why_no_token(request))
+                failed = self._finish(request, "error", error=result.error or _why_no_token(request))
                 spec = request.params.structured
-                output.param = spec.field if result.error is not None and spec is not None else None
-                outputs.append(output)
+                failed.param = spec.field if result.error is not None and spec is not None else None
+                outputs.append(failed)
                 continue
             request.num_computed = entry.start + entry.count
             self._publish(request)

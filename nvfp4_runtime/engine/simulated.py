@@ -94,8 +94,8 @@ class SimulatedExecutor:
                 return StepResult(None, finite=False, error=f"the grammar cannot go on: {grammar.error}")
             wanted = wanted if wanted in allowed else int(allowed[self._hash(request) % len(allowed)])
         grammar.accept(wanted)
-        logprob = None if request.params.logprobs is None else self._logprob(wanted)
-        return StepResult(wanted, logprob, scored)
+        count, ids = request.params.logprobs, request.params.logprob_token_ids
+        return StepResult(wanted, None if count is None else self._logprob(wanted, count, ids), scored)
 
     def _logprob(self, token: int, count: int, ids: Sequence[int] | None = None) -> TokenLogprob:
         """The token first with -0.5, each next id (wrapping round) 1 less likely."""

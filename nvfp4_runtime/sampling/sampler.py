@@ -72,8 +72,8 @@ class BatchSampler:
         if grammar.applies:
             assert masks is not None
             mask = masks.of(grammar)
-        if grammar.error is not None:
-            return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+        if (failure := _failure(grammar)) is not None:
+            return failure
         if mask is not None and mask.allowed and _only_greedy(state):
             ids = mask.within(len(row))  # a few of many tokens, and nobody asks for the others
             token_id = int(ids[row[ids].argmax()]) if len(ids) else -1
@@ -91,9 +91,7 @@ class BatchSampler:
             why = "min_tokens and the lists of tokens leave no token that the grammar allows"
             return Sampled(-1, finite=False, error=why)
         grammar.accept(token_id)
-        if grammar.error is not None:
-            return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
-        return _answer(row, token_id, state)
+        return _failure(grammar) or _answer(row, token_id, state)
 
     def _choose(self, row: FloatRow, token_id: int, largest: np.float32, state: SamplingState) -> int:
         """The token of a finite row whose largest logit is `token_id`'s; -1 if the edits leave none."""
@@ -110,6 +108,13 @@ class BatchSampler:
         if state.params.temperature == 0:
             return token_id
         return draw(row, largest, state.params, uniform(state.seed, len(state.output_token_ids)))
+
+
+def _failure(grammar: GrammarState) -> Sampled | None:
+    """The answer to a request whose grammar met one of its limits."""
+    if grammar.error is None:
+        return None
+    return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
 
 
 def _only_greedy(state: SamplingState) -> bool:

@@ -26,7 +26,7 @@ GRAMMAR_BYTES = 256 << 10
 BYTES_PER_SOURCE_BYTE = 32
 # Bounds of the library's work. States: each holds 0.5 to 1.1 kB in a request's own lexer, and a JSON string with a
 # maxLength takes nine per character.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
