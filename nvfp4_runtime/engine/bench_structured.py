@@ -56,7 +56,7 @@ class _Waiting:
             self.seconds += time.perf_counter() - started
             return of(masks, grammar)
 
-        Masks.of = timed  # type: ignore[method-assign]
+        Masks.of = timed  # type: ignore[assignment, method-assign]
 
 
 def decode(engine: Engine, name: str, batch: int, round_id: int, temperature: float, waiting: _Waiting) -> list[Any]:

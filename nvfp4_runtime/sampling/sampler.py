@@ -62,6 +62,8 @@ class BatchSampler:
                 with np.errstate(over="ignore"):
                     token_id = self._choose(row, token_id, value, state)
             answers.append(_answer(row, token_id, state))
+        if masks is not None:
+            self._masks.begin_next([state.grammar for state in requests if state.grammar is not None])
         return answers
 
     def _sample_structured(
@@ -74,19 +76,19 @@ class BatchSampler:
             mask = masks.of(grammar)
         if (failure := _failure(grammar)) is not None:
             return failure
-        if mask is not None and mask.allowed and _only_greedy(state):
+        ids = None
+        if mask is not None and mask.allowed and _only_chooses(state):
             ids = mask.within(len(row))  # a few of many tokens, and nobody asks for the others
-            token_id = int(ids[row[ids].argmax()]) if len(ids) else -1
-            found = len(ids) > 0 and math.isfinite(row[token_id])
-        else:
-            row = row if mask is None else mask.apply(row)
-            token_id = int(row.argmax())
-            found = math.isfinite(row[token_id])
-        if not found:
+            row = row[ids]
+        elif mask is not None:
+            row = mask.apply(row)
+        token_id = int(row.argmax()) if len(row) else -1
+        if token_id < 0 or not math.isfinite(row[token_id]):
             return Sampled(-1, finite=False, error="the grammar allows no token of this model's vocabulary")
-        if not _only_greedy(state):
-            with np.errstate(over="ignore"):
-                token_id = self._choose(row, token_id, row[token_id], state)
+        with np.errstate(over="ignore"):
+            token_id = self._choose(row, token_id, row[token_id], state)
+        if ids is not None:
+            token_id = int(ids[token_id])
         if token_id < 0:
             why = "min_tokens and the lists of tokens leave no token that the grammar allows"
             return Sampled(-1, finite=False, error=why)
@@ -117,11 +119,9 @@ def _failure(grammar: GrammarState) -> Sampled | None:
     return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
 
 
-def _only_greedy(state: SamplingState) -> bool:
-    """The largest logit decides, and nothing else is asked for."""
-    params = state.params
-    edited = state.edits_logits or state.awaits_min_tokens
-    return params.temperature == 0 and params.logprobs is None and not edited
+def _only_chooses(state: SamplingState) -> bool:
+    """A token is wanted and nothing besides: tokens that cannot come need no place in the row."""
+    return state.params.logprobs is None and not (state.edits_logits or state.awaits_min_tokens)
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprob | None]:
