@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality bench-http
+.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality bench-http \
+	bench-structured
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -84,6 +85,13 @@ CALIB ?= ../shared/data/wells-short-history.txt
 bench-quality: install
 	$(BIN)/python -m nvfp4_runtime.evaluate.compare --text $(TEXT) --calib $(CALIB) --docs docs/quality.md \
 		--json docs/benchmarks/quality-smollm2-135m.json $(BENCH)
+
+# Grammar libraries (xgrammar only where it is installed), then what a grammar costs a step of the default model. BENCH: more
+# flags of the first. Let nothing else run beside it.
+bench-structured: install
+	$(BIN)/python -m nvfp4_runtime.structured.bench \
+		"$$($(BIN)/nvfp4 prepare)/tokenizer.json" $(BENCH)
+	$(BIN)/python -m nvfp4_runtime.engine.bench_structured "$$($(BIN)/nvfp4 prepare)"
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

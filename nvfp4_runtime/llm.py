@@ -90,6 +90,8 @@ class LLM:
         for prompt, one in zip(batch, each, strict=True):
             tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             check_request(tokens, one, self.info)
+            if one.structured is not None and self.engine.grammars is not None:
+                self.engine.grammars.compile(one.structured)
             request_id = f"llm-{next(self._ids)}"
             waiting.append(Submit(request_id, tokens, one, time.monotonic()))
             results[request_id] = Generation(tokens)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError
+from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error, QueueFullError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from server.errors import GenerationError
@@ -26,12 +26,18 @@ RETRY_SECONDS = 0.02
 
 
 def start_generation(
-    server: ServerState, request: GenerationRequest, request_id: str, jobs: Sequence[Job]
+    server: ServerState,
+    request: GenerationRequest,
+    request_id: str,
+    jobs: Sequence[Job],
+    kept_special_ids: frozenset[int] = frozenset(),
 ) -> Generation | BeamGeneration:
     """The running choices of a request: by beam search if it asks for that, else sampled one by one."""
     if request.use_beam_search:
+        if any(job.params.structured is not None for job in jobs):
+            raise InvalidParameterError("use_beam_search cannot be had with structured output", "use_beam_search")
         return BeamGeneration(server, request, request_id, jobs)
-    return Generation(server.engine, server.text.tokenizer, server.metrics, request, request_id, jobs)
+    return Generation(server.engine, server.text.tokenizer, server.metrics, request, request_id, jobs, kept_special_ids)
 
 
 @dataclass(frozen=True)

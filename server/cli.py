@@ -11,6 +11,8 @@ from typing import NoReturn
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
 from server.commands import evaluate, inspect, quantize
+from server.reasoning.parsers import REASONING_PARSERS
+from server.tools.parsers import TOOL_PARSERS
 
 EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -114,6 +116,23 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", metavar="FILE", help="keys that clients need, one per line")
     add("--allow-download", action="store_true", help="MODEL may be a Hugging Face hub id")
     add("--generation-config", choices=("auto", "none"), default="auto", help="take the model's sampling defaults")
+    add(
+        "--tool-call-parser",
+        default="auto",
+        metavar="NAME",
+        help="how the model writes tool calls: auto (by its chat template), none, or one of " + ", ".join(TOOL_PARSERS),
+    )
+    add(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="accepted for vLLM's sake: tools are parsed wherever a parser is known",
+    )
+    add(
+        "--reasoning-parser",
+        default="auto",
+        metavar="NAME",
+        help="how the model writes its reasoning: auto, none, or one of " + ", ".join(REASONING_PARSERS),
+    )
     add("--enable-prompt-tokens-details", action="store_true", help="cached_tokens in usage")
     add("--trust-request-chat-template", action="store_true", help="requests may bring a chat_template of their own")
     add("--enable-tokenizer-info-endpoint", action="store_true", help="answer on /tokenizer_info")

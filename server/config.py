@@ -24,6 +24,8 @@ class ServerConfig:
     max_choices               prompts x n of one request
     shutdown_timeout_seconds  how long running requests may go on after SIGTERM
     slow_client_seconds       a stream whose client takes nothing for this long is aborted
+    tool_call_parser          by name, "auto" (by the chat template) or "none"
+    reasoning_parser          the same
     trust_request_chat_template  requests may bring a chat_template of their own; it runs in the sandbox, but may loop
     enable_tokenizer_info     /tokenizer_info answers
     pooling                   how /v1/embeddings makes one vector of a prompt, where the request does not say
@@ -41,6 +43,8 @@ class ServerConfig:
     shutdown_timeout_seconds: float = 30.0
     slow_client_seconds: float = 30.0
     enable_prompt_tokens_details: bool = False
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     trust_request_chat_template: bool = False
     enable_tokenizer_info: bool = False
     pooling: Pooling = "last"

@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
+from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
@@ -89,11 +89,13 @@ class Generation:
         request: GenerationRequest,
         request_id: str,
         jobs: Sequence[Job],
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._request = request
+        self._kept_special_ids = kept_special_ids  # shown even where special tokens are skipped: parsers need them
         self.choices = [ChoiceState(job) for job in jobs]
         self._streams: list[TokenStream] = []
         try:
@@ -184,17 +186,21 @@ class Generation:
             spaces_between_special_tokens=request.spaces_between_special_tokens,
             min_tokens=request.min_tokens,
             prompt_ids=choice.job.prompt_token_ids,
+            kept_special_ids=self._kept_special_ids,
         )
         try:
             async for output in stream:
                 if output.finish_reason == "error":
                     choice.finished = True
+                    if output.param is not None:
+                        raise InvalidParameterError(output.error or "the request cannot be served", output.param)
                     raise GenerationError(output.error or "the engine could not complete this request")
                 if output.prompt_logprobs:
                     choice.prompt_logprobs += output.prompt_logprobs
                 choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
                 piece = Piece(choice.job.index, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
-                ended_by_token = output.finish_reason == "stop" and not request.include_stop_str_in_output
+                ended_by_token = output.finish_reason == "stop" and not output.ends_whole
+                ended_by_token = ended_by_token and not request.include_stop_str_in_output
                 last = len(output.token_ids) - 1
                 for i, token_id in enumerate(output.token_ids):
                     if ended_by_token and i == last:

@@ -15,6 +15,7 @@ from nvfp4_runtime.text.tokenizer import Tokenizer
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
 from server.protocol.embeddings import EmbeddingRequest
 from server.protocol.generation import GenerationRequest
+from server.tools.describe import calls_as_text, described
 
 MAX_TEMPLATE_STRING_CHARS = 1024
 # Switches that many clients send to any model. Turning off what a template does not have is no request.
@@ -67,10 +68,18 @@ def encode_chat(request: ChatCompletionRequest, text: TextProcessor) -> EncodedP
         )
     if request.documents is not None and "documents" not in template.variables:
         raise InvalidParameterError("this model's chat template does not use documents; leave them out", "documents")
+    messages = [_message(message, i) for i, message in enumerate(request.messages)]
+    tools = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
+    if "tool_calls" not in template.source:
+        messages = calls_as_text(messages)
+    if tools and "tools" not in template.variables:
+        messages = described(messages, tools) if request.choice != "none" else messages
+        tools = []
     rendered, token_ids = render_to_ids(
         template,
         text.tokenizer,
-        [_message(message, i) for i, message in enumerate(request.messages)],
+        messages,
+        tools=tools or None,
         documents=request.documents,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,

@@ -25,7 +25,9 @@ from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.config import ServerConfig, environment_flags, read_api_keys
+from server.reasoning.parsers import reasoning_style
 from server.screen import ProgressLine, ready_screen
+from server.tools.parsers import tool_style
 
 if TYPE_CHECKING:
     import uvicorn
@@ -67,6 +69,8 @@ def serve(args: argparse.Namespace) -> int:
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     names = args.served_model_name or ["simulated"]
+    tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
+    reasoning_style(args.reasoning_parser, None)
     if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
     if not 0 <= args.shutdown_timeout < math.inf:
@@ -79,6 +83,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         api_key_hashes=read_api_keys(args.api_key_file) if args.api_key_file is not None else (),
         shutdown_timeout_seconds=args.shutdown_timeout,
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
         trust_request_chat_template=args.trust_request_chat_template,
         enable_tokenizer_info=args.enable_tokenizer_info_endpoint,
         pooling=args.embedding_pooling,

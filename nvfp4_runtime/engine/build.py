@@ -33,6 +33,8 @@ from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
 from nvfp4_runtime.models import load_model
 from nvfp4_runtime.models.hf_config import parse_model_config
 from nvfp4_runtime.sampling.sampler import BatchSampler
+from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
+from nvfp4_runtime.structured.worker import GrammarTrial
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,8 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    return Engine(scheduler, runner, info, config.seed)
+    vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
+    return Engine(scheduler, runner, info, config.seed, GrammarCompiler(vocabulary, GrammarTrial(vocabulary)))
 
 
 def _resolve_dtype(config: EngineConfig, raw: dict[str, object]) -> Dtype:

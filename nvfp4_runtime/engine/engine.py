@@ -12,6 +12,9 @@ from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.structured.compiler import GrammarCompiler
+from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.spec import StructuredSpec
 
 
 class Executor(Protocol):
@@ -64,7 +67,15 @@ def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
 class Engine:
     """Requests in, tokens out."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, info: EngineInfo, seed: int = 0) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        info: EngineInfo,
+        seed: int = 0,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        self.grammars = grammars
         self.scheduler = scheduler
         self.executor = executor
         self.info = info
@@ -92,7 +103,14 @@ class Engine:
         if seed is None:
             seed = self._random.getrandbits(63)
         eos = tuple(self.info.eos_token_ids)
-        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len))
+        grammar = None if submit.params.structured is None else self._grammar(submit.params.structured)
+        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len, grammar))
+
+    def _grammar(self, spec: StructuredSpec) -> GrammarState:
+        """Compiles if nobody did before: whoever must not wait has `GrammarQueue` do it."""
+        if self.grammars is None:
+            raise spec.refused("cannot be had: this engine has no tokenizer to apply it to")
+        return self.grammars.state(spec)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         return self.scheduler.abort(request_id)

@@ -72,6 +72,9 @@ class TokenOutput(msgspec.Struct):
 
     finish_reason  "stop" (EOS, stop_token_ids), "length", "abort", "error"; None while running
     stop_reason    the stop token's id when one of stop_token_ids ended it
+    error          with "error": why
+    param          with "error": the request's field at fault, where the request is
+    ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
     embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
     """
 
@@ -84,6 +87,8 @@ class TokenOutput(msgspec.Struct):
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
     error: str | None = None
+    ends_whole: bool = False
+    param: str | None = None
     embedding: bytes | None = None
 
     def absorb(self, later: TokenOutput) -> None:
@@ -97,6 +102,7 @@ class TokenOutput(msgspec.Struct):
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = (self.prompt_logprobs or []) + later.prompt_logprobs
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.ends_whole, self.embedding = later.ends_whole, later.embedding
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
         self.times = later.times
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nvfp4_runtime.engine.messages import RequestTimes, Submit
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.sampling.state import SamplingState
+from nvfp4_runtime.structured.matcher import GrammarState
 
 if TYPE_CHECKING:  # the server imports this module, and has no use for numpy
     import numpy as np
@@ -35,7 +36,14 @@ class Request:
     hidden_sum           pooling only: the sum of the hidden states that are pooled, as far as they are computed
     """
 
-    def __init__(self, submit: Submit, seed: int, eos_token_ids: tuple[int, ...], max_model_len: int) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        seed: int,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
         self.id = submit.request_id
         self.params: SamplingParams = submit.params
         self.tokens = list(submit.prompt_token_ids)
@@ -50,6 +58,7 @@ class Request:
             prompt_token_ids=self.tokens[: self.num_prompt_tokens],
             output_token_ids=self.output_token_ids,
             eos_token_ids=eos_token_ids,
+            grammar=grammar,
         )
         self.status = Status.WAITING
         self.cache_salt = submit.cache_salt
@@ -100,6 +109,15 @@ class Request:
                 return "stop", None
             if token_id in params.stop_token_ids:
                 return "stop", token_id
+        if self.sampling.grammar is not None and self.sampling.grammar.complete:
+            return "stop", None
         if count >= self.max_output_tokens:
             return "length", None
         return None
+
+    @property
+    def ends_whole(self) -> bool:
+        """The grammar is complete with the newest token, which is text and not what stopped it."""
+        grammar, token_id = self.sampling.grammar, self.output_token_ids[-1]
+        stops = token_id in self.eos_token_ids or token_id in self.params.stop_token_ids
+        return grammar is not None and grammar.complete and not stops

@@ -12,6 +12,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
+from nvfp4_runtime.sampling.masks import Masks
 from nvfp4_runtime.sampling.sampler import BatchSampler, prompt_logprobs
 from nvfp4_runtime.sampling.state import Logprob
 
@@ -46,7 +47,8 @@ class ModelRunner:
         if any(entry.request.pooling is not None for entry in schedule.entries):
             return self._execute_apart(schedule)
         rows = [_logits_rows(entry) for entry in schedule.entries]
-        return self._results(schedule, rows, self.logits(schedule, rows))
+        masks = self._sampler.begin([entry.request.sampling for entry in schedule.entries if entry.samples])
+        return self._results(schedule, rows, self.logits(schedule, rows), masks)
 
     def _execute_apart(self, schedule: Schedule) -> list[StepResult]:
         results: dict[int, StepResult] = {}
@@ -106,7 +108,9 @@ class ModelRunner:
             kv=self._kv,
         )
 
-    def _results(self, schedule: Schedule, rows: Sequence[range], logits: Tensor) -> list[StepResult]:
+    def _results(
+        self, schedule: Schedule, rows: Sequence[range], logits: Tensor, masks: Masks | None
+    ) -> list[StepResult]:
         offsets = [0]
         for wanted in rows:
             offsets.append(offsets[-1] + len(wanted))
@@ -114,7 +118,7 @@ class ModelRunner:
         last_rows = [offsets[i + 1] - 1 for i in sampling]
         picked = logits if last_rows == list(range(offsets[-1])) else logits[last_rows]
         states = [schedule.entries[i].request.sampling for i in sampling]
-        sampled = dict(zip(sampling, self._sampler.sample(picked, states), strict=True)) if sampling else {}
+        sampled = dict(zip(sampling, self._sampler.sample(picked, states, masks), strict=True)) if sampling else {}
         results = []
         for i, entry in enumerate(schedule.entries):
             scores, finite = None, True
@@ -123,7 +127,7 @@ class ModelRunner:
             if i in sampled:
                 choice = sampled[i]
                 logprob = None if choice.logprob is None else _to_wire(choice.logprob)
-                results.append(StepResult(choice.token_id, logprob, scores, choice.finite and finite))
+                results.append(StepResult(choice.token_id, logprob, scores, choice.finite and finite, choice.error))
             else:
                 results.append(StepResult(None, None, scores, finite))
         return results

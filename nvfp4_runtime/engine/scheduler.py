@@ -61,6 +61,7 @@ class StepResult:
     token_id         the next token, or None if the entry does not sample
     prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
     finite           False: this row's logits were not numbers; the request ends with an error, others go on
+    error            why, where it was something else
     hidden_sum       pooling: the sum of this entry's hidden states (mean), or the last token's (last)
     """
 
@@ -68,6 +69,7 @@ class StepResult:
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     finite: bool = True
+    error: str | None = None
     hidden_sum: FloatRow | None = None
 
 
@@ -222,7 +224,10 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # aborted while the step ran
                 continue
             if not result.finite:
-                outputs.append(self._finish(request, "error", error=_why_no_token(request)))
+                failed = self._finish(request, "error", error=result.error or _why_no_token(request))
+                spec = request.params.structured
+                failed.param = spec.field if result.error is not None and spec is not None else None
+                outputs.append(failed)
                 continue
             request.num_computed = entry.start + entry.count
             self._publish(request)
@@ -253,6 +258,7 @@ class Scheduler:
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
             output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
+            output.ends_whole = request.ends_whole
         return output
 
     def _new_scores(self, entry: Scheduled, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob | None] | None:

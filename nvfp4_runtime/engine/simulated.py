@@ -21,6 +21,9 @@ from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup, TokenLogprob
 from nvfp4_runtime.engine.plan import check_limits
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
+from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
+from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.worker import GrammarTrial
 
 HIDDEN_SIZE = 8
 
@@ -48,6 +51,8 @@ class SimulatedExecutor:
             scored = [self._logprob(token, wanted) for token in request.tokens[entry.start + 1 : stop]]
         if not entry.samples:
             return StepResult(None, prompt_logprobs=scored)
+        if request.sampling.grammar is not None:
+            return self._structured(request, request.sampling.grammar, scored)
         token = self.next_token(request)
         count, ids = request.params.logprobs, request.params.logprob_token_ids
         return StepResult(token, None if count is None else self._logprob(token, count, ids), scored)
@@ -69,13 +74,28 @@ class SimulatedExecutor:
         config = self.config
         if config.script:
             return config.script[len(request.output_token_ids) % len(config.script)]
+        token = self._hash(request) % config.vocab_size
+        return (token + 1) % config.vocab_size if token == config.eos_token_id else token
+
+    def _hash(self, request: Request) -> int:
         seed = 0 if request.params.temperature == 0 else request.sampling.seed
         tail = request.tokens[-8:]
-        digest = hashlib.blake2b(
-            struct.pack(f"<qq{len(tail)}q", seed, request.num_tokens, *tail), digest_size=8
-        ).digest()
-        token = int.from_bytes(digest, "little") % config.vocab_size
-        return (token + 1) % config.vocab_size if token == config.eos_token_id else token
+        packed = struct.pack(f"<qq{len(tail)}q", seed, request.num_tokens, *tail)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+    def _structured(self, request: Request, grammar: GrammarState, scored: list[TokenLogprob] | None) -> StepResult:
+        """The token that would come, if the grammar allows it; else one that it allows, by the same hash."""
+        wanted = self.next_token(request)
+        words = np.zeros(grammar.num_words, dtype=np.int32)
+        if grammar.applies:
+            grammar.fill(words)
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            if grammar.error is not None or not len(allowed):
+                return StepResult(None, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+            wanted = wanted if wanted in allowed else int(allowed[self._hash(request) % len(allowed)])
+        grammar.accept(wanted)
+        count, ids = request.params.logprobs, request.params.logprob_token_ids
+        return StepResult(wanted, None if count is None else self._logprob(wanted, count, ids), scored)
 
     def _logprob(self, token: int, count: int, ids: Sequence[int] | None = None) -> TokenLogprob:
         """The token first with -0.5, each next id (wrapping round) 1 less likely."""
@@ -124,4 +144,13 @@ def simulated_engine(config: EngineConfig) -> Engine:
         backends={},
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed)
+    vocabulary = _vocabulary(simulated)
+    grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
+    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, grammars)
+
+
+def _vocabulary(config: SimulatedConfig) -> Vocabulary:
+    """One token per byte, and special ones after them."""
+    tokens = tuple(bytes([i]) if i < 256 else f"<|{i}|>".encode() for i in range(config.vocab_size))
+    eos = () if config.eos_token_id is None else (config.eos_token_id,)
+    return Vocabulary(len(tokens), eos, tokens=tokens, special=tuple(range(256, len(tokens))))

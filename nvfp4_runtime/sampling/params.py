@@ -7,6 +7,7 @@ import math
 import msgspec
 
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.structured.spec import StructuredSpec
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -19,6 +20,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature 0 is greedy. top_k 0 or -1 is off. seed None: drawn by the engine, so output differs per call.
     logprobs: how many alternatives to report beside the sampled token; None for no logprobs at all.
     prompt_logprobs: the same for each prompt token.
+    structured: the form the text must have.
     logprob_token_ids: report these tokens beside the sampled one instead of the likeliest; needs logprobs.
     allowed_token_ids: only these may be sampled; None for all.
     bad_words_token_ids: the last token of each sequence is forbidden where the output ends with those before it.
@@ -39,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredSpec | None = None
     logprob_token_ids: tuple[int, ...] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
@@ -77,6 +80,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for token_id, bias in self.logit_bias.items():
             _check(-100 <= bias <= 100, "logit_bias", bias, "biases in [-100, 100]")
             _check_token(token_id, vocab_size, "logit_bias")
+        if self.structured is not None:
+            self.structured.validate()
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             for token_id in getattr(self, name) or ():
                 _check_token(token_id, vocab_size, name)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.structured.matcher import GrammarState
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's place in the model's own distribution, before any bias, penalty, temperature or filter.
+    """A token's place in the model's own distribution, before any bias, penalty, temperature or filter, but over what
+    the request's grammar allows.
 
     logprob  natural logarithm of its probability; -inf where the logit is -inf
     rank     1 = most likely; equal logits rank by lower id first
@@ -31,11 +33,13 @@ class Sampled:
     logprob   present when the request asked for logprobs and a token was chosen
     finite    False: no token can be chosen, because the row holds NaN or +Inf, or nothing in it is above -Inf.
               That request has to end with an error; the other rows of the batch are not touched by it.
+    error     why no token can be chosen, where it is not the numbers' fault
     """
 
     token_id: int
     logprob: Logprob | None = None
     finite: bool = True
+    error: str | None = None
 
 
 @dataclass(eq=False)
@@ -45,6 +49,7 @@ class SamplingState:
     seed              resolved seed, 64 bits, signed or not
     output_token_ids  live reference; the engine appends what was sampled and changes nothing before that.
                       Whoever replaces or shortens a list makes a new SamplingState.
+    grammar           the request's place in its grammar; the sampler advances it with every token it chooses
     """
 
     params: SamplingParams
@@ -52,6 +57,7 @@ class SamplingState:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: tuple[int, ...] = ()
+    grammar: GrammarState | None = None
     edits_logits: bool = field(init=False)
     penalises: bool = field(init=False)
 
@@ -70,6 +76,11 @@ class SamplingState:
             if before == 0 or tuple(self.output_token_ids[-before:]) == word[:-1]:
                 found.append(word[-1])
         return found
+
+    @property
+    def is_constrained(self) -> bool:
+        """The grammar has a say in the next token."""
+        return self.grammar is not None and self.grammar.applies
 
     @property
     def awaits_min_tokens(self) -> bool:

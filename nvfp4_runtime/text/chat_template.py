@@ -77,6 +77,7 @@ class ChatTemplate:
             except jinja2.TemplateError as error:
                 raise UnsupportedFormatError(f"chat template {name!r} does not compile: {error}") from error
         self.variables = frozenset(variables)
+        self.source = "\n".join(named.values())
 
     @classmethod
     def load(cls, folder: str | Path, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate | None:

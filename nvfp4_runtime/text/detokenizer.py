@@ -23,9 +23,11 @@ class Decoder(Protocol):
 class ByteDecoder:
     """For byte-level tokenizers: tokens are bytes, so a UTF-8 decoder does it, exactly and in linear time."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, kept: frozenset[int] = frozenset()
+    ) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -50,8 +52,10 @@ class WindowDecoder:
         skip_special_tokens: bool = True,
         prompt_ids: Sequence[int] = (),
         spaces_between_special_tokens: bool = True,
+        kept: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
+        self._kept = kept if skip_special_tokens else frozenset()
         self._skip = skip_special_tokens
         self._joins_specials = not (skip_special_tokens or spaces_between_special_tokens)
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
@@ -59,6 +63,10 @@ class WindowDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        if token_id in self._kept:  # between two texts: the tokenizer would leave it out
+            shown = self.flush() + self._tokenizer.token_text(token_id)
+            self._ids, self._new = [], 0
+            return shown
         if self._skip and token_id in self._tokenizer.special_ids:
             return ""
         byte = self._tokenizer.byte_of(token_id)
@@ -146,6 +154,7 @@ class Detokenizer:
     spaces_between_special_tokens  False: none, where the tokenizer's decoder writes one; has no effect on others
     min_tokens    stop strings that are complete within the first `min_tokens` tokens do not count
     prompt_ids    left context, for decoders that need it
+    kept_special_ids  special tokens that are shown although others are skipped
     """
 
     def __init__(
@@ -158,11 +167,14 @@ class Detokenizer:
         spaces_between_special_tokens: bool = True,
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._decoder: Decoder = (
-            ByteDecoder(tokenizer, skip_special_tokens)
+            ByteDecoder(tokenizer, skip_special_tokens, kept_special_ids)
             if tokenizer.is_byte_level
-            else WindowDecoder(tokenizer, skip_special_tokens, prompt_ids, spaces_between_special_tokens)
+            else WindowDecoder(
+                tokenizer, skip_special_tokens, prompt_ids, spaces_between_special_tokens, kept_special_ids
+            )
         )
         self._scanner = StopScanner(stop, include_stop_str_in_output)
         self._min_tokens = min_tokens

@@ -190,6 +190,10 @@ class Tokenizer:
         """A token alone as text, for logprobs; parts of characters show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of the special tokens among `texts`."""
+        return frozenset(self._special[text][0] for text in texts if text in self._special)
+
     def _token_bytes(self, token_id: int) -> bytes:
         token: str | None = self._raw.id_to_token(token_id) if token_id >= 0 else None
         if token is None:

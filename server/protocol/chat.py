@@ -10,6 +10,7 @@ from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.fields import Int, ShortStr, check_num_logprobs, note_unknown
 from server.protocol.generation import GenerationRequest
 from server.protocol.not_honoured import NOT_HONOURED, NOT_HONOURED_CHAT
+from server.tools.request import ToolFields
 
 
 class ChatMessage(BaseModel):
@@ -33,7 +34,7 @@ class ChatMessage(BaseModel):
         note_unknown(f"{where}.", self)
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, ToolFields):
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -53,12 +54,8 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def check(self, max_n: int) -> None:
-        extra = self.model_extra or {}
-        if extra.get("tools") == []:
-            raise InvalidParameterError("tools must hold at least one tool; leave it out for none", "tools")
-        if extra.get("tool_choice") not in (None, "none") and "tools" not in extra:
-            raise InvalidParameterError("tool_choice needs tools", "tool_choice")
         super().check(max_n)
+        self.check_tools()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidParameterError("top_logprobs needs logprobs: true", "top_logprobs")
         check_num_logprobs("top_logprobs", self.top_logprobs)

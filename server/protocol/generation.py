@@ -11,6 +11,7 @@ from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from server.protocol.fields import Int, Number, ShortStr, check_num_logprobs, note_unknown, token_biases
 from server.protocol.not_honoured import NOT_HONOURED, REPLACED
+from server.structured import StructuredFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
@@ -36,7 +37,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(StructuredFields, BaseModel):
     """What completions and chat have in common. null means the default, everywhere."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())

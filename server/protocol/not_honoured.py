@@ -7,8 +7,6 @@ from typing import Any
 # Fields of vLLM's contract that are not honoured yet, with the values that ask for nothing. null always does.
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "session_id": (),
     "return_token_offsets": (False,),
     "routed_experts_prompt_start": (0,),
@@ -19,10 +17,10 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (),
 }
 # What older clients of vLLM and OpenAI send, by the name that took its place.
-_STRUCTURED = "structured_outputs took its place (not honoured yet either)"
+_STRUCTURED = "structured_outputs took its place"
 REPLACED = {
-    "functions": "tools took its place (not honoured yet either)",
-    "function_call": "tool_choice took its place (not honoured yet either)",
+    "functions": "tools took its place",
+    "function_call": "tool_choice took its place",
     "guided_json": _STRUCTURED,
     "guided_regex": _STRUCTURED,
     "guided_choice": _STRUCTURED,
@@ -32,11 +30,7 @@ REPLACED = {
 NOT_HONOURED |= dict.fromkeys(REPLACED, ())
 NOT_HONOURED_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
 NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
-    "tools": (),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True, False),  # says nothing without tools
     "reasoning_effort": (),
-    "include_reasoning": (True,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "return_assistant_tokens_mask": (False,),

@@ -19,7 +19,6 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "max_tool_calls": (),
     "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": None}),
     "truncation": ("disabled",),
     "prompt": (),
     "conversation": (),
@@ -82,6 +81,17 @@ class ResponsesRequest(BaseModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     priority: Int | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    text: dict[str, Any] = {}
+
+    @property
+    def text_format(self) -> dict[str, Any]:
+        """`text.format`: what form the answer has. A JSON schema's name and schema stand in it, not below it."""
+        given = self.text.get("format")
+        if given is None:
+            return {"type": "text"}
+        if not isinstance(given, dict):
+            raise InvalidParameterError(f"text.format must be an object, found {given!r:.64}", "text")
+        return given
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +104,8 @@ class ResponsesRequest(BaseModel):
             if name in _NOT_HONOURED and value not in _NOT_HONOURED[name]:
                 raise InvalidParameterError(f"{name}: {value!r:.100} is not supported by this server", name)
         note_unknown("", self, _NOT_HONOURED)
+        if self.text.get("verbosity") is not None:
+            raise InvalidParameterError("text.verbosity is not supported by this server; leave it out", "text")
         if unknown := [name for name in self.include if name != LOGPROBS]:
             raise InvalidParameterError(f"include: {unknown[0]!r:.64} is not supported; {LOGPROBS} is", "include")
         if self.top_logprobs is not None and LOGPROBS not in self.include:
@@ -134,6 +146,10 @@ class ResponsesRequest(BaseModel):
         given = {name: value for name in _PASSED_ON if (value := getattr(self, name)) is not None}
         if LOGPROBS in self.include:
             given |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        form = self.text_format
+        if form.get("type") == "json_schema":
+            form = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
+        given["response_format"] = form
         return ChatCompletionRequest(
             model=self.model, messages=turns, stream=self.stream, max_completion_tokens=self.max_output_tokens, **given
         )

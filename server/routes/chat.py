@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -13,6 +14,7 @@ from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.errors import InvalidParameterError
 from server.beam_search import start_generation
 from server.errors import json_response
+from server.form import AnswerForm
 from server.formatting import TokenNames, usage_of
 from server.generation import Piece, make_jobs, off_loop, until_disconnect
 from server.openapi import GENERATION_RESPONSES
@@ -43,10 +45,22 @@ class Chat:
         budget = output_budget(
             asked, None if default is None else int(default), len(self.prompt_token_ids), limit, param
         )
+        self.form = AnswerForm(body, server.styles, prompt.text)
         bad_words = bad_words_token_ids(body.bad_words, server.text.tokenizer)
         params = body.sampling_params(budget, server.config.default_sampling, body.prompt_logprobs, bad_words)
+        params = msgspec.structs.replace(params, structured=self.form.structured)
         jobs = make_jobs([self.prompt_token_ids], [params], body.n)
-        self.generation = start_generation(server, body, answer.engine_id, jobs)
+        kept = self.form.kept_special_ids(server.text.tokenizer)
+        self.generation = start_generation(server, body, answer.engine_id, jobs, kept)
+        self.writers = [self.form.writer() for _ in range(body.n)]
+
+    async def content_pieces(self) -> AsyncGenerator[Piece, None]:
+        """The generation's pieces with their content alone: for endpoints that show no reasoning."""
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                deltas = self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
+                piece.text = "".join(delta.get("content", "") for delta in deltas)
+                yield piece
 
     def echo_text(self) -> str:
         """echo: the last message's text, if it is the assistant's own, comes before the new text."""
@@ -78,17 +92,24 @@ class Chat:
                     yield chunks.choice(_delta(piece.index, {"role": ROLE, "content": ""}), first | extra)
                     if echo:
                         yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
-                if piece.text or always or piece.finish_reason is not None:
-                    yield chunks.choice(self.write_piece(piece), extra, last=piece.finish_reason is not None)
+                ends = piece.finish_reason is not None
+                deltas = self.writers[piece.index].push(piece.text, ends)
+                if not deltas and (always or ends):
+                    deltas = [{} if self.writers[piece.index].calls else {"content": ""}]
+                for i, delta in enumerate(deltas):
+                    last = ends and i == len(deltas) - 1
+                    yield chunks.choice(self.write_piece(piece, delta, i == 0, last), extra, last=last)
         if with_usage:
             yield chunks.usage(usage_of(self.generation.choices, body.n, details))
 
-    def write_piece(self, piece: Piece) -> dict[str, Any]:
-        written = _delta(piece.index, {"content": piece.text}, self.logprobs(piece.logprobs))
+    def write_piece(self, piece: Piece, delta: dict[str, Any], first: bool, last: bool) -> dict[str, Any]:
+        """One delta of a piece: its tokens and logprobs go with the `first`, how it ended with the `last`."""
+        written = _delta(piece.index, delta, self.logprobs(piece.logprobs) if first else None)
         if self.body.return_token_ids:
-            written["token_ids"] = piece.token_ids
-        if piece.finish_reason is not None:
-            written |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            written["token_ids"] = piece.token_ids if first else []
+        if last:
+            reason = self.writers[piece.index].finish_reason(piece.finish_reason, self.form.named)
+            written |= {"finish_reason": reason, "stop_reason": piece.stop_reason}
         return written
 
     async def whole(self) -> dict[str, Any]:
@@ -97,7 +118,7 @@ class Chat:
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 into = merged[piece.index]
-                into.text += piece.text
+                self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
                 into.token_ids += piece.token_ids
                 into.logprobs += piece.logprobs
                 into.finish_reason, into.stop_reason = piece.finish_reason, piece.stop_reason
@@ -121,19 +142,12 @@ class Chat:
         }
 
     def whole_choice(self, choice: Piece) -> dict[str, Any]:
+        writer = self.writers[choice.index]
         return {
             "index": choice.index,
-            "message": {
-                "role": ROLE,
-                "content": self.echo_text() + choice.text,
-                "refusal": None,
-                "annotations": None,
-                "audio": None,
-                "function_call": None,
-                "reasoning": None,
-            },
+            "message": writer.message(ROLE, self.echo_text()),
             "logprobs": self.logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": writer.finish_reason(choice.finish_reason, self.form.named),
             "stop_reason": choice.stop_reason,
             "token_ids": choice.token_ids if self.body.return_token_ids else None,
             "routed_experts": None,

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -65,7 +66,8 @@ class _Completion:
             default = int(server.config.default_sampling.get("max_tokens", DEFAULT_MAX_TOKENS))
             budget = output_budget(asked, default, len(ids), limit, "max_tokens")
             defaults = server.config.default_sampling
-            params.append(body.sampling_params(budget, defaults, self._prompt_logprobs(), bad_words))
+            one = body.sampling_params(budget, defaults, self._prompt_logprobs(), bad_words)
+            params.append(msgspec.structs.replace(one, structured=body.structured_spec()))
             fitted.append(prompt if ids is prompt.token_ids and prompt.text else EncodedPrompt("", ids))
         jobs = make_jobs([prompt.token_ids for prompt in fitted], params, body.n)
         self.generation = start_generation(server, body, answer.engine_id, jobs)

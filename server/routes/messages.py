@@ -56,7 +56,7 @@ class _Message:
 
     async def whole(self) -> dict[str, Any]:
         text, last = "", Piece(0)
-        async with aclosing(self.chat.generation.pieces()) as pieces:
+        async with aclosing(self.chat.content_pieces()) as pieces:
             async for piece in pieces:
                 text += piece.text
                 last = piece
@@ -66,7 +66,7 @@ class _Message:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         begun, last = False, Piece(0)
-        async with aclosing(self.chat.generation.pieces()) as pieces:
+        async with aclosing(self.chat.content_pieces()) as pieces:
             async for piece in pieces:
                 last = piece
                 if not begun:

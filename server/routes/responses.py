@@ -24,7 +24,7 @@ from server.streaming import EventStream, named_event
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
-_PARAMS = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
+_PARAMS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
 _WHERE = {"output_index": 0, "content_index": 0}
 
 
@@ -51,7 +51,7 @@ class _Response:
         yield {"type": "response.content_part.added", "item_id": self.item_id, **_WHERE, "part": part}
         finish_reason = None
         try:
-            async with aclosing(self.chat.generation.pieces()) as pieces:
+            async with aclosing(self.chat.content_pieces()) as pieces:
                 async for piece in pieces:
                     shown = self.chat.logprobs(piece.logprobs)
                     logprobs = shown["content"] if shown else []
@@ -134,7 +134,7 @@ class _Response:
             "service_tier": "default",
             "store": asked.store,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": asked.text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": asked.top_logprobs or 0,

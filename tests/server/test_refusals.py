@@ -21,8 +21,7 @@ def body_for(path: str, **fields: Any) -> dict[str, Any]:
 
 
 NOT_HONOURED = [
-    ("early_stopping", True), ("length_penalty", 0.5), ("logprob_token_ids", [1]),
-    ("response_format", {"type": "json_object"}), ("structured_outputs", {"regex": "a"}), ("session_id", "s"),
+    ("early_stopping", True), ("length_penalty", 0.5), ("logprob_token_ids", [1]), ("session_id", "s"),
     ("return_token_offsets", True), ("routed_experts_prompt_start", 3), ("kv_transfer_params", {"a": 1}),
     ("ec_transfer_params", {"a": 1}), ("vllm_xargs", {"a": 1}), ("repetition_detection", {"a": 1}),
     ("thinking_token_budget", 5), ("best_of", 3), ("best_of", True), ("functions", []),
@@ -31,8 +30,7 @@ NOT_HONOURED = [
 ]  # fmt: skip
 NOT_HONOURED_COMPLETION = [("suffix", "end"), ("prompt_embeds", "AAAA")]
 NOT_HONOURED_CHAT = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("reasoning_effort", "low"),
-    ("include_reasoning", False), ("chat_template", "{{ x }}"), ("media_io_kwargs", {"a": 1}),
+    ("reasoning_effort", "low"), ("chat_template", "{{ x }}"), ("media_io_kwargs", {"a": 1}),
     ("mm_processor_kwargs", {"a": 1}), ("return_assistant_tokens_mask", True),
 ]  # fmt: skip
 

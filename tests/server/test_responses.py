@@ -206,7 +206,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "reasoning", "content": [{"text": "x"}]}]}, "input"), ({"input": "x" * 300}, "input"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "o"}]}, "input"),
     ({"tools": [{"type": "function", "name": "f"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
-    ({"text": {"format": {"type": "json_object"}}}, "text"), ({"reasoning": {"effort": "low"}}, "reasoning"),
+    ({"text": {"format": {"type": "odd"}}}, "text"), ({"text": {"format": 5}}, "text"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text"), ({"text": {"verbosity": "low"}}, "text"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 5}}}, "text"),
+    ({"reasoning": {"effort": "low"}}, "reasoning"),
     ({"truncation": "auto"}, "truncation"), ({"conversation": "c"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"),
     ({"service_tier": "flex"}, "service_tier"), ({"max_tool_calls": 1}, "max_tool_calls"),
@@ -225,6 +228,19 @@ async def test_refusals_name_the_responses_own_field(serve: Serve, fields: dict[
     server = await serve()
     assert_error(await server.post("/v1/responses", {"input": "Hi"} | fields), 400, param)
     assert server.engine.running == 0
+
+
+async def test_text_format_is_the_answers_form(serve: Serve) -> None:
+    server = await serve()
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    text = {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": schema}}
+    body = (await create(server, text=text)).json()
+    assert body["text"] == text
+    spec = server.engine.submitted[0].params.structured
+    assert spec is not None
+    assert (spec.kind, json.loads(spec.value)) == ("json", schema)
+    await create(server, text={"format": {"type": "json_object"}})
+    assert server.engine.submitted[1].params.structured.kind == "json_object"  # type: ignore[union-attr]
 
 
 async def test_values_that_ask_for_nothing_pass(serve: Serve) -> None:
