@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -31,9 +33,16 @@ def compile_ahead(*modules: str) -> list[Result]:
     return [Result(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[str, Future[list[Result]]]]:
+    """Every module's results, two compilers at a time."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {module: pool.submit(compile_ahead, module) for module in MODULES}
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_kernels_compile_for_every_target(module: str) -> None:
-    results = compile_ahead(module)
+def test_kernels_compile_for_every_target(compiled: dict[str, Future[list[Result]]], module: str) -> None:
+    results = compiled[module].result()
     assert results, f"{module}.compilations() lists nothing"
     problems = [f"{r.name} for sm_{r.target}: {problem}" for r in results for problem in r.problems]
     assert not problems, "\n".join(problems)
