@@ -23,7 +23,7 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
 _COLUMNS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def grouped_gemm(
     x, words, scales, row_scale, bias, out, offsets, tokens, experts, outputs, k, panels, blocks,
     expert_words, expert_scales,

@@ -11,7 +11,9 @@ from nvfp4_runtime.kernels.triton.gemm_pieces import FOUR_BIT, FP8, accumulate, 
 from nvfp4_runtime.kernels.triton.layout import MXFP4_BASE, NVFP4_BASE
 
 
-@triton.jit
+# The number of rows is never specialised on: 1 would become a constant, multiples of 16 another kernel, each compiled
+# while somebody waits.
+@triton.jit(do_not_specialize=["rows"])
 def gemm(
     x, words, scales, row_scale, bias, out, partial, rows, outputs, k, panels, blocks, blocks_per_split,
     FORMAT: tl.constexpr, SCALE_BLOCKS: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -47,7 +49,7 @@ def gemm(
         tl.store(partial + split.to(tl.int64) * rows * outputs + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_splits(
     partial, row_scale, bias, out, rows, outputs,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, EMULATED: tl.constexpr,
@@ -136,8 +138,8 @@ def _gemm(
         constexprs,
         num_warps=2 if narrow else 4,
         num_stages=4 if narrow else 3,
-        # words come sixteen bytes a lane, become pairs of bfloat16 by one mask and one multiplication, and meet x in the
-        # tensor core without passing through shared memory again
+        # words come sixteen bytes a lane, become pairs of bfloat16 by one mask and one multiplication, and meet x in
+        # the tensor core without passing through shared memory again
         expect=("LDGSTS.E.BYPASS", "0x10", "fma.rn.bf16x2", "mma.sync" if narrow else "mma"),
         expect_on={90: () if narrow else ("wgmma",)},
         forbid=("tf32",),
