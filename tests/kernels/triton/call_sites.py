@@ -1,5 +1,5 @@
-"""Layers called as in serving, up to the launch: Triton binds and specialises real arguments and compiles for a GPU that
-is not here. What ahead.py compiles by declaration is compiled here by use: a 1 that becomes a constant, a None, a type.
+"""Layers called as in serving, up to the launch: Triton binds and specialises real arguments and compiles for a GPU
+that is not here. What ahead.py compiles by declaration is compiled here by use: a 1 that becomes a constant, a None.
 
     python -m tests.kernels.triton.call_sites 90
 
