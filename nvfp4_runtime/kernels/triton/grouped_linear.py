@@ -71,7 +71,7 @@ def triton_grouped_linear(weights: Sequence[Weight], spec: GroupedLinearSpec, sc
     packed = [pack(weight, spec.each, scratch.device) for weight in weights]
     if any(isinstance(one, DenseWeight) for one in packed):
         # plain experts; or one MXFP4 expert's scales span too much for its panels: then all are kept as float32
-        dense = [w if isinstance(w, DenseWeight) else DenseWeight(w.dequantize(), w.bias) for w in weights]  # type: ignore[union-attr]  # MXFP4 has it
+        dense = [w if isinstance(w, DenseWeight) else DenseWeight(w.dequantize(), w.bias) for w in weights]
         return GroupedLinear(_stack_dense([_moved(w, scratch.device) for w in dense]), spec, scratch)
     return GroupedLinear(_stack([p for p in packed if isinstance(p, Packed)]), spec, scratch)
 
