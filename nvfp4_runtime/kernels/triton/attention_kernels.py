@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.triton.common import dot, round_to
 from nvfp4_runtime.kernels.triton.kv_format import load_nvfp4_rows, load_rows
 
@@ -108,7 +109,7 @@ def _attend(
     return acc, acc_odd, m, l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "table_width"])
 def paged_attention_kernel(
     q,
     k_cache,
@@ -136,7 +137,7 @@ def paged_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SEQS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     DECODE: tl.constexpr,
     KV: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -145,11 +146,12 @@ def paged_attention_kernel(
     """Program (tile, h, s): a tile of queries of one sequence and the heads of KV group h, against run s of its keys.
 
     Row r of a tile is query r // G of the tile, head r % G of the group: keys and values are read once for the group.
-    The keys a tile sees are cut into SPLITS runs of whole key tiles, as many tiles each, by the device's own seq_lens.
+    SPLIT: the keys a tile sees are cut into runs of whole key tiles, as many runs as the grid has programs there (S), by
+    the device's own seq_lens.
 
     scale          softmax scale * k_scale * log2(e)
-    out            [T, Q_HEADS * D], where SPLITS is 1
-    partial        fp32 [T, Q_HEADS, SPLITS, D] unnormalised sums; partial_m, partial_l [T, Q_HEADS, SPLITS] their
+    out            [T, Q_HEADS * D], unless SPLIT
+    partial        fp32 [T, Q_HEADS, S, D] unnormalised sums; partial_m, partial_l [T, Q_HEADS, S] their
                    maxima and weights
     TOKENS, ROWS   queries of a tile; TOKENS * G padded to a power of two, at least 16
     DECODE         every sequence has at most one new token: tile b is sequence b
@@ -176,9 +178,10 @@ def paged_attention_kernel(
         low = tl.maximum(position - WINDOW + 1, 0)
     begin = low // KEYS * KEYS
     stop = end
-    if SPLITS > 1:
+    if SPLIT:
         tiles = (end - begin + KEYS - 1) // KEYS
-        length = (tiles + SPLITS - 1) // SPLITS * KEYS
+        splits = tl.num_programs(2)
+        length = (tiles + splits - 1) // splits * KEYS
         begin += split * length
         stop = tl.minimum(begin + length, end)
 
@@ -227,11 +230,11 @@ def paged_attention_kernel(
         acc = tl.interleave(acc, acc_odd)
     cols = tl.arange(0, WIDTH)[None, :]
     mask = inside[:, None] & (cols < D)
-    if SPLITS == 1:
+    if not SPLIT:
         result = acc * v_scale / l[:, None]
         tl.store(out + row[:, None] * D + cols, round_to(result, out.dtype.element_ty, EMULATED), mask=mask)
     else:
-        at = row * SPLITS + split
+        at = row * tl.num_programs(2) + split
         tl.store(partial_m + at, m, mask=inside)
         tl.store(partial_l + at, l, mask=inside)
         if begin < stop:  # an empty run's sums are never read
@@ -270,3 +273,17 @@ def combine_kernel(
     cols = tl.arange(0, WIDTH)
     result = round_to(acc * v_scale / total, out.dtype.element_ty, EMULATED)
     tl.store(out + row * D + cols, result, mask=cols < D)
+
+
+def compilations() -> list[Compilation]:
+    """The sum over runs; paged_attention.py and mla.py list the rest."""
+    signature = dict.fromkeys(("partial", "partial_m", "partial_l"), "*fp32") | {"out": "*bf16", "v_scale": "fp32"}
+    return [
+        Compilation(
+            name=f"combine_{width}",
+            kernel=combine_kernel,
+            signature=signature,
+            constexprs={"D": width, "WIDTH": width, "SPLITS": 64, "CHUNK": 4096 // width, "EMULATED": False},
+        )
+        for width in (128, 512)
+    ]
