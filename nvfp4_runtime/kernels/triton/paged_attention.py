@@ -199,7 +199,7 @@ def compilations() -> list[Compilation]:
     found = []
     for kv in ("bfloat16", "fp8", "nvfp4"):
         for head_dim, window, tokens, seqs in ((128, None, 64, 64), (128, None, 2048, 8), (64, 128, 256, 8)):
-            spec = PagedAttentionSpec(8 * head_dim // 32, 8, head_dim, window, kv, "bfloat16", "bfloat16")  # type: ignore[arg-type]
+            spec = PagedAttentionSpec(32, 8, head_dim, window, kv, "bfloat16", "bfloat16")  # type: ignore[arg-type]
             kernel = TritonPagedAttention(spec)
             tile = kernel.tile(tokens, seqs, tokens == seqs, 8192, 132)
             found += _compilations(kernel, tile, seqs, f"{kv}_{head_dim}_{tokens}")

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import KernelError
+from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import NormSpec
 from nvfp4_runtime.kernels.triton.common import emulated, round_to
 from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized
 
-LARGEST_HIDDEN = 32768  # one program holds a whole row in registers
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x,
     residual,
@@ -145,5 +144,30 @@ def rms_norm_quantize(
 
 
 def warps_for(block: int) -> int:
-    """8 to 16 values a thread, between one warp and sixteen."""
+    """At least 16 values a thread, between one warp and sixteen: a program holds a whole row in registers."""
     return max(1, min(16, block // 512))
+
+
+def compilations() -> list[Compilation]:
+    signature = dict.fromkeys(("x", "residual", "weight"), "*bf16") | {"rows": "i32", "eps": "fp32"}
+    return [
+        Compilation(
+            name=name,
+            kernel=rms_norm_kernel,
+            signature=signature | ({"out": "*u8", "scales": "*u8"} if quantize else {"out": "*bf16", "scales": "*bf16"})
+            | {"input_scale": "*fp32"},
+            constexprs={
+                "H": hidden,
+                "BLOCK": triton.next_power_of_2(hidden),
+                "HAS_RESIDUAL": True,
+                "QUANTIZE": quantize,
+                "SWIZZLED": quantize,
+                "ROUND_BF16": True,
+                "EMULATED": False,
+            },
+            num_warps=warps_for(triton.next_power_of_2(hidden)),
+            expect=("MUFU.RSQ",),
+            unaligned=("rows",),
+        )
+        for name, hidden, quantize in (("norm_4096", 4096, False), ("norm_576", 576, False), ("quantize_8192", 8192, True))
+    ]

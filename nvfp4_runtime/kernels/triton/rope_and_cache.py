@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import KVLayer
 from nvfp4_runtime.errors import KernelError
+from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import RopeSpec
 from nvfp4_runtime.kernels.triton.common import emulated, round_to
 from nvfp4_runtime.kernels.triton.kv_format import KV_CODES, cache_arguments
@@ -227,3 +228,26 @@ class TritonRope:
             raise KernelError(f"cos is {list(cos.shape)}, expected [max_positions, {spec.rotary_dim // 2}]")
         if (q_norm is not None) != spec.qk_norm or (k_norm is not None) != spec.qk_norm:
             raise KernelError(f"this layer was built with qk_norm={spec.qk_norm}; q_norm and k_norm must agree with it")
+
+
+def compilations() -> list[Compilation]:
+    """E4M3 by the instruction where there is one, by bits on sm_80."""
+    found = []
+    pointers = {"positions": "*i64", "slot_mapping": "*i64", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"}
+    caches = ("k_cache", "v_cache", "k_blocks", "v_blocks")
+    for kv, cache, norm in (("bfloat16", "*bf16", True), ("fp8", "*u8", False), ("nvfp4", "*u8", False)):
+        kernel = TritonRope(RopeSpec(32, 8, 128, 128, norm, kv, "bfloat16"))  # type: ignore[arg-type]
+        signature = dict.fromkeys(("qkv", "q_norm", "k_norm"), "*bf16") | pointers | dict.fromkeys(caches, cache)
+        signature |= dict.fromkeys(("eps", "k_scale", "v_scale"), "fp32")
+        found += [
+            Compilation(
+                name=f"{kv}{'' if hardware else '_bits'}",
+                kernel=rope_and_cache_kernel,
+                signature=signature,
+                constexprs=kernel.constants(16) | {"HARDWARE_E4M3": hardware},
+                expect=("cvt.rn.satfinite.e4m3x2",) if hardware and kv == "fp8" else (),
+                targets=targets,
+            )
+            for hardware, targets in ((True, (89, 90, 100, 103, 120, 121)), (False, (80,)))
+        ]
+    return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import KernelError
+from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import ActivationSpec
 from nvfp4_runtime.kernels.triton.common import emulated, round_to
 from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized
@@ -16,7 +17,7 @@ from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_
 _BLOCK = 1024  # columns of a program: a multiple of 64, see store_quantized
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def silu_mul_kernel(
     gate_up,
     out,
@@ -104,3 +105,26 @@ def silu_mul_quantize(
     """`TritonSiluMul.quantize`; what is quantised is the value `dtype` would hold."""
     spec = ActivationSpec(gate_up.shape[-1] // 2, dtype, dtype)
     return TritonSiluMul(spec).quantize(gate_up, input_scale, swizzled)
+
+
+def compilations() -> list[Compilation]:
+    signature = {"gate_up": "*bf16", "input_scale": "*fp32", "rows": "i32"}
+    return [
+        Compilation(
+            name=name,
+            kernel=silu_mul_kernel,
+            signature=signature | dict.fromkeys(("out", "scales"), "*u8" if quantize else "*bf16"),
+            constexprs={
+                "WIDTH": 14336,
+                "BLOCK": _BLOCK,
+                "QUANTIZE": quantize,
+                "SWIZZLED": quantize,
+                "ROUND_BF16": True,
+                "EMULATED": False,
+            },
+            num_warps=_BLOCK // 256,
+            expect=("MUFU.EX2",),
+            unaligned=("rows",),
+        )
+        for name, quantize in (("silu_mul", False), ("quantize", True))
+    ]
