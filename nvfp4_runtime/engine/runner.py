@@ -81,6 +81,8 @@ class ModelRunner:
             cu_seqlens_q=bounds,
             logits_rows=logits_row,
             kv=self._kv,
+            max_query_len=max(entry.count for entry in schedule.entries),
+            max_seq_len=max(seq_lens),
         )
 
     def _results(self, schedule: Schedule, rows: Sequence[range], logits: Tensor) -> list[StepResult]:
@@ -118,6 +120,8 @@ class ModelRunner:
                 cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
                 logits_rows=torch.zeros(1, dtype=torch.int64),
                 kv=self._kv,
+                max_query_len=1,
+                max_seq_len=1,
             )
         )
 
