@@ -112,12 +112,14 @@ class PackedLinear:
         self._quantize = None
         if weight.input_scale is not None:
             self._quantize = ActivationQuantizer(weight.input_scale, spec.k, scratch.device)
+        self._float32 = self.dtype == torch.float32
         self._multiprocessors = multiprocessors(scratch.device)
         self._rows_at_a_time = max(1, WRITTEN_VALUES // spec.k // layout.PANEL) * layout.PANEL
         self._fused_rows = FUSED_ROWS if weight.fp8_scales is None else None  # None: always
         self._ignored = torch.zeros((), dtype=torch.bfloat16, device=scratch.device)
         self._alphas = _group_alphas(weight)
-        scratch.reserve("splits", workspace_values(spec.n, spec.k, self._multiprocessors), torch.float32)
+        partial_sums = workspace_values(spec.n, spec.k, self._multiprocessors, self._float32)
+        scratch.reserve("splits", partial_sums, torch.float32)
         if self._fused_rows is not None:
             scratch.reserve("weight", min(spec.n, self._rows_at_a_time) * spec.k, self.dtype)
 
@@ -134,7 +136,7 @@ class PackedLinear:
 
     def _decoded(self, x: Tensor, out: Tensor) -> None:
         w, m = self.weight, x.shape[0]
-        how = tiles(m, self.n, self.k, self._multiprocessors)
+        how = tiles(m, self.n, self.k, self._multiprocessors, self._float32)
         blocks = w.panels.blocks
         splits = how.splits if m <= FUSED_ROWS else 1
         partial = self.scratch.view("splits", torch.float32, splits, m, self.n) if splits > 1 else out
