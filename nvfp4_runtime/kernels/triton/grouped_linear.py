@@ -178,7 +178,7 @@ class GroupedLinear:
             EXPERTS=triton.next_power_of_2(self.num_experts),
             EMULATED=emulated(),
             num_warps=4 if wide or rows == 64 else 2,
-            num_stages=2 if wide else 4 if rows < 64 else 3,
+            num_stages=2 if wide else 3,
         )
         return out
 
@@ -203,7 +203,7 @@ def compilations() -> list[Compilation]:
             "ROWS": rows, "EXPERTS": 128, "EMULATED": False,
         } | constexprs  # fmt: skip
         return Compilation(
-            name, grouped_gemm, signature, all_constexprs, num_warps=2, num_stages=4, expect=("cp.async", "mma.sync"),
+            name, grouped_gemm, signature, all_constexprs, num_warps=2, num_stages=3, expect=("cp.async", "mma.sync"),
             forbid=("tf32",), unaligned=("tokens", "experts", "outputs", "panels", "blocks"), targets=(80, 90, 120),
         )  # fmt: skip
 

@@ -138,7 +138,7 @@ class PackedLinear:
         w, m = self.weight, x.shape[0]
         how = tiles(m, self.n, self.k, self._multiprocessors, self._float32)
         blocks = w.panels.blocks
-        splits = how.splits if m <= FUSED_ROWS else 1
+        splits = how.splits if m <= FUSED_ROWS else 1  # beyond, only FP8 with scales along K comes here: rows abound
         partial = self.scratch.view("splits", torch.float32, splits, m, self.n) if splits > 1 else out
         gemm[(triton.cdiv(self.n, how.columns), splits, triton.cdiv(m, how.rows))](
             x,
@@ -153,7 +153,7 @@ class PackedLinear:
             self.k,
             w.panels.words.shape[0],
             blocks,
-            triton.cdiv(blocks, splits),
+            how.blocks if splits > 1 else blocks,
             FORMAT=w.format,
             SCALE_BLOCKS=w.scale_blocks,
             BASE=w.panels.base,

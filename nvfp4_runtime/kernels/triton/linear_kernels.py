@@ -139,7 +139,7 @@ def _gemm(
         {"x": "*bf16", "out": "*bf16", **scales, **_POINTERS, **_SIZES},
         constexprs,
         num_warps=2 if narrow else 4,
-        num_stages=4 if narrow else 3,
+        num_stages=3,
         # words come sixteen bytes a lane, become pairs of bfloat16 by one mask and one multiplication, and meet x in
         # the tensor core without passing through shared memory again
         expect=("LDGSTS.E.BYPASS", "0x10", "fma.rn.bf16x2", "mma.sync" if narrow else "mma"),

@@ -16,7 +16,8 @@ def test_splits_cover_k_and_none_is_empty(n: int, k: int, multiprocessors: int, 
     blocks = -(-k // 64)
     for m in range(1, FUSED_ROWS + 1):
         how = tiles(m, n, k, multiprocessors, float32)
-        each = -(-blocks // how.splits)
+        each = how.blocks
+        assert each % 2 == 0
         assert how.splits >= 1
         assert (how.splits - 1) * each < blocks <= how.splits * each
         assert how.splits == 1 or how.splits * m * n <= workspace_values(n, k, multiprocessors, float32)
