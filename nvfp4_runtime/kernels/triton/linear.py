@@ -172,7 +172,7 @@ class PackedLinear:
     def _finish(self, sums: Tensor, splits: int, out: Tensor) -> None:
         """FP32 sums [splits, M, N] to results."""
         w = self.weight
-        add_splits[(triton.cdiv(self.n, _SUM_COLUMNS), out.shape[0])](
+        add_splits[(out.shape[0], triton.cdiv(self.n, _SUM_COLUMNS))](
             sums,
             w.panels.row_scale,
             w.bias,

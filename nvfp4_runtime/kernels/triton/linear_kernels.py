@@ -58,10 +58,10 @@ def add_splits(
 ):  # fmt: skip
     """The splits' sums added in their order, times row_scale, plus bias, rounded once: deterministic, unlike atomics.
 
-    grid  (outputs / COLUMNS rounded up, rows)
+    grid  (rows, outputs / COLUMNS rounded up)
     """
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    at = tl.program_id(1).to(tl.int64) * outputs + n
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.program_id(0).to(tl.int64) * outputs + n
     mask = n < outputs
     y = tl.zeros((COLUMNS,), tl.float32)
     for split in tl.static_range(SPLITS):

@@ -73,32 +73,35 @@ def quantize(
     operand  [groups * 16] of x's type: code * block scale, exact; written if OPERAND
     codes    uint8 [groups * 8], packed, and scales uint8 [groups], E4M3 bytes; written otherwise
     scale, inverse_scale   numbers; fp32 [experts] where EXPERTS > 0, and `offsets` tell whose rows are whose
-    grid     (groups / GROUPS rounded up,)
+    grid     (groups / GROUPS rounded up,); with experts (rows, groups_of_row / GROUPS rounded up)
     """
-    g = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    i = tl.arange(0, 16)
-    values = tl.load(x + g[:, None] * 16 + i[None, :], mask=(g < groups)[:, None], other=0.0).to(tl.float32)
     if EXPERTS == 0:
-        found, byte = quantize_blocks(values, scale, inverse_scale, CONVERT_E2M1)
-    else:
+        g = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+        mask = g < groups
+    else:  # one row a program: its expert is one number
+        row = tl.program_id(0)
+        column = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        g = row.to(tl.int64) * groups_of_row + column
+        mask = column < groups_of_row
         e = tl.arange(0, EXPERTS)
         ends = tl.load(offsets + 1 + e, mask=e < experts, other=0x7FFFFFFF)
-        expert = tl.sum((ends[None, :] <= (g // groups_of_row)[:, None]).to(tl.int32), 1)
-        known = expert < experts
-        own_scale = tl.load(scale + expert, mask=known, other=1.0)
-        own_inverse = tl.load(inverse_scale + expert, mask=known, other=1.0)
-        found, byte = quantize_blocks(values, own_scale, own_inverse, CONVERT_E2M1)
+        expert = tl.minimum(tl.sum((ends <= row).to(tl.int32), 0), experts - 1)
+        scale = tl.load(scale + expert)
+        inverse_scale = tl.load(inverse_scale + expert)
+    i = tl.arange(0, 16)
+    values = tl.load(x + g[:, None] * 16 + i[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+    found, byte = quantize_blocks(values, scale, inverse_scale, CONVERT_E2M1)
     if OPERAND:
         exact = e2m1_to_float(found) * e4m3_to_float(byte)[:, None]
         if operand.dtype.element_ty == tl.bfloat16:
             exact = float_to_bfloat16(exact, EMULATED)
-        tl.store(operand + g[:, None] * 16 + i[None, :], exact, mask=(g < groups)[:, None])
+        tl.store(operand + g[:, None] * 16 + i[None, :], exact, mask=mask[:, None])
     else:
         pairs = tl.reshape(found, (GROUPS, 8, 2))
         low, high = tl.split(pairs)
         at = codes + g[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(at, (low | (high << 4)).to(tl.uint8), mask=(g < groups)[:, None])
-        tl.store(scales + g, byte, mask=g < groups)
+        tl.store(at, (low | (high << 4)).to(tl.uint8), mask=mask[:, None])
+        tl.store(scales + g, byte, mask=mask)
 
 
 class ActivationQuantizer:
@@ -161,8 +164,8 @@ class ExpertQuantizer:
     def operand(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [T, K] as code * block scale, exact in x's type; offsets as `GroupedLinearKernel` has them."""
         out = torch.empty_like(x)
-        groups = x.numel() // codec.BLOCK
-        quantize[(triton.cdiv(groups, _GROUPS),)](
+        groups_of_row = self.k // codec.BLOCK
+        quantize[(x.shape[0], triton.cdiv(groups_of_row, _GROUPS))](
             x,
             out,
             None,
@@ -170,8 +173,8 @@ class ExpertQuantizer:
             self._scale,
             self._inverse,
             offsets,
-            groups,
-            self.k // codec.BLOCK,
+            x.shape[0] * groups_of_row,
+            groups_of_row,
             self.experts,
             OPERAND=True,
             EXPERTS=triton.next_power_of_2(self.experts),
