@@ -15,7 +15,7 @@ from nvfp4_runtime.kernels.ops import PagedAttentionSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.kernels.triton import paged_attention
 from nvfp4_runtime.kernels.triton.backend import TritonBackend
-from nvfp4_runtime.kernels.triton.paged_attention import TritonPagedAttention
+from nvfp4_runtime.kernels.triton.paged_attention import GPUFacts, TritonPagedAttention
 from tests.kernels.conftest import Sequence, cached_values, make_batch, random_cache, random_tensor
 from tests.kernels.test_cpu_attention import exact_attention
 
@@ -96,22 +96,23 @@ def test_how_keys_are_split_changes_rounding_alone(triton_backend, monkeypatch, 
     """1 program a multiprocessor to 64 runs of keys: some runs are empty, some end inside a block."""
     spec = PagedAttentionSpec(2, 1, 32, None, "float32", "float32", "float32")
     for processors in (1, 3, 64):
-        monkeypatch.setattr(paged_attention, "multiprocessors", lambda device, n=processors: n)
+        monkeypatch.setattr(paged_attention, "gpu_facts", lambda device, n=processors: GPUFacts(n))
         sequences = [Sequence(1, 1), Sequence(200, 1), Sequence(33, 1)] + ([] if decode else [Sequence(97, 3)])
         check(triton_backend, spec, sequences, max_query_len=1 if decode else None)
 
 
 def test_the_cut_of_a_launch_depends_on_shapes_alone():
     spec = PagedAttentionSpec(32, 8, 128, None, "bfloat16", "bfloat16", "bfloat16")
-    kernel = TritonPagedAttention(spec)
-    one = kernel.tile(1, 1, decode=True, most_keys=131072, processors=132)
+    kernel, hopper = TritonPagedAttention(spec), GPUFacts(132)
+    one = kernel.tile(1, 1, decode=True, most_keys=131072, gpu=hopper)
     assert (one.tiles, one.rows, one.splits) == (1, 16, 64)
-    assert kernel.tile(1, 1, decode=True, most_keys=200, processors=132).splits == 4, "no more runs than key tiles"
-    assert kernel.tile(256, 256, decode=True, most_keys=131072, processors=132).splits == 1
-    prompt = kernel.tile(2048, 1, decode=False, most_keys=4096, processors=132)
+    assert kernel.tile(1, 1, decode=True, most_keys=200, gpu=hopper).splits == 4, "no more runs than key tiles"
+    assert kernel.tile(256, 256, decode=True, most_keys=131072, gpu=hopper).splits == 1
+    prompt = kernel.tile(2048, 1, decode=False, most_keys=4096, gpu=hopper)
     assert (prompt.rows, prompt.tokens, prompt.tiles) == (128, 32, 65)
+    assert kernel.tile(2048, 1, decode=False, most_keys=4096, gpu=GPUFacts(108, rows=64)).rows == 64
     windowed = TritonPagedAttention(dataclasses.replace(spec, window=128))
-    assert windowed.tile(1, 1, decode=True, most_keys=131072, processors=132).splits == 4
+    assert windowed.tile(1, 1, decode=True, most_keys=131072, gpu=hopper).splits == 4
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "nvfp4"])

@@ -11,6 +11,7 @@ from nvfp4_runtime.kernels.cpu.backend import CPUBackend
 from nvfp4_runtime.kernels.ops import MLASpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.kernels.triton import mla
+from nvfp4_runtime.kernels.triton.paged_attention import GPUFacts
 from tests.kernels.conftest import random_tensor
 
 LENGTHS = [1, 4, 31, 32, 33, 70]
@@ -61,7 +62,7 @@ def test_the_reference_is_attention_over_latent_vectors(dtype):
 @pytest.mark.parametrize(("dtype", "out"), [("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_triton_agrees(triton_backend, monkeypatch, processors, heads, rank, rope, dtype, out):
     """One run of keys or many, heads that do not fill a program, widths that are no power of two."""
-    monkeypatch.setattr(mla, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(mla, "gpu_facts", lambda device: GPUFacts(processors))
     spec = MLASpec(heads, rank, rope, dtype, out)
     given = inputs(spec, LENGTHS)
     expected, magnitudes = exact(spec, given, 0.2)
