@@ -39,6 +39,12 @@ def _weigh(s, m, l, visible, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _largest_power(x):
+    """The largest power of two up to x >= 0, in float32's range: dividing by it is exact and leaves no more than 2."""
+    return tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _hide(v, visible, l):
     """Zero what is not finite in values [KEYS, WIDTH], and make l NaN for the rows that see it.
 
@@ -78,6 +84,7 @@ def _attend(
     MASKED: tl.constexpr,
     KV: tl.constexpr,
     OPERAND: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     """One tile of keys at positions `key` [KEYS], of which those in [low, stop) are read."""
@@ -89,10 +96,10 @@ def _attend(
         visible = visible & (key[None, :] > p[:, None] - WINDOW)
     zero = tl.zeros([q.shape[0], key.shape[0]], tl.float32)
     if KV == 2:
-        k, k_odd = load_nvfp4_rows(k_cache, k_blocks, rows, read, D, WIDTH, OPERAND, EMULATED)
+        k, k_odd = load_nvfp4_rows(k_cache, k_blocks, rows, read, D, WIDTH, OPERAND, HARDWARE_E4M3, EMULATED)
         s = dot(q_odd, tl.trans(k_odd), dot(q, tl.trans(k), zero, EMULATED), EMULATED)
         weights, m, l, old = _weigh(s * scale, m, l, visible, MASKED)
-        v, v_odd = load_nvfp4_rows(v_cache, v_blocks, rows, read, D, WIDTH, OPERAND, EMULATED)
+        v, v_odd = load_nvfp4_rows(v_cache, v_blocks, rows, read, D, WIDTH, OPERAND, HARDWARE_E4M3, EMULATED)
         if MASKED and not DECODE:
             v, l = _hide(v, visible, l)
             v_odd, l = _hide(v_odd, visible, l)
@@ -100,9 +107,9 @@ def _attend(
         acc = dot(weights, v, acc * old[:, None], EMULATED)
         acc_odd = dot(weights, v_odd, acc_odd * old[:, None], EMULATED)
     else:
-        k = load_rows(k_cache, rows, read, D, WIDTH, KV, OPERAND, EMULATED)
+        k = load_rows(k_cache, rows, read, D, WIDTH, KV, OPERAND, HARDWARE_E4M3, EMULATED)
         weights, m, l, old = _weigh(dot(q, tl.trans(k), zero, EMULATED) * scale, m, l, visible, MASKED)
-        v = load_rows(v_cache, rows, read, D, WIDTH, KV, OPERAND, EMULATED)
+        v = load_rows(v_cache, rows, read, D, WIDTH, KV, OPERAND, HARDWARE_E4M3, EMULATED)
         if MASKED and not DECODE:
             v, l = _hide(v, visible, l)
         acc = dot(round_to(weights, OPERAND, EMULATED), v, acc * old[:, None], EMULATED)
@@ -141,6 +148,7 @@ def paged_attention_kernel(
     DECODE: tl.constexpr,
     KV: tl.constexpr,
     OPERAND: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     """Program (tile, h, s): a tile of queries of one sequence and the heads of KV group h, against run s of its keys.
@@ -149,13 +157,15 @@ def paged_attention_kernel(
     SPLIT: the keys a tile sees are cut into runs of whole key tiles, as many runs as the grid has programs there (S), by
     the device's own seq_lens.
 
-    scale          softmax scale * k_scale * log2(e)
+    scale          softmax scale * k_scale * log2(e), times NVFP4_UNIT for an NVFP4 cache; so is v_scale
     out            [T, Q_HEADS * D], unless SPLIT
     partial        fp32 [T, Q_HEADS, S, D] unnormalised sums; partial_m, partial_l [T, Q_HEADS, S] their
                    maxima and weights
     TOKENS, ROWS   queries of a tile; TOKENS * G padded to a power of two, at least 16
     DECODE         every sequence has at most one new token: tile b is sequence b
     WINDOW         0: none
+    OPERAND        what is multiplied: bfloat16, float32, or for FP8 and NVFP4 caches float16, which holds both exactly and
+                   converts from FP8 in one instruction; queries are brought into its range by a power of two per row
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     kv_head = tl.program_id(1)
@@ -197,18 +207,24 @@ def paged_attention_kernel(
     if KV == 2:
         cols = 2 * tl.arange(0, WIDTH // 2)[None, :]
         mask = inside[:, None] & (cols < D)
-        queries = round_to(tl.load(q + row[:, None] * D + cols, mask=mask, other=0.0).to(tl.float32), OPERAND, EMULATED)
-        odd = tl.load(q + row[:, None] * D + cols + 1, mask=mask, other=0.0).to(tl.float32)
-        queries_odd = round_to(odd, OPERAND, EMULATED)
+        queries = tl.load(q + row[:, None] * D + cols, mask=mask, other=0.0).to(tl.float32)
+        queries_odd = tl.load(q + row[:, None] * D + cols + 1, mask=mask, other=0.0).to(tl.float32)
         acc = tl.zeros([ROWS, WIDTH // 2], tl.float32)
         acc_odd = tl.zeros([ROWS, WIDTH // 2], tl.float32)
     else:
         cols = tl.arange(0, WIDTH)[None, :]
         mask = inside[:, None] & (cols < D)
-        queries = round_to(tl.load(q + row[:, None] * D + cols, mask=mask, other=0.0).to(tl.float32), OPERAND, EMULATED)
+        queries = tl.load(q + row[:, None] * D + cols, mask=mask, other=0.0).to(tl.float32)
         queries_odd = queries
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         acc_odd = l  # nothing
+    if OPERAND == tl.float16:
+        unit = _largest_power(tl.maximum(tl.max(tl.abs(queries), axis=1), tl.max(tl.abs(queries_odd), axis=1)))
+        queries = queries / unit[:, None]
+        queries_odd = queries_odd / unit[:, None]
+        scale = (scale * unit)[:, None]
+    queries = round_to(queries, OPERAND, EMULATED)
+    queries_odd = round_to(queries_odd, OPERAND, EMULATED)
 
     keys = tl.arange(0, KEYS)
     middle = begin  # key tiles before it are seen whole by every query
@@ -218,12 +234,13 @@ def paged_attention_kernel(
             acc, acc_odd, m, l = _attend(
                 queries, queries_odd, acc, acc_odd, m, l, key + keys, p, low, stop, k_cache, v_cache, k_blocks,
                 v_blocks, table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, False, KV, OPERAND,
-                EMULATED,
+                HARDWARE_E4M3, EMULATED,
             )  # fmt: skip
     for key in range(middle, stop, KEYS):
         acc, acc_odd, m, l = _attend(
             queries, queries_odd, acc, acc_odd, m, l, key + keys, p, low, stop, k_cache, v_cache, k_blocks, v_blocks,
-            table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, True, KV, OPERAND, EMULATED,
+            table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, True, KV, OPERAND, HARDWARE_E4M3,
+            EMULATED,
         )  # fmt: skip
 
     if KV == 2:

@@ -12,6 +12,7 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec, RopeSpec
 from nvfp4_runtime.kernels.triton.numbers import e2m1_operand, e4m3_operand
 
+NVFP4_UNIT = 2.0**14  # what load_nvfp4_rows gives times this is code * block scale
 KV_CODES = {"bfloat16": 0, "float32": 0, "fp8": 1, "nvfp4": 2}  # 0: the pointer's own type
 _STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn, "nvfp4": torch.uint8}
 
@@ -46,6 +47,7 @@ def load_rows(
     WIDTH: tl.constexpr,
     KV: tl.constexpr,
     OPERAND: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     """Rows of a plain or FP8 cache seen as [.., D], as OPERAND [N, WIDTH]; 0 where not `seen` and beyond D.
@@ -55,7 +57,7 @@ def load_rows(
     cols = tl.arange(0, WIDTH)[None, :]
     stored = tl.load(cache + rows[:, None] * D + cols, mask=seen[:, None] & (cols < D), other=0)
     if KV == 1:
-        return e4m3_operand(stored, OPERAND, EMULATED)
+        return e4m3_operand(stored, OPERAND, HARDWARE_E4M3, EMULATED)
     else:
         return stored.to(OPERAND)
 
@@ -69,15 +71,17 @@ def load_nvfp4_rows(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     OPERAND: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Even and odd dimensions of an NVFP4 cache's rows, code * block scale exactly, each [N, WIDTH / 2]."""
+    """Even and odd dimensions of an NVFP4 cache's rows, exact code * block scale * 2^-14, each [N, WIDTH / 2]."""
     N: tl.constexpr = rows.shape[0]
     cols = tl.arange(0, WIDTH // 2)[None, :]
     packed = tl.load(cache + rows[:, None] * (D // 2) + cols, mask=seen[:, None] & (cols < D // 2), other=0)
     block = tl.arange(0, WIDTH // 16)[None, :]
     mask = seen[:, None] & (block < D // 16)
-    scale = e4m3_operand(tl.load(blocks + rows[:, None] * (D // 16) + block, mask=mask, other=0), OPERAND, EMULATED)
+    scale = tl.load(blocks + rows[:, None] * (D // 16) + block, mask=mask, other=0)
+    scale = e4m3_operand(scale, OPERAND, HARDWARE_E4M3, EMULATED)
     scale = tl.broadcast_to(tl.expand_dims(scale, 2), (N, WIDTH // 16, 8))
     scale = tl.reshape(scale, (N, WIDTH // 2))
     even = e2m1_operand(packed & 0xF, OPERAND, EMULATED)

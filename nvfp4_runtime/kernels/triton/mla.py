@@ -16,7 +16,7 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import MLASpec
 from nvfp4_runtime.kernels.triton.common import dot, emulated, round_to
-from nvfp4_runtime.kernels.triton.paged_attention import LOG2_E, MOST_SPLITS, combine, multiprocessors, partial_sums
+from nvfp4_runtime.kernels.triton.paged_attention import LOG2_E, MOST_SPLITS, combine, gpu_facts, partial_sums
 
 HEADS = 16  # of a program: the rows of a matrix instruction
 KEYS = 32  # of a key tile
@@ -129,7 +129,7 @@ class TritonMLA:
         if num_seqs == 0:
             return out
         head_groups = triton.cdiv(spec.num_heads, HEADS)
-        splits = self.splits(num_seqs * head_groups, block_tables.shape[1] * cache.shape[1], multiprocessors(out.device))
+        splits = self.splits(num_seqs * head_groups, block_tables.shape[1] * cache.shape[1], gpu_facts(out.device).processors)
         partials = partial_sums(num_seqs * spec.num_heads, splits, spec.kv_lora_rank, out)
         mla_decode_kernel[(num_seqs, head_groups, splits)](
             q_nope,

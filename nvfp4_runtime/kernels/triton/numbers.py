@@ -27,27 +27,32 @@ def e4m3_bytes(x, HARDWARE_E4M3: tl.constexpr):
 
 
 @triton.jit
-def e4m3_operand(byte, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    """Bytes of E4M3 as `dtype` (bfloat16 or float32), exactly."""
+def e4m3_operand(byte, dtype: tl.constexpr, HARDWARE_E4M3: tl.constexpr, EMULATED: tl.constexpr):
+    """Bytes of E4M3 as `dtype` (float16 or float32), exactly; NaN too."""
     if EMULATED or dtype == tl.float32:
         return e4m3_to_float(byte).to(dtype)
+    elif HARDWARE_E4M3:
+        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
-        # the bits as a bfloat16 are 2^120 too small, subnormals included; its products keep subnormals
+        # the bits as a float16 are 2^8 too small, subnormals included; its products keep subnormals
         wide = byte.to(tl.int16)
-        value = (((wide & 0x7F) << 4) | ((wide & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
-        value *= tl.full([], 1.329227995784916e36, tl.bfloat16)
-        return tl.where((wide & 0x7F) == 0x7F, tl.full([], float("nan"), tl.bfloat16), value)
+        value = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True)
+        value *= tl.full([], 256.0, tl.float16)
+        return tl.where((wide & 0x7F) == 0x7F, tl.full([], float("nan"), tl.float16), value)
 
 
 @triton.jit
 def e2m1_operand(code, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    """Codes 0..15 of E2M1 as `dtype` (bfloat16 or float32), exactly."""
+    """Codes 0..15 of E2M1, times 2^-14, as `dtype` (float16 or float32), exactly.
+
+    So small they are a float16's bits as they stand. A product with an E4M3 scale is a multiple of 2^-24, float16's
+    smallest step, and has at most 6 significant bits: exact as well.
+    """
     if EMULATED or dtype == tl.float32:
-        return e2m1_to_float(code.to(tl.int32)).to(dtype)
+        return (e2m1_to_float(code.to(tl.int32)) * 6.103515625e-05).to(dtype)
     else:
-        wide = code.to(tl.int16)  # as above, 2^126 too small
-        value = (((wide & 7) << 6) | ((wide & 8) << 12)).to(tl.bfloat16, bitcast=True)
-        return value * tl.full([], 8.507059173023462e37, tl.bfloat16)
+        wide = code.to(tl.int16)
+        return (((wide & 7) << 9) | ((wide & 8) << 12)).to(tl.float16, bitcast=True)
 
 
 @triton.jit

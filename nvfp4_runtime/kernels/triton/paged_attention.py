@@ -18,16 +18,49 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.config import KVDtype
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec
 from nvfp4_runtime.kernels.triton.attention_kernels import combine_kernel, paged_attention_kernel
 from nvfp4_runtime.kernels.triton.common import emulated
-from nvfp4_runtime.kernels.triton.kv_format import KV_CODES, cache_arguments
+from nvfp4_runtime.kernels.triton.kv_format import KV_CODES, NVFP4_UNIT, cache_arguments
+from nvfp4_runtime.kernels.triton.numbers import has_e4m3
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 64
 _DECODE_WAVES, _PREFILL_WAVES = 4, 2  # programs a multiprocessor should see; partial sums cost memory where rows are many
+
+
+@dataclass(frozen=True)
+class GPUFacts:
+    """What a launch depends on.
+
+    processors  multiprocessors
+    rows        of a prompt's tile: 128 where matrix instructions take their operands from shared memory (9.0, 10.x);
+                elsewhere twice 64, or the registers spill
+    stages      of the key pipeline: what fits shared memory, some 99 KiB a block on 8.6, 8.9 and 12.x, 163 and more elsewhere
+    e4m3        converts E4M3 itself
+    """
+
+    processors: int
+    rows: int = 128
+    stages: int = 3
+    e4m3: bool = False
+
+
+@functools.cache
+def gpu_facts(device: torch.device) -> GPUFacts:
+    """The interpreter, which has no multiprocessors, is given a few so that sequences are cut as on a GPU."""
+    if device.type == "cpu":
+        return GPUFacts(8)
+    capability = torch.cuda.get_device_capability(device)
+    return GPUFacts(
+        torch.cuda.get_device_properties(device).multi_processor_count,
+        128 if capability[0] in (9, 10) else 64,
+        3 if capability[0] in (9, 10) or capability == (8, 0) else 2,
+        has_e4m3(device),
+    )
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,7 @@ class Tile:
     decode        every sequence has at most one new token
     tiles         query tiles
     splits        runs of keys
+    warps         of a program
     """
 
     tokens: int
@@ -47,6 +81,7 @@ class Tile:
     decode: bool
     tiles: int
     splits: int
+    warps: int
 
 
 class TritonPagedAttention:
@@ -76,10 +111,11 @@ class TritonPagedAttention:
         most_keys = batch.block_tables.shape[1] * kv.block_size
         if batch.max_seq_len is not None:
             most_keys = min(most_keys, batch.max_seq_len)
-        tile = self.tile(num_tokens, num_seqs, batch.max_query_len == 1, most_keys, multiprocessors(q.device))
+        gpu = gpu_facts(q.device)
+        tile = self.tile(num_tokens, num_seqs, batch.max_query_len == 1, most_keys, gpu)
         partials = partial_sums(num_tokens * spec.num_heads, tile.splits, spec.head_dim, out)
         k, v, k_blocks, v_blocks = cache_arguments(kv, spec)
-        warps, stages = self._launch_shape(tile, q.device)
+        unit = NVFP4_UNIT if spec.kv_dtype == "nvfp4" else 1.0
         paged_attention_kernel[(tile.tiles, spec.num_kv_heads, tile.splits)](
             q,
             k,
@@ -93,24 +129,24 @@ class TritonPagedAttention:
             batch.cu_seqlens_q,
             num_seqs,
             batch.block_tables.shape[1],
-            scale * kv.k_scale * LOG2_E,
-            kv.v_scale,
-            **self.constants(tile, kv.block_size, num_seqs),
-            num_warps=warps,
-            num_stages=stages,
+            scale * kv.k_scale * unit * LOG2_E,
+            kv.v_scale * unit,
+            **self.constants(tile, kv.block_size, num_seqs, gpu.e4m3),
+            num_warps=tile.warps,
+            num_stages=gpu.stages,
         )
         if tile.splits > 1:
-            combine(partials, out, kv.v_scale, spec.head_dim, tile.splits)
+            combine(partials, out, kv.v_scale * unit, spec.head_dim, tile.splits)
         return out
 
-    def tile(self, num_tokens: int, num_seqs: int, decode: bool, most_keys: int, processors: int) -> Tile:
+    def tile(self, num_tokens: int, num_seqs: int, decode: bool, most_keys: int, gpu: GPUFacts) -> Tile:
         """The cut of a launch, from shapes alone; `most_keys` bounds what any query sees."""
         spec = self.spec
         rows = max(16, triton.next_power_of_2(self.group))
         tokens, tiles = 1, num_seqs
         if not decode:
             mean = -(-num_tokens // num_seqs)
-            largest = 32 if self._operand == tl.float32 else (128 if self._width <= 128 else 64)
+            largest = 32 if self._operand == tl.float32 else (gpu.rows if self._width <= 128 else 64)
             rows = max(rows, min(largest, triton.next_power_of_2(mean * self.group)))
             tokens = rows // self.group
             tiles = num_tokens // tokens + num_seqs
@@ -118,11 +154,11 @@ class TritonPagedAttention:
         if spec.window is not None:
             most_keys = min(most_keys, spec.window + tokens + keys)
         programs = tiles * spec.num_kv_heads
-        wanted = triton.next_power_of_2(triton.cdiv((_DECODE_WAVES if decode else _PREFILL_WAVES) * processors, programs))
+        wanted = triton.next_power_of_2(triton.cdiv((_DECODE_WAVES if decode else _PREFILL_WAVES) * gpu.processors, programs))
         useful = triton.next_power_of_2(triton.cdiv(most_keys, keys))
-        return Tile(tokens, rows, keys, decode, tiles, min(wanted, useful, MOST_SPLITS))
+        return Tile(tokens, rows, keys, decode, tiles, min(wanted, useful, MOST_SPLITS), 8 if rows >= 64 else 4)
 
-    def constants(self, tile: Tile, block_size: int, num_seqs: int) -> dict[str, Any]:
+    def constants(self, tile: Tile, block_size: int, num_seqs: int, hardware_e4m3: bool) -> dict[str, Any]:
         """What the kernel is compiled for."""
         spec = self.spec
         return {
@@ -140,16 +176,9 @@ class TritonPagedAttention:
             "DECODE": tile.decode,
             "KV": KV_CODES[spec.kv_dtype],
             "OPERAND": self._operand,
+            "HARDWARE_E4M3": hardware_e4m3,
             "EMULATED": emulated(),
         }
-
-    def _launch_shape(self, tile: Tile, device: torch.device) -> tuple[int, int]:
-        """Warps, and stages of the key pipeline: what the shared memory of the device holds."""
-        small = device.type == "cuda" and torch.cuda.get_device_capability(device) in SMALL_SHARED_MEMORY
-        return (8 if tile.rows >= 128 else 4), (2 if small or self._width > 128 else 3)
-
-
-SMALL_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}  # some 99 KiB a block; the others have 163 and more
 
 
 def padded_width(spec: PagedAttentionSpec) -> int:
@@ -158,10 +187,10 @@ def padded_width(spec: PagedAttentionSpec) -> int:
 
 
 def operand_type(spec: PagedAttentionSpec) -> Any:
-    """What is multiplied: bfloat16 where the spec allows it, else float32."""
+    """What is multiplied: 16 bits where the spec allows it, else float32."""
     if spec.kv_dtype == "float32" or (spec.dtype == "float32" and spec.out_dtype == "float32"):
         return tl.float32
-    return tl.bfloat16
+    return tl.bfloat16 if spec.kv_dtype == "bfloat16" else tl.float16
 
 
 def partial_sums(rows: int, splits: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,43 +218,49 @@ def combine(partials: tuple[Tensor, Tensor, Tensor], out: Tensor, v_scale: float
     )
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; the interpreter, which has none, is given a few so that sequences are cut as on a GPU."""
-    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def compilations() -> list[Compilation]:
-    found = []
-    for kv in ("bfloat16", "fp8", "nvfp4"):
-        for head_dim, window, tokens, seqs in ((128, None, 64, 64), (128, None, 2048, 8), (64, 128, 256, 8)):
-            spec = PagedAttentionSpec(32, 8, head_dim, window, kv, "bfloat16", "bfloat16")  # type: ignore[arg-type]
-            kernel = TritonPagedAttention(spec)
-            tile = kernel.tile(tokens, seqs, tokens == seqs, 8192, 132)
-            found += _compilations(kernel, tile, seqs, f"{kv}_{head_dim}_{tokens}")
-    return found
+    """Decoding and prompts of every cache, on GPUs that differ in instructions and shared memory."""
+    ampere, hopper, small = GPUFacts(108, 64, 3), GPUFacts(132, 128, 3, True), GPUFacts(128, 64, 2, True)
+    return [
+        _compilation("bfloat16", 128, None, True, ampere, (80,)),
+        _compilation("bfloat16", 128, None, True, hopper, (90, 100, 103)),
+        _compilation("bfloat16", 128, None, False, ampere, (80,)),
+        _compilation("bfloat16", 128, None, False, hopper, (90, 100, 103)),
+        _compilation("bfloat16", 64, 128, False, small, (89, 120)),
+        _compilation("fp8", 128, None, True, ampere, (80,)),
+        _compilation("fp8", 128, None, True, hopper, (90, 100)),
+        _compilation("fp8", 128, None, False, small, (89, 120, 121)),
+        _compilation("nvfp4", 128, None, True, small, (89, 120)),
+        _compilation("nvfp4", 128, 1024, False, hopper, (90, 100)),
+    ]
 
 
-def _compilations(kernel: TritonPagedAttention, tile: Tile, seqs: int, name: str) -> list[Compilation]:
-    """For GPUs of much and of little shared memory, each with the pipeline it gets."""
-    cache = "*bf16" if kernel.spec.kv_dtype == "bfloat16" else "*u8"
+def _compilation(
+    kv: KVDtype,
+    head_dim: int,
+    window: int | None,
+    decode: bool,
+    gpu: GPUFacts,
+    targets: tuple[int, ...],
+) -> Compilation:
+    kernel = TritonPagedAttention(PagedAttentionSpec(32, 8, head_dim, window, kv, "bfloat16", "bfloat16"))
+    seqs, tokens = (64, 64) if decode else (8, 2048)
+    tile = kernel.tile(tokens, seqs, decode, 8192, gpu)
     signature = dict.fromkeys(("q", "out"), "*bf16")
+    cache = "*bf16" if kv == "bfloat16" else "*u8"
     signature |= dict.fromkeys(("k_cache", "v_cache", "k_blocks", "v_blocks"), cache)
     signature |= dict.fromkeys(("partial", "partial_m", "partial_l"), "*fp32")
     signature |= dict.fromkeys(("block_tables", "seq_lens", "cu_seqlens_q"), "*i32")
     signature |= dict.fromkeys(("num_seqs", "table_width"), "i32") | dict.fromkeys(("scale", "v_scale"), "fp32")
-    return [
-        Compilation(
-            name=f"{name}_{stages}stages",
-            kernel=paged_attention_kernel,
-            signature=signature,
-            constexprs=kernel.constants(tile, 16, seqs),
-            num_warps=8 if tile.rows >= 128 else 4,
-            num_stages=stages,
-            expect=("mma", "cp.async"),
-            targets=targets,
-            max_stack=0,
-            unaligned=("num_seqs", "table_width"),
-        )
-        for stages, targets in ((2, (89, 120, 121)), (3, (80, 90, 100, 103)))
-    ]
+    return Compilation(
+        name=f"{kv}_{head_dim}_{'decode' if decode else 'prompts'}_{targets[0]}",
+        kernel=paged_attention_kernel,
+        signature=signature,
+        constexprs=kernel.constants(tile, 16, seqs, gpu.e4m3),
+        num_warps=tile.warps,
+        num_stages=gpu.stages,
+        expect=("mma", "cp.async", *(("cvt.rn.f16x2.e4m3x2",) if gpu.e4m3 and kv == "fp8" else ())),
+        targets=targets,
+        max_stack=16,
+        unaligned=("num_seqs", "table_width"),
+    )
