@@ -52,7 +52,7 @@ class CudaDevice:
         work()  # every operation of it is queued on the stream
 
     def mark(self) -> Callable[[], None]:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # PyTorch's
         event.record()
         return event.synchronize
 

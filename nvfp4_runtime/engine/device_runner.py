@@ -150,7 +150,10 @@ class DeviceRunner(ModelRunner):
         rows = [wanted_rows(entry) if graph_size is None else range(1) for entry in entries]
         lists = StepLists.of(schedule, rows, self._block_size)
         sources = self._sources(schedule, lists)
-        samples, host, host_rows, at = [], {}, [], 0
+        samples: list[int] = []
+        host: dict[int, range] = {}
+        host_rows: list[int] = []
+        at = 0
         self._rows_of_last = {}
         for i, (entry, wanted) in enumerate(zip(entries, rows, strict=True)):
             at += len(wanted)
@@ -286,16 +289,20 @@ class DeviceRunner(ModelRunner):
                 self.execute(self._idle(size, temperature))
 
     def capture(self, sizes: Sequence[int], progress: Callable[[float], None]) -> None:
-        """From now on, steps that only decode at most max(sizes) sequences are one launch."""
-        most = max(sizes)
+        """From now on, steps that only decode, and no more sequences than the largest of `sizes`, are one launch."""
+        capacity = self._capacity
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self._device, self._staged, capacity.seqs, self._width, capacity.vocab_size)
         with torch.inference_mode():
-            graphs = DecodeGraphs(self._device, self._staged, most, self._width, self._capacity.vocab_size)
-            graphs.capture(sizes, self._decode, progress)
-        self._graphs = graphs
+            self._graphs.capture(sizes, self._decode, progress)
+
+    def run_largest(self) -> None:
+        """The step that needs the most memory, of requests that want no prompt logprobs."""
+        self.execute(self._idle(self._capacity.tokens, temperature=1.0))
 
     def _idle(self, num_tokens: int, temperature: float) -> Schedule:
         """A step of `num_tokens` tokens that keeps nothing: as few sequences as there can be."""
-        entries = []
+        entries: list[Scheduled] = []
         params = SamplingParams(temperature=temperature, max_tokens=1)
         while num_tokens > 0 and len(entries) < self._capacity.seqs:
             count = min(num_tokens, self._capacity.seq_tokens)

@@ -34,7 +34,7 @@ class CudaLink:
 
     def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
         target.copy_(source, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # PyTorch's
         done.record()
         return done.synchronize
 
@@ -104,6 +104,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
+    if str(device) == "cuda":  # no number: the current one
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _uploaders:
         _uploaders[device] = Uploader(device)
     return _uploaders[device](tensor)
