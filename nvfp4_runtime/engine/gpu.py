@@ -12,7 +12,7 @@ import torch
 
 from nvfp4_runtime.batch import KVLayer
 from nvfp4_runtime.config import EngineConfig
-from nvfp4_runtime.engine.device import CudaDevice
+from nvfp4_runtime.engine.device import CudaDevice, Device
 from nvfp4_runtime.engine.device_runner import Capacity, DeviceRunner
 from nvfp4_runtime.engine.graphs import capture_sizes
 from nvfp4_runtime.engine.plan import GpuBytes
@@ -122,8 +122,12 @@ class Gpu:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.memory = CudaMemory(device)
+        self.memory: Memory = CudaMemory(device)
         self.free = self.memory.free()
+
+    def stream(self) -> Device:
+        """Where one runner's steps go, in order; its graphs share their memory with no other's."""
+        return CudaDevice(self.device)
 
     def runner(
         self,
@@ -136,4 +140,4 @@ class Gpu:
     ) -> DeviceRunner:
         """A runner with memory of its own for steps up to the limits."""
         capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), max_len, vocab_size)
-        return DeviceRunner(model, kv, BatchSampler(), CudaDevice(self.device), sampler, capacity)
+        return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity)

@@ -65,7 +65,7 @@ class Layout:
             ("sample_rows", torch.int64, sizes.samples),
             ("host_rows", torch.int64, sizes.host),
             ("uniform", torch.float64, drawn),
-            ("temperature", torch.float32, drawn),
+            ("temperature", torch.float64, drawn),
             ("top_p", torch.float32, drawn),
             ("min_p", torch.float32, drawn),
             ("top_k", torch.int32, drawn),

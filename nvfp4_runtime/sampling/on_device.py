@@ -22,7 +22,7 @@ class Controls:
     """How to draw from each row: tensors [S] on the logits' device.
 
     uniform      float64  in [0, 1): `draw.uniform` of seed and position
-    temperature  float32  0: the likeliest token
+    temperature  float64  0: the likeliest token
     top_p        float32  in (0, 1]
     min_p        float32  in [0, 1]
     top_k        int32    0: off
@@ -67,7 +67,7 @@ class TorchSampler:
 def _draw(logits: Tensor, controls: Controls) -> Tensor:
     """int64 [S]; anything for rows that are not finite or not drawn."""
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)  # among equals, lower ids first
-    warmth = (1.0 / controls.temperature.double()).clamp(max=torch.finfo(torch.float32).max).float().unsqueeze(1)
+    warmth = (1.0 / controls.temperature).clamp(max=torch.finfo(torch.float32).max).float().unsqueeze(1)
     distances = ((ordered[:, :1] - ordered) * warmth).clamp(max=_FARTHEST)
     probs = torch.exp(-distances)
     probs = probs.masked_fill(probs < controls.min_p.unsqueeze(1), 0.0)

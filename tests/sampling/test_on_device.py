@@ -21,7 +21,7 @@ def controls_of(states: list[SamplingState]) -> Controls:
     params = [state.params for state in states]
     return Controls(
         uniform=torch.tensor([uniform(s.seed, len(s.output_token_ids)) for s in states], dtype=torch.float64),
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float64),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
         min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
         top_k=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32),
