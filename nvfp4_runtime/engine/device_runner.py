@@ -319,9 +319,15 @@ class DeviceRunner(ModelRunner):
         entries = step.schedule.entries
         on_host: dict[int, StepResult] = {}
         if step.host_logits is not None:
-            part = Schedule(tuple(entries[i] for i in step.host))
-            made = self._results(part, list(step.host.values()), step.host_logits)
-            on_host = dict(zip(step.host, made, strict=True))
+            # those that ended or were preempted meanwhile are not sampled: what came of it would be dropped
+            parts = step.host_logits.split([len(rows) for rows in step.host.values()])
+            wanted = {i: part for i, part in zip(step.host, parts, strict=True) if not entries[i].is_stale}
+            made = self._results(
+                Schedule(tuple(entries[i] for i in wanted)),
+                [step.host[i] for i in wanted],
+                step.host_logits if len(wanted) == len(parts) else torch.cat([*wanted.values(), parts[0][:0]]),
+            )
+            on_host = dict(zip(wanted, made, strict=True))
         tokens = iter(step.slot.tokens[: len(step.samples)].tolist())
         results = []
         for i, entry in enumerate(entries):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -51,7 +50,6 @@ class CudaMemory:
 
     def free(self) -> int:
         torch.cuda.synchronize(self._device)
-        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0]
 
