@@ -108,9 +108,13 @@ def most_seqs(config: EngineConfig) -> int:
     return min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
 
 
-def device_sampler(kernels: Kernels) -> DeviceSampler:
+def device_sampler(kernels: Kernels, vocab_size: int) -> DeviceSampler:
     """What chooses tokens on the device; recorded in the kernels' report."""
-    sampler = TorchSampler()
+    sampler: DeviceSampler = TorchSampler()
+    if any(choice.backend == "triton" for choice in kernels.choices):  # so it runs here
+        from nvfp4_runtime.kernels.triton.sampling import MOST_TOKENS, TritonSampler
+
+        sampler = TritonSampler() if vocab_size <= MOST_TOKENS else sampler
     kernels.choices.append(Choice("sampling", "-", 0.0, 0, sampler.name, "float32", _CHOSEN_ON_HOST))
     return sampler
 

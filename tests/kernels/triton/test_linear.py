@@ -139,9 +139,7 @@ def test_mxfp4(triton_backend: TritonBackend, span: int) -> None:
     packed = torch.randint(0, 256, (70, 48), generator=g, dtype=torch.uint8)
     scales = torch.randint(110, 110 + span, (70, 3), generator=g).to(torch.uint8)
     weight, x = MXFP4Weight(packed, scales), random_tensor(4, 96, seed=3)
-    assert_exact_but_for_sums(
-        run(triton_backend, weight, x, torch.bfloat16), x, weight.dequantize().double(), None
-    )
+    assert_exact_but_for_sums(run(triton_backend, weight, x, torch.bfloat16), x, weight.dequantize().double(), None)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
