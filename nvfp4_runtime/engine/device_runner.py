@@ -323,7 +323,7 @@ class DeviceRunner(ModelRunner):
         on_host: dict[int, StepResult] = {}
         if step.host_logits is not None:
             # those that ended or were preempted meanwhile are not sampled: what came of it would be dropped
-            parts = step.host_logits.split([len(rows) for rows in step.host.values()])
+            parts = torch.split(step.host_logits, [len(rows) for rows in step.host.values()])
             wanted = {i: part for i, part in zip(step.host, parts, strict=True) if not entries[i].is_stale}
             made = self._results(
                 Schedule(tuple(entries[i] for i in wanted)),

@@ -112,7 +112,8 @@ def device_sampler(kernels: Kernels, vocab_size: int) -> DeviceSampler:
     """What chooses tokens on the device; recorded in the kernels' report."""
     sampler: DeviceSampler = TorchSampler()
     if any(choice.backend == "triton" for choice in kernels.choices):  # so it runs here
-        from nvfp4_runtime.kernels.triton.sampling import MOST_TOKENS, TritonSampler
+        from nvfp4_runtime.kernels.triton.sampling import TritonSampler
+        from nvfp4_runtime.kernels.triton.sampling_kernels import MOST_TOKENS
 
         sampler = TritonSampler() if vocab_size <= MOST_TOKENS else sampler
     kernels.choices.append(Choice("sampling", "-", 0.0, 0, sampler.name, "float32", _CHOSEN_ON_HOST))
