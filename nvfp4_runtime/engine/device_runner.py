@@ -32,6 +32,7 @@ from nvfp4_runtime.sampling.sampler import BatchSampler
 logger = logging.getLogger(__name__)
 
 _NOWHERE = -1  # a new token that the last step did not sample
+_MOST_TOP_K = 2**31 - 1  # a request may ask for more, which means the same: all
 
 
 @dataclass(frozen=True)
@@ -300,8 +301,9 @@ class DeviceRunner(ModelRunner):
             self._graphs.capture(sizes, self._decode, progress)
 
     def run_largest(self) -> None:
-        """The step that needs the most memory, of requests that want no prompt logprobs."""
-        self.execute(self._idle(self._capacity.tokens, 1))
+        """The steps that need the most memory: one long sequence, or the most logits. Prompt logprobs may need more."""
+        for num_seqs in (1, self._capacity.seqs):
+            self.execute(self._idle(self._capacity.tokens, num_seqs))
 
     def _idle(self, num_tokens: int, num_seqs: int, temperature: float = 1.0) -> Schedule:
         """A step of about `num_tokens` tokens that keeps nothing, in `num_seqs` sequences or as few as hold them."""
@@ -359,7 +361,7 @@ def _fill_controls(layout: Layout, buffer: npt.NDArray[np.uint8], sampling: Sequ
     layout.fill(buffer, "temperature", [p.temperature for p in params])
     layout.fill(buffer, "top_p", [p.top_p for p in params])
     layout.fill(buffer, "min_p", [p.min_p for p in params])
-    layout.fill(buffer, "top_k", [max(p.top_k, 0) for p in params])
+    layout.fill(buffer, "top_k", [min(max(p.top_k, 0), _MOST_TOP_K) for p in params])
 
 
 def _controls(layout: Layout, staged: Tensor) -> Controls:

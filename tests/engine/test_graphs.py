@@ -101,3 +101,17 @@ def test_warming_up_meets_small_and_large_steps_and_keeps_nothing() -> None:
     made.warm_up()
     assert sizes == [(1, 1), (4, 1), (4, 2), (16, 1), (16, 2), (16, 16), (64, 2), (64, 2), (64, 16), (1, 1)]
     assert all(torch.equal(layer.k[1:], old) for layer, old in zip(made._kv, before, strict=True))
+
+
+def test_memory_is_measured_on_the_longest_sequence_and_on_the_most_logits() -> None:
+    made, model = runner(TwinDevice(), seqs=6)
+    sizes = []
+    forward = model.forward
+
+    def noting(batch):  # type: ignore[no-untyped-def]  # as forward
+        sizes.append((len(batch.input_ids), len(batch.logits_rows), batch.max_query_len))
+        return forward(batch)
+
+    model.forward = noting  # type: ignore[method-assign]
+    made.run_largest()
+    assert sizes == [(64, 2, 32), (60, 6, 10)]

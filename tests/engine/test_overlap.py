@@ -264,3 +264,15 @@ def test_a_request_id_may_be_used_again_while_its_last_step_is_under_way() -> No
     while plain.has_work:
         expected += plain.step()[0]
     assert tokens_of(outputs) == tokens_of(expected)
+
+
+def test_a_top_k_beyond_any_vocabulary_means_all_tokens() -> None:
+    found = []
+    for engine in (roomy(), plain_engine({"max_model_len": 128})):
+        engine.add(submit("r", [10, 11], 12, temperature=1.0, seed=3, top_k=2**40, ignore_eos=True))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()[0]
+        found.append(tokens_of(outputs))
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
