@@ -52,10 +52,10 @@ def allowed_error(spec: PagedAttentionSpec, q: Tensor, kv: KVLayer, batch: Forwa
 
 
 def check(backend, spec, sequences, *, block_size=4, max_query_len=None, seed=0):
-    batch = make_batch(sequences, block_size=block_size, num_blocks=1 + sum(-(-s.length // block_size) for s in sequences))
+    needed = 1 + sum(-(-s.length // block_size) for s in sequences)
+    batch = make_batch(sequences, block_size=block_size, num_blocks=needed)
     batch = dataclasses.replace(batch, max_query_len=max_query_len)
-    num_blocks = int(batch.block_tables.max()) + 1
-    kv = random_cache(num_blocks, spec.num_kv_heads, block_size, spec.head_dim, seed=seed, dtype=STORED[spec.kv_dtype])
+    kv = random_cache(needed, spec.num_kv_heads, block_size, spec.head_dim, seed=seed, dtype=STORED[spec.kv_dtype])
     tokens = int(batch.cu_seqlens_q[-1])
     q = random_tensor(tokens, spec.num_heads, spec.head_dim, seed=seed + 7, dtype=getattr(torch, spec.dtype))
     found = attend(backend, spec, q, kv, batch).double()
