@@ -154,8 +154,8 @@ def paged_attention_kernel(
     """Program (tile, h, s): a tile of queries of one sequence and the heads of KV group h, against run s of its keys.
 
     Row r of a tile is query r // G of the tile, head r % G of the group: keys and values are read once for the group.
-    SPLIT: the keys a tile sees are cut into runs of whole key tiles, as many runs as the grid has programs there (S), by
-    the device's own seq_lens.
+    SPLIT: the keys a tile sees are cut into runs of whole key tiles, as many runs as the grid has programs there (S),
+    by the device's own seq_lens.
 
     scale          softmax scale * k_scale * log2(e), times NVFP4_UNIT for an NVFP4 cache; so is v_scale
     out            [T, Q_HEADS * D], unless SPLIT
@@ -164,8 +164,8 @@ def paged_attention_kernel(
     TOKENS, ROWS   queries of a tile; TOKENS * G padded to a power of two, at least 16
     DECODE         every sequence has at most one new token: tile b is sequence b
     WINDOW         0: none
-    OPERAND        what is multiplied: bfloat16, float32, or for FP8 and NVFP4 caches float16, which holds both exactly and
-                   converts from FP8 in one instruction; queries are brought into its range by a power of two per row
+    OPERAND        what is multiplied: bfloat16, float32, or for FP8 and NVFP4 caches float16, which holds both exactly
+                   and converts from FP8 in one instruction; queries enter its range by a power of two per row
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     kv_head = tl.program_id(1)
@@ -218,7 +218,7 @@ def paged_attention_kernel(
         queries_odd = queries
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         acc_odd = total  # nothing
-    if OPERAND == tl.float16:
+    if OPERAND == tl.float16:  # noqa: SIM300 - a comparison, not a constant
         unit = _largest_power(tl.maximum(tl.max(tl.abs(queries), axis=1), tl.max(tl.abs(queries_odd), axis=1)))
         queries = queries / unit[:, None]
         queries_odd = queries_odd / unit[:, None]
@@ -238,9 +238,9 @@ def paged_attention_kernel(
             )  # fmt: skip
     for key in range(middle, stop, KEYS):
         acc, acc_odd, m, total = _attend(
-            queries, queries_odd, acc, acc_odd, m, total, key + keys, p, low, stop, k_cache, v_cache, k_blocks, v_blocks,
-            table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, True, KV, OPERAND, HARDWARE_E4M3,
-            EMULATED,
+            queries, queries_odd, acc, acc_odd, m, total, key + keys, p, low, stop, k_cache, v_cache, k_blocks,
+            v_blocks, table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, True, KV, OPERAND,
+            HARDWARE_E4M3, EMULATED,
         )  # fmt: skip
 
     if KV == 2:

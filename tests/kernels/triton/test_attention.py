@@ -21,7 +21,7 @@ from tests.kernels.test_cpu_attention import exact_attention
 
 STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn, "nvfp4": torch.uint8}
 REFERENCE = ReferenceBackend()
-# lengths at and around the edges of blocks (4) and of key tiles (64); one prompt, one token, one that has none this step
+# lengths at and around the edges of blocks (4) and of key tiles (64); a prompt, one token, none this step
 MIXED = [Sequence(1, 1), Sequence(70, 1), Sequence(20, 9), Sequence(8, 8), Sequence(65, 5), Sequence(12, 0)]
 DECODING = [Sequence(n, 1) for n in (1, 4, 5, 64, 65, 131)] + [Sequence(9, 0)]
 
