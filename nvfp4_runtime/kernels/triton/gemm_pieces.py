@@ -125,7 +125,9 @@ def accumulate_four_bit(
     row = n % 64
     word_at = words + (panel * 1024 + row * 16)[:, None] + w[None, :]
     scale_at = scales + panel * 64 + row
-    for block in tl.range(first, last, loop_unroll_factor=2):  # half the barriers
+    # two blocks a turn halve the barriers; 64 tokens need the registers
+    UNROLL: tl.constexpr = 2 if acc.shape[1] < 64 else 1
+    for block in tl.range(first, last, loop_unroll_factor=UNROLL):
         tile = tl.load(word_at + block * 1024)
         packed = tl.load(scale_at + block * 64)
         even = ((packed & 0x00FF00FF) << 4) + (BASE * 0x10001)  # scales 0 and 2 as two bfloat16
