@@ -27,7 +27,7 @@ def _sequence_of(tile, cu_seqlens_q, num_seqs, TOKENS: tl.constexpr, SEQS: tl.co
 
 
 @triton.jit
-def _weigh(s, m, l, visible, MASKED: tl.constexpr):
+def _weigh(s, m, total, visible, MASKED: tl.constexpr):
     """Online softmax: scores [ROWS, KEYS] as weights, the new maximum and sum, and what the old ones are worth."""
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
@@ -35,7 +35,7 @@ def _weigh(s, m, l, visible, MASKED: tl.constexpr):
     base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
     weights = tl.exp2(s - base[:, None])
     old = tl.exp2(m - base)
-    return weights, new, l * old + tl.sum(weights, axis=1), old
+    return weights, new, total * old + tl.sum(weights, axis=1), old
 
 
 @triton.jit
@@ -45,15 +45,15 @@ def _largest_power(x):
 
 
 @triton.jit
-def _hide(v, visible, l):
-    """Zero what is not finite in values [KEYS, WIDTH], and make l NaN for the rows that see it.
+def _hide(v, visible, total):
+    """Zero what is not finite in values [KEYS, WIDTH], and make total NaN for the rows that see it.
 
     A weight of 0 does not hide NaN or Inf: one that a later query has to see would reach all queries of the tile.
     """
     broken = ~(tl.abs(v.to(tl.float32)) <= 3.4028234663852886e38)
     broken_key = tl.max(broken.to(tl.int32), axis=1)
     seen = tl.max((visible & (broken_key[None, :] != 0)).to(tl.int32), axis=1)
-    return tl.where(broken, tl.zeros_like(v), v), tl.where(seen != 0, float("nan"), l)
+    return tl.where(broken, tl.zeros_like(v), v), tl.where(seen != 0, float("nan"), total)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _attend(
     acc,
     acc_odd,
     m,
-    l,
+    total,
     key,
     p,
     low,
@@ -98,22 +98,22 @@ def _attend(
     if KV == 2:
         k, k_odd = load_nvfp4_rows(k_cache, k_blocks, rows, read, D, WIDTH, OPERAND, HARDWARE_E4M3, EMULATED)
         s = dot(q_odd, tl.trans(k_odd), dot(q, tl.trans(k), zero, EMULATED), EMULATED)
-        weights, m, l, old = _weigh(s * scale, m, l, visible, MASKED)
+        weights, m, total, old = _weigh(s * scale, m, total, visible, MASKED)
         v, v_odd = load_nvfp4_rows(v_cache, v_blocks, rows, read, D, WIDTH, OPERAND, HARDWARE_E4M3, EMULATED)
         if MASKED and not DECODE:
-            v, l = _hide(v, visible, l)
-            v_odd, l = _hide(v_odd, visible, l)
+            v, total = _hide(v, visible, total)
+            v_odd, total = _hide(v_odd, visible, total)
         weights = round_to(weights, OPERAND, EMULATED)
         acc = dot(weights, v, acc * old[:, None], EMULATED)
         acc_odd = dot(weights, v_odd, acc_odd * old[:, None], EMULATED)
     else:
         k = load_rows(k_cache, rows, read, D, WIDTH, KV, OPERAND, HARDWARE_E4M3, EMULATED)
-        weights, m, l, old = _weigh(dot(q, tl.trans(k), zero, EMULATED) * scale, m, l, visible, MASKED)
+        weights, m, total, old = _weigh(dot(q, tl.trans(k), zero, EMULATED) * scale, m, total, visible, MASKED)
         v = load_rows(v_cache, rows, read, D, WIDTH, KV, OPERAND, HARDWARE_E4M3, EMULATED)
         if MASKED and not DECODE:
-            v, l = _hide(v, visible, l)
+            v, total = _hide(v, visible, total)
         acc = dot(round_to(weights, OPERAND, EMULATED), v, acc * old[:, None], EMULATED)
-    return acc, acc_odd, m, l
+    return acc, acc_odd, m, total
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_width"])
@@ -154,8 +154,8 @@ def paged_attention_kernel(
     """Program (tile, h, s): a tile of queries of one sequence and the heads of KV group h, against run s of its keys.
 
     Row r of a tile is query r // G of the tile, head r % G of the group: keys and values are read once for the group.
-    SPLIT: the keys a tile sees are cut into runs of whole key tiles, as many runs as the grid has programs there (S), by
-    the device's own seq_lens.
+    SPLIT: the keys a tile sees are cut into runs of whole key tiles, as many runs as the grid has programs there (S),
+    by the device's own seq_lens.
 
     scale          softmax scale * k_scale * log2(e), times NVFP4_UNIT for an NVFP4 cache; so is v_scale
     out            [T, Q_HEADS * D], unless SPLIT
@@ -164,8 +164,8 @@ def paged_attention_kernel(
     TOKENS, ROWS   queries of a tile; TOKENS * G padded to a power of two, at least 16
     DECODE         every sequence has at most one new token: tile b is sequence b
     WINDOW         0: none
-    OPERAND        what is multiplied: bfloat16, float32, or for FP8 and NVFP4 caches float16, which holds both exactly and
-                   converts from FP8 in one instruction; queries are brought into its range by a power of two per row
+    OPERAND        what is multiplied: bfloat16, float32, or for FP8 and NVFP4 caches float16, which holds both exactly
+                   and converts from FP8 in one instruction; queries enter its range by a power of two per row
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     kv_head = tl.program_id(1)
@@ -203,7 +203,7 @@ def paged_attention_kernel(
     table = block_tables + seq.to(tl.int64) * table_width
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     if KV == 2:
         cols = 2 * tl.arange(0, WIDTH // 2)[None, :]
         mask = inside[:, None] & (cols < D)
@@ -217,8 +217,8 @@ def paged_attention_kernel(
         queries = tl.load(q + row[:, None] * D + cols, mask=mask, other=0.0).to(tl.float32)
         queries_odd = queries
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
-        acc_odd = l  # nothing
-    if OPERAND == tl.float16:
+        acc_odd = total  # nothing
+    if OPERAND == tl.float16:  # noqa: SIM300 - a comparison, not a constant
         unit = _largest_power(tl.maximum(tl.max(tl.abs(queries), axis=1), tl.max(tl.abs(queries_odd), axis=1)))
         queries = queries / unit[:, None]
         queries_odd = queries_odd / unit[:, None]
@@ -231,16 +231,16 @@ def paged_attention_kernel(
     if WINDOW == 0:
         middle = tl.minimum(tl.maximum((position + 1) // KEYS * KEYS, begin), tl.maximum(stop, begin))
         for key in range(begin, middle, KEYS):
-            acc, acc_odd, m, l = _attend(
-                queries, queries_odd, acc, acc_odd, m, l, key + keys, p, low, stop, k_cache, v_cache, k_blocks,
+            acc, acc_odd, m, total = _attend(
+                queries, queries_odd, acc, acc_odd, m, total, key + keys, p, low, stop, k_cache, v_cache, k_blocks,
                 v_blocks, table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, False, KV, OPERAND,
                 HARDWARE_E4M3, EMULATED,
             )  # fmt: skip
     for key in range(middle, stop, KEYS):
-        acc, acc_odd, m, l = _attend(
-            queries, queries_odd, acc, acc_odd, m, l, key + keys, p, low, stop, k_cache, v_cache, k_blocks, v_blocks,
-            table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, True, KV, OPERAND, HARDWARE_E4M3,
-            EMULATED,
+        acc, acc_odd, m, total = _attend(
+            queries, queries_odd, acc, acc_odd, m, total, key + keys, p, low, stop, k_cache, v_cache, k_blocks,
+            v_blocks, table, kv_head, scale, KV_HEADS, D, WIDTH, BLOCK_SIZE, WINDOW, DECODE, True, KV, OPERAND,
+            HARDWARE_E4M3, EMULATED,
         )  # fmt: skip
 
     if KV == 2:
@@ -248,12 +248,12 @@ def paged_attention_kernel(
     cols = tl.arange(0, WIDTH)[None, :]
     mask = inside[:, None] & (cols < D)
     if not SPLIT:
-        result = acc * v_scale / l[:, None]
+        result = acc * v_scale / total[:, None]
         tl.store(out + row[:, None] * D + cols, round_to(result, out.dtype.element_ty, EMULATED), mask=mask)
     else:
         at = row * tl.num_programs(2) + split
         tl.store(partial_m + at, m, mask=inside)
-        tl.store(partial_l + at, l, mask=inside)
+        tl.store(partial_l + at, total, mask=inside)
         if begin < stop:  # an empty run's sums are never read
             tl.store(partial + at[:, None] * D + cols, acc, mask=mask)
 

@@ -80,7 +80,7 @@ def mla_decode_kernel(
     q_turned = round_to(q_turned.to(tl.float32), OPERAND, EMULATED)
 
     m = tl.full([HEADS], float("-inf"), tl.float32)
-    l = tl.zeros([HEADS], tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, RANK_WIDTH], tl.float32)
     zero = tl.zeros([HEADS, KEYS], tl.float32)
     for start in range(begin, stop, KEYS):
@@ -96,18 +96,18 @@ def mla_decode_kernel(
         base = tl.where(new == float("-inf"), 0.0, new)
         weights = tl.exp2(s - base[:, None])
         old = tl.exp2(m - base)
-        l = l * old + tl.sum(weights, axis=1)
+        total = total * old + tl.sum(weights, axis=1)
         acc = dot(round_to(weights, OPERAND, EMULATED), latent, acc * old[:, None], EMULATED)
         m = new
 
     if SPLIT:
         at = row * tl.num_programs(2) + split
         tl.store(partial_m + at, m, mask=inside)
-        tl.store(partial_l + at, l, mask=inside)
+        tl.store(partial_l + at, total, mask=inside)
         if begin < stop:  # an empty run's sums are never read
             tl.store(partial + at[:, None] * RANK + rank[None, :], acc, mask=latent_mask)
     else:
-        result = round_to(acc / l[:, None], out.dtype.element_ty, EMULATED)
+        result = round_to(acc / total[:, None], out.dtype.element_ty, EMULATED)
         tl.store(out + row[:, None] * RANK + rank[None, :], result, mask=latent_mask)
 
 
@@ -129,7 +129,8 @@ class TritonMLA:
         if num_seqs == 0:
             return out
         head_groups = triton.cdiv(spec.num_heads, HEADS)
-        splits = self.splits(num_seqs * head_groups, block_tables.shape[1] * cache.shape[1], gpu_facts(out.device).processors)
+        most_keys = block_tables.shape[1] * cache.shape[1]
+        splits = self.splits(num_seqs * head_groups, most_keys, gpu_facts(out.device).processors)
         partials = partial_sums(num_seqs * spec.num_heads, splits, spec.kv_lora_rank, out)
         mla_decode_kernel[(num_seqs, head_groups, splits)](
             q_nope,

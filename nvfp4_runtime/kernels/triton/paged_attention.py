@@ -1,8 +1,8 @@
 """Causal grouped-query attention over paged keys and values: one launch for decoding, prompts and both together.
 
 A long sequence is cut into runs of keys, which as many programs take, where the batch alone would not fill the GPU. How
-many depends on shapes (sequences, new tokens, width of the block tables), never on what the tensors hold: the launch can
-be captured in a CUDA graph, and a row's bits depend on its own keys and on those shapes.
+many depends on shapes (sequences, new tokens, width of the block tables), never on what the tensors hold: the launch
+can be captured in a CUDA graph, and a row's bits depend on its own keys and on those shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from nvfp4_runtime.kernels.triton.numbers import has_e4m3
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 64
-_DECODE_WAVES, _PREFILL_WAVES = 4, 2  # programs a multiprocessor should see; partial sums cost memory where rows are many
+_DECODE_WAVES = 4  # programs a multiprocessor should see
+_PREFILL_WAVES = 2  # fewer: partial sums cost memory where rows are many
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class GPUFacts:
     processors  multiprocessors
     rows        of a prompt's tile: 128 where matrix instructions take their operands from shared memory (9.0, 10.x);
                 elsewhere twice 64, or the registers spill
-    stages      of the key pipeline: what fits shared memory, some 99 KiB a block on 8.6, 8.9 and 12.x, 163 and more elsewhere
+    stages      of the key pipeline: what fits shared memory, 99 KiB a block on 8.6, 8.9 and 12.x, else 163 and more
     e4m3        converts E4M3 itself
     """
 
@@ -154,7 +155,8 @@ class TritonPagedAttention:
         if spec.window is not None:
             most_keys = min(most_keys, spec.window + tokens + keys)
         programs = tiles * spec.num_kv_heads
-        wanted = triton.next_power_of_2(triton.cdiv((_DECODE_WAVES if decode else _PREFILL_WAVES) * gpu.processors, programs))
+        waves = _DECODE_WAVES if decode else _PREFILL_WAVES
+        wanted = triton.next_power_of_2(triton.cdiv(waves * gpu.processors, programs))
         useful = triton.next_power_of_2(triton.cdiv(most_keys, keys))
         return Tile(tokens, rows, keys, decode, tiles, min(wanted, useful, MOST_SPLITS), 8 if rows >= 64 else 4)
 
@@ -194,7 +196,7 @@ def operand_type(spec: PagedAttentionSpec) -> Any:
 
 
 def partial_sums(rows: int, splits: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the sums of runs, their maxima and weights (see paged_attention_kernel); `like` where there is one run."""
+    """Memory for sums of runs, their maxima and weights (see paged_attention_kernel); `like` where there is one run."""
     if splits == 1:
         return like, like, like
     sums = torch.empty((rows, splits, width), dtype=torch.float32, device=like.device)

@@ -39,7 +39,7 @@ def rms_norm_kernel(
     (ROUND_BF16: in bfloat16). Programs past the last row zero the padding of the swizzled scales.
     """
     row = tl.program_id(0).to(tl.int64)
-    if SWIZZLED:
+    if SWIZZLED:  # noqa: SIM102 - the compiler's condition, apart from the device's
         if row >= rows:
             zero_padding(scales, row, 0, H, BLOCK)
             return
@@ -97,7 +97,7 @@ class TritonRMSNorm:
         for name, tensor in (("x", x), ("residual", residual)):
             if tensor is not None and not (tensor.shape[1:] == (self.hidden,) and tensor.is_contiguous()):
                 raise KernelError(
-                    f"{name} is {list(tensor.shape)}, expected contiguous rows of {self.hidden} (the layer's hidden size)"
+                    f"{name} is {list(tensor.shape)}, expected contiguous rows of {self.hidden} (the hidden size)"
                 )
 
     def _launch(
@@ -158,7 +158,8 @@ def compilations() -> list[Compilation]:
         Compilation(
             name=name,
             kernel=rms_norm_kernel,
-            signature=signature | ({"out": "*u8", "scales": "*u8"} if quantize else {"out": "*bf16", "scales": "*bf16"})
+            signature=signature
+            | ({"out": "*u8", "scales": "*u8"} if quantize else {"out": "*bf16", "scales": "*bf16"})
             | {"input_scale": "*fp32"},
             constexprs={
                 "H": hidden,
@@ -173,5 +174,9 @@ def compilations() -> list[Compilation]:
             expect=("MUFU.RSQ",),
             unaligned=("rows",),
         )
-        for name, hidden, quantize in (("norm_4096", 4096, False), ("norm_576", 576, False), ("quantize_8192", 8192, True))
+        for name, hidden, quantize in (
+            ("norm_4096", 4096, False),
+            ("norm_576", 576, False),
+            ("quantize_8192", 8192, True),
+        )
     ]

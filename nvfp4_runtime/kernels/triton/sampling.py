@@ -79,9 +79,7 @@ class TritonSampler:
         """The tokens of `sample` alone."""
         return self.sample(logits, controls, edits)[0]
 
-    def sample(
-        self, logits: Tensor, controls: Controls | None, edits: RowEdits | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, controls: Controls | None, edits: RowEdits | None = None) -> tuple[Tensor, Tensor]:
         """Choose.
 
         logits    float32 [R, V]  not changed
@@ -195,5 +193,6 @@ def _check_edits(edits: RowEdits, num_rows: int, vocab: int) -> None:
             raise KernelError(f"{name} and {name}_row come together; found only one of them")
         if table is not None and rows is not None and (table.shape[1:] != (width,) or rows.shape != (num_rows,)):
             raise KernelError(
-                f"{name} is {list(table.shape)} and {name}_row {list(rows.shape)}, expected [.., {width}] and [{num_rows}]"
+                f"{name} is {list(table.shape)} and {name}_row {list(rows.shape)}, expected [.., {width}] and "
+                f"[{num_rows}]"
             )

@@ -20,7 +20,6 @@ UNIT_BITS = 44
 MOST_TOKENS = (1 << 19) - 1  # sums stay below 2^63
 
 
-
 @triton.jit
 def _key(x):
     """float32 as int32 that sort alike; -0 and 0 are one."""
@@ -127,7 +126,7 @@ def _select(
     TILE: tl.constexpr,
     BY_COUNT: tl.constexpr,
 ):
-    """The key at which the weight of the tokens so far, in order, first exceeds `target`, and the weight above that key.
+    """The key at which the weight of the tokens so far, in order, first exceeds `target`, and the weight above it.
 
     BY_COUNT: each token weighs 1; else its probability. All tokens together must weigh more than `target`.
     """
@@ -257,7 +256,7 @@ def token_rank_kernel(
     TILES_WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program r: how many tokens of row r come before tokens[r], and the sum of exp(logit - largest) in units of 2^-44."""
+    """Program r: how many of row r's tokens come before tokens[r]; sum of exp(logit - largest) in units of 2^-44."""
     r = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES_WIDTH)
     largest = tl.max(tl.load(tile_largest + r * TILES + tile, mask=tile < TILES, other=float("-inf")), axis=0)

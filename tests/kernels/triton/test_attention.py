@@ -21,7 +21,7 @@ from tests.kernels.test_cpu_attention import exact_attention
 
 STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn, "nvfp4": torch.uint8}
 REFERENCE = ReferenceBackend()
-# lengths at and around the edges of blocks (4) and of key tiles (64); one prompt, one token, one that has none this step
+# lengths at and around the edges of blocks (4) and of key tiles (64); a prompt, one token, none this step
 MIXED = [Sequence(1, 1), Sequence(70, 1), Sequence(20, 9), Sequence(8, 8), Sequence(65, 5), Sequence(12, 0)]
 DECODING = [Sequence(n, 1) for n in (1, 4, 5, 64, 65, 131)] + [Sequence(9, 0)]
 
@@ -52,10 +52,10 @@ def allowed_error(spec: PagedAttentionSpec, q: Tensor, kv: KVLayer, batch: Forwa
 
 
 def check(backend, spec, sequences, *, block_size=4, max_query_len=None, seed=0):
-    batch = make_batch(sequences, block_size=block_size, num_blocks=1 + sum(-(-s.length // block_size) for s in sequences))
+    needed = 1 + sum(-(-s.length // block_size) for s in sequences)
+    batch = make_batch(sequences, block_size=block_size, num_blocks=needed)
     batch = dataclasses.replace(batch, max_query_len=max_query_len)
-    num_blocks = int(batch.block_tables.max()) + 1
-    kv = random_cache(num_blocks, spec.num_kv_heads, block_size, spec.head_dim, seed=seed, dtype=STORED[spec.kv_dtype])
+    kv = random_cache(needed, spec.num_kv_heads, block_size, spec.head_dim, seed=seed, dtype=STORED[spec.kv_dtype])
     tokens = int(batch.cu_seqlens_q[-1])
     q = random_tensor(tokens, spec.num_heads, spec.head_dim, seed=seed + 7, dtype=getattr(torch, spec.dtype))
     found = attend(backend, spec, q, kv, batch).double()

@@ -76,7 +76,7 @@ def test_triton_agrees(triton_backend, monkeypatch, processors, heads, rank, rop
 def test_another_cache_is_refused_and_so_is_mla_on_the_native_backend(triton_backend):
     spec = MLASpec(2, 32, 16, "bfloat16", "bfloat16")
     q_nope, q_rope, cache, tables, lens = inputs(spec, [3])
-    with pytest.raises(KernelError, match="cache is torch.float32"):
+    with pytest.raises(KernelError, match=r"cache is torch\.float32"):
         triton_backend.mla_decode(spec)(q_nope, q_rope, cache.float(), tables, lens, 1.0)
     assert CPUBackend().refuses(spec) is not None
     with pytest.raises(KernelError, match="latent attention"):

@@ -68,7 +68,7 @@ def test_with_qk_norm_values_agree_to_their_type_s_last_place(triton_backend, kv
     kv = cache_of(kv_dtype, 2, 64)
     expected_q, expected = run(REFERENCE, spec, kv)
     q, found = run(triton_backend, spec, kv)
-    same_bits(found.v, expected.v)
+    assert same_bits(found.v, expected.v), "values are stored as they come"
     # a sum in another order moves a float32 by some 1e-6; at a rounding border that is one step of the stored type
     step = {"bfloat16": 2**-7, "float32": 2e-6, "fp8": 2**-3, "nvfp4": 0.5}[kv_dtype]
     for a, b in zip(cached_values(found), cached_values(expected), strict=True):
@@ -80,7 +80,8 @@ def test_with_qk_norm_values_agree_to_their_type_s_last_place(triton_backend, kv
 
 def test_hostile_values_are_stored_as_the_format_says(triton_backend):
     """NaN, infinities, -0, the smallest and largest floats into FP8 and NVFP4; they rotate by no angle."""
-    hostile = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-45, -1e-30, 3e38, 448.0, 464.0, 2.0**-10] * 10)[:64]
+    values = [torch.nan, torch.inf, -torch.inf, -0.0, 1e-45, -1e-30, 3e38, 448.0, 464.0, 2.0**-10]
+    hostile = torch.tensor(values * 10)[:64]
     for kv_dtype in ("bfloat16", "fp8", "nvfp4"):
         spec = RopeSpec(1, 1, 64, 0, False, kv_dtype, "float32")
         results = []
@@ -108,10 +109,10 @@ def test_tensors_of_another_shape_or_type_are_refused(triton_backend: TritonBack
     spec = RopeSpec(2, 1, 32, 32, False, "fp8", "bfloat16")
     with pytest.raises(KernelError, match=r"expected a contiguous torch.float8_e4m3fn"):
         run(triton_backend, spec, cache_of("bfloat16", 1, 32))
+    bare = dataclasses.replace(cache_of("nvfp4", 1, 32), k_blocks=None)
     with pytest.raises(KernelError, match="block scales"):
-        bare = dataclasses.replace(cache_of("nvfp4", 1, 32), k_blocks=None)
         run(triton_backend, dataclasses.replace(spec, kv_dtype="nvfp4"), bare)
+    kernel, kv = triton_backend.rope_and_cache(dataclasses.replace(spec, qk_norm=True)), cache_of("fp8", 1, 32)
+    one = torch.zeros(1)
     with pytest.raises(KernelError, match="qk_norm=True"):
-        kernel = triton_backend.rope_and_cache(dataclasses.replace(spec, qk_norm=True))
-        kv = cache_of("fp8", 1, 32)
-        kernel(torch.zeros(1, 128), torch.zeros(1), torch.zeros(1, 16), torch.zeros(1, 16), None, None, EPS, kv, kv.k)
+        kernel(torch.zeros(1, 128), one, torch.zeros(1, 16), torch.zeros(1, 16), None, None, EPS, kv, one)
