@@ -207,6 +207,7 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
         return {"hidden": spec.hidden}
     if isinstance(spec, ActivationSpec):
         return {"twice the width": 2 * spec.width}
+    assert not isinstance(spec, MLASpec)  # refused before anybody asks
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     heads = {"the number of heads": spec.num_heads, "of KV heads": spec.num_kv_heads, "head_dim": spec.head_dim}
     return heads | {"the width of q, k and v": width}

@@ -153,7 +153,7 @@ class TritonMLA:
     @staticmethod
     def splits(programs: int, most_keys: int, processors: int) -> int:
         wanted = triton.next_power_of_2(triton.cdiv(_WAVES * processors, programs))
-        return min(wanted, triton.next_power_of_2(triton.cdiv(most_keys, KEYS)), MOST_SPLITS)
+        return int(min(wanted, triton.next_power_of_2(triton.cdiv(most_keys, KEYS)), MOST_SPLITS))
 
     def constants(self, block_size: int, split: bool) -> dict[str, Any]:
         """What the kernel is compiled for."""

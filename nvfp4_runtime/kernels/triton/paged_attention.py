@@ -185,7 +185,7 @@ class TritonPagedAttention:
 
 def padded_width(spec: PagedAttentionSpec) -> int:
     """head_dim as a kernel holds it; halves of NVFP4 rows must still fill a matrix instruction."""
-    return max(32 if spec.kv_dtype == "nvfp4" else 16, triton.next_power_of_2(spec.head_dim))
+    return max(32 if spec.kv_dtype == "nvfp4" else 16, int(triton.next_power_of_2(spec.head_dim)))
 
 
 def operand_type(spec: PagedAttentionSpec) -> Any:
