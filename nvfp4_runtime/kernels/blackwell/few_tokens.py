@@ -1,0 +1,184 @@
+"""W4A4 for few rows of x: the weight's rows on the M side of the FP4 instruction, tokens on N, K split over programs.
+
+scaled_mm works in tiles of 128 rows of x and leaves most of the machine idle when there are fewer; here a program takes
+128 outputs and 16 to 64 tokens, and enough programs share K that every multiprocessor reads weights. Partial sums are
+FP32 and are added in one fixed order by a second launch, so results repeat. Under the interpreter, which decodes the scales of `tl.dot_scaled` wrongly, operands are widened to FP32
+and multiplied by `tl.dot`: the same addresses, splits and epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvfp4_runtime.kernels.blackwell.bits import e2m1_value, e4m3_value, swizzled
+from nvfp4_runtime.kernels.blackwell.capability import Tile
+from nvfp4_runtime.kernels.blackwell.scaled_mm import Operand
+
+MAX_TOKENS = 64
+_PROGRAMS_PER_SM = 2  # programs wanted per multiprocessor: their loads overlap
+
+
+@triton.jit
+def few_tokens_kernel(  # type: ignore[no-untyped-def]
+    w_ptr,
+    w_scales_ptr,
+    x_ptr,
+    x_scales_ptr,
+    sums_ptr,
+    m,
+    n,
+    k,
+    tiles_per_row,
+    STEPS: tl.constexpr,
+    WEIGHT_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Sums of code * scale over one piece of K: WEIGHT_ROWS outputs of TOKENS tokens.
+
+    w_ptr         uint8 [n, k / 2]; w_scales_ptr its swizzled scales
+    x_ptr         uint8 [m, k / 2]; x_scales_ptr its swizzled scales
+    sums_ptr      fp32 [pieces, m, n]
+    grid          outputs, tokens, pieces of K; each piece is STEPS * BLOCK_K long
+    """
+    row = tl.program_id(0) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    half = k // 2
+    row64 = row.to(tl.int64)
+    sums = tl.zeros([WEIGHT_ROWS, TOKENS], dtype=tl.float32)
+    for step in range(STEPS):
+        start = (tl.program_id(2) * STEPS + step) * BLOCK_K
+        byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+        block = start // 16 + tl.arange(0, BLOCK_K // 16)
+        w_inside = (row < n)[:, None] & (byte < half)[None, :]
+        w = tl.load(w_ptr + row64[:, None] * half + byte[None, :], mask=w_inside, other=0)
+        x_inside = (byte < half)[:, None] & (token < m)[None, :]
+        x = tl.load(x_ptr + token[None, :] * half + byte[:, None], mask=x_inside, other=0)
+        w_block = (row < n)[:, None] & (block < half // 8)[None, :]
+        w_scales = tl.load(w_scales_ptr + swizzled(row64[:, None], block[None, :], tiles_per_row), mask=w_block, other=0)
+        x_block = (token < m)[:, None] & (block < half // 8)[None, :]
+        x_scales = tl.load(x_scales_ptr + swizzled(token[:, None], block[None, :], tiles_per_row), mask=x_block, other=0)
+        if NATIVE:
+            w_e4m3 = w_scales.to(tl.float8e4nv, bitcast=True)
+            x_e4m3 = x_scales.to(tl.float8e4nv, bitcast=True)
+            sums = tl.dot_scaled(w, w_e4m3, "e2m1", x, x_e4m3, "e2m1", sums)
+        else:
+            w_step = _spread(w_scales, WEIGHT_ROWS, BLOCK_K)
+            x_step = tl.trans(_spread(x_scales, TOKENS, BLOCK_K))
+            sums += tl.dot(e2m1_value(w & 15) * w_step, e2m1_value(x & 15) * x_step)
+            sums += tl.dot(e2m1_value(w >> 4) * w_step, e2m1_value(x >> 4) * x_step)
+    at = (tl.program_id(2).to(tl.int64) * m + token[None, :]) * n + row[:, None]
+    tl.store(sums_ptr + at, sums, mask=(row < n)[:, None] & (token < m)[None, :])
+
+
+@triton.jit
+def _spread(scales, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """E4M3 bytes [ROWS, BLOCK_K / 16] as float32, one per packed byte: [ROWS, BLOCK_K / 2]."""
+    wide = tl.broadcast_to(e4m3_value(scales)[:, :, None], [ROWS, BLOCK_K // 16, 8])
+    return tl.reshape(wide, [ROWS, BLOCK_K // 2])
+
+
+@triton.jit
+def finish_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr,
+    multipliers_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    PIECES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t, i] = sum over pieces, in order, * multipliers[i] + bias[i], rounded once to out's type."""
+    token = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for piece in range(PIECES):
+        total += tl.load(sums_ptr + (piece * m + token) * n + i, mask=i < n, other=0.0)
+    total *= tl.load(multipliers_ptr + i, mask=i < n, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + i, mask=i < n, other=0.0)
+    tl.store(out_ptr + token * n + i, total.to(out_ptr.dtype.element_ty), mask=i < n)
+
+
+def pieces_of_k(n: int, k: int, tile: Tile, num_sms: int) -> tuple[int, int]:
+    """(pieces, steps of each) that K is cut into, so that about two programs meet each multiprocessor.
+
+    A function of the weight's shape and the machine alone: the order of additions is the same for every batch.
+    """
+    tiles, steps = triton.cdiv(n, tile.weight_rows), triton.cdiv(k, tile.block_k)
+    wanted = max(1, min(steps, triton.cdiv(_PROGRAMS_PER_SM * num_sms, tiles)))
+    each = triton.cdiv(steps, wanted)
+    return triton.cdiv(steps, each), each
+
+
+class FewTokens:
+    """The product for up to MAX_TOKENS rows.
+
+    weight       [N, K], its tensor_scale unused
+    n            outputs; rows of `weight` beyond are padding
+    multipliers  fp32 [n]: input_scale * weight_scale_2 of each output
+    bias         fp32 [n] or None
+    native       tl.dot_scaled; else its FP32 stand-in for the interpreter
+    """
+
+    def __init__(
+        self,
+        weight: Operand,
+        n: int,
+        multipliers: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        tile: Tile,
+        num_sms: int,
+        native: bool,
+    ) -> None:
+        self._weight, self.n, self.k = weight, n, weight.codes.shape[1] * 2
+        self._multipliers, self._bias = multipliers, bias
+        self._out_dtype, self._tile, self._native = out_dtype, tile, native
+        self.pieces, self.steps = pieces_of_k(n, self.k, tile, num_sms)
+
+    def __call__(self, x: Operand) -> Tensor:
+        """x [M, K], 1 <= M <= MAX_TOKENS -> [M, n]."""
+        m, device = x.codes.shape[0], x.codes.device
+        sums = torch.empty(self.pieces, m, self.n, dtype=torch.float32, device=device)
+        tokens = max(16, triton.next_power_of_2(m))
+        grid = (triton.cdiv(self.n, self._tile.weight_rows), triton.cdiv(m, tokens), self.pieces)
+        few_tokens_kernel[grid](
+            self._weight.codes,
+            self._weight.scales,
+            x.codes,
+            x.scales,
+            sums,
+            m,
+            self.n,
+            self.k,
+            triton.cdiv(self.k // 16, 4),
+            STEPS=self.steps,
+            WEIGHT_ROWS=self._tile.weight_rows,
+            TOKENS=tokens,
+            BLOCK_K=self._tile.block_k,
+            NATIVE=self._native,
+            num_warps=self._tile.num_warps,
+            num_stages=self._tile.num_stages,
+        )
+        # the interpreter truncates when it rounds to bfloat16; there torch rounds instead
+        out = torch.empty(m, self.n, dtype=self._out_dtype if self._native else torch.float32, device=device)
+        finish_kernel[(triton.cdiv(self.n, 1024), m)](
+            sums,
+            self._multipliers,
+            self._multipliers if self._bias is None else self._bias,
+            out,
+            m,
+            self.n,
+            PIECES=self.pieces,
+            HAS_BIAS=self._bias is not None,
+            BLOCK=1024,
+            num_warps=4,
+        )
+        return out.to(self._out_dtype)

@@ -1,0 +1,125 @@
+"""Activations to NVFP4 in one launch: block scales, codes, and the scales' swizzle, padding included.
+
+The recipe is codec.quantize_activation's. On a GPU the reciprocals are rcp.approx.ftz and the codes come from the FP4
+conversion, as in the CUDA quantisers of other servers; the codec rounds its reciprocals correctly, which moves about 1e-4
+of the codes, all on ties. Under the interpreter everything is the codec's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvfp4_runtime.kernels.blackwell.bits import (
+    e2m1_code,
+    e2m1_pairs_native,
+    e4m3_bits,
+    e4m3_value,
+    reciprocal_native,
+    swizzled,
+)
+from nvfp4_runtime.kernels.blackwell.scaled_mm import Operand
+from nvfp4_runtime.nvfp4.layouts import swizzled_shape
+
+SIXTH = 0.16666667163372040  # 1/6 in float32
+BLOCK_K = 256
+
+
+@triton.jit
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    m,
+    k,
+    k_padded,
+    tiles_per_row,
+    global_scale,
+    inverse_global_scale,
+    sixth,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One tile of ROWS x BLOCK_K values.
+
+    x_ptr       [m, k] contiguous, any float type
+    codes_ptr   uint8 [m, k_padded / 2]
+    scales_ptr  uint8, the 128x4 layout of [m, k_padded / 16]; padding is written as zero
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row64 = row.to(tl.int64)
+    inside = (row < m)[:, None] & (col < k)[None, :]
+    x = tl.load(x_ptr + row64[:, None] * k + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    blocks = tl.reshape(x, [ROWS, BLOCK_K // 16, 16])
+    # the largest magnitude as an integer: NaN lies beyond infinity and so survives the maximum
+    magnitude = blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    amax = tl.max(magnitude, axis=2).to(tl.float32, bitcast=True)  # [ROWS, BLOCK_K / 16]
+    if NATIVE:
+        sixth = reciprocal_native(tl.full([ROWS, BLOCK_K // 16], 6.0, tl.float32))
+        inverse_global_scale = reciprocal_native(tl.zeros([ROWS, BLOCK_K // 16], tl.float32) + global_scale)
+    scale_bits = e4m3_bits(global_scale * (amax * sixth))
+    scale = e4m3_value(scale_bits)
+    if NATIVE:
+        step = reciprocal_native(scale * inverse_global_scale)
+    else:
+        step = 1.0 / (scale * inverse_global_scale)
+    step = tl.where(scale == 0.0, 0.0, step)
+    y = tl.reshape(blocks * step[:, :, None], [ROWS, BLOCK_K // 2, 2])
+    even, odd = tl.split(y)
+    if NATIVE:
+        packed = e2m1_pairs_native(even, odd)
+    else:
+        packed = (e2m1_code(even) | (e2m1_code(odd) << 4)).to(tl.uint8)
+    byte = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    codes_at = codes_ptr + row64[:, None] * (k_padded // 2) + byte[None, :]
+    tl.store(codes_at, packed, mask=(row < m)[:, None] & (byte < k_padded // 2)[None, :])
+    block = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
+    at = swizzled(row64[:, None], block[None, :], tiles_per_row)
+    scale_bits = tl.where((row < m)[:, None], scale_bits, 0)
+    tl.store(scales_ptr + at, scale_bits.to(tl.uint8), mask=(block < tiles_per_row * 4)[None, :])
+
+
+class ActivationQuantizer:
+    """Quantises rows under one static input_scale.
+
+    k         values of a row
+    k_padded  values of a row of the result, zeros beyond k; a multiple of 32
+    native    the FP4 conversion and approximate reciprocals of compute capability 10.x and 12.x
+    """
+
+    def __init__(self, input_scale: float, k: int, k_padded: int, native: bool) -> None:
+        self.k, self.k_padded, self.native = k, k_padded, native
+        scale = torch.tensor(input_scale, dtype=torch.float32)
+        # Python floats hold float32 exactly, and a kernel takes them as float32
+        self._global_scale = float(1.0 / scale)
+        self._inverse = float(1.0 / (1.0 / scale))
+
+    def __call__(self, x: Tensor, tensor_scale: Tensor | None) -> Operand:
+        """x [M, K] contiguous, M >= 1 -> its operand under `tensor_scale`, the input_scale on x's device or None."""
+        m = x.shape[0]
+        padded_rows, padded_cols = swizzled_shape(m, self.k_padded // 16)
+        codes = torch.empty(m, self.k_padded // 2, dtype=torch.uint8, device=x.device)
+        scales = torch.empty(padded_rows * padded_cols, dtype=torch.uint8, device=x.device)
+        rows = 4 if m <= 64 else 16  # few rows: more programs, so that one row still spreads over the machine
+        grid = (padded_rows // rows, triton.cdiv(padded_cols * 16, BLOCK_K))
+        quantize_kernel[grid](
+            x,
+            codes,
+            scales,
+            m,
+            self.k,
+            self.k_padded,
+            padded_cols // 4,
+            self._global_scale,
+            self._inverse,
+            SIXTH,
+            ROWS=rows,
+            BLOCK_K=BLOCK_K,
+            NATIVE=self.native,
+            num_warps=4,
+        )
+        return Operand(codes, scales, tensor_scale)

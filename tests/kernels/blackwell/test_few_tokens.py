@@ -1,0 +1,59 @@
+"""The kernel for few rows under Triton's interpreter: addresses, pieces of K and epilogue against FP64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.kernels.conftest import random_nvfp4, random_tensor
+
+from nvfp4_runtime.kernels.blackwell.capability import INTERPRETED, TILES
+from nvfp4_runtime.kernels.blackwell.few_tokens import FewTokens, pieces_of_k
+from nvfp4_runtime.kernels.blackwell.linear import upload
+from nvfp4_runtime.kernels.blackwell.quantize import ActivationQuantizer
+from nvfp4_runtime.nvfp4 import codec
+
+INPUT_SCALE = 0.0017
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups", "bias", "num_sms"),
+    [
+        (1, 128, 128, None, False, 1),  # one program, one piece
+        (3, 200, 272, (72, 128), True, 1),  # rows, tokens and K beyond the tiles; two scales
+        (17, 144, 512, None, True, 4),  # more than 16 tokens, four pieces
+        (2, 16, 640, None, False, 2),  # pieces of unequal length
+    ],
+)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_result_is_the_exact_product_rounded_once(m, n, k, groups, bias, num_sms, out_dtype):
+    weight = random_nvfp4(n, k, seed=n, groups=groups, bias=bias, input_scale=INPUT_SCALE)
+    x = random_tensor(m, k, seed=m)
+    operand = upload(weight, torch.device("cpu"))
+    scale = torch.tensor(INPUT_SCALE)
+    multipliers = scale * weight.row_scale_2()
+    bias_values = None if weight.bias is None else weight.bias.float()
+    kernel = FewTokens(operand, n, multipliers, bias_values, out_dtype, INTERPRETED, num_sms, native=False)
+    assert kernel.pieces * kernel.steps * INTERPRETED.block_k >= k
+    quantized = ActivationQuantizer(INPUT_SCALE, k, operand.codes.shape[1] * 2, native=False)(x, None)
+    y = kernel(quantized)
+    assert (tuple(y.shape), y.dtype) == ((m, n), out_dtype)
+    x_values, w_values = codec.activation_operand(x, scale).double(), weight.operand().double()
+    exact = (x_values @ w_values.t()) * multipliers.double()
+    room = (k + 2) * 2.0**-24 * (x_values.abs() @ w_values.abs().t()) * multipliers.double()
+    if weight.bias is not None:
+        exact = exact + weight.bias.double()
+    # FP32 sums in any order, then one rounding
+    room = room + exact.abs() * (2.0**-8 if out_dtype == torch.bfloat16 else 2.0**-23)
+    assert bool(((y.double() - exact).abs() <= room).all())
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (64, 32)])
+def test_pieces_cover_k_and_give_every_multiprocessor_work(capability, n, k):
+    tile, num_sms = TILES[capability], 148
+    pieces, steps = pieces_of_k(n, k, tile, num_sms)
+    covered = pieces * steps * tile.block_k
+    assert covered >= k
+    assert covered - k < steps * tile.block_k  # no piece begins beyond K
+    programs = -(-n // tile.weight_rows) * pieces
+    assert programs >= num_sms or steps == 1  # K is cut as finely as that takes, or as finely as it can be
