@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from nvfp4_runtime.config import Dtype, Numerics
@@ -36,6 +37,8 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 logger = logging.getLogger(__name__)
 
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+
 
 def choose(spec: OpSpec, backends: Sequence[Backend]) -> tuple[Backend, dict[str, str]]:
     """The first backend that accepts `spec`, and why those before it refused; NoBackendError lists every refusal."""
@@ -47,22 +50,29 @@ def choose(spec: OpSpec, backends: Sequence[Backend]) -> tuple[Backend, dict[str
     raise NoBackendError(spec, refusals)
 
 
-def available_backends(name: str = "auto", threads: int | None = None) -> list[Backend]:
-    """Backends by preference. Asking for one by name gives a list of one: it runs there or start-up fails."""
+def available_backends(
+    name: str = "auto", threads: int | None = None, device: Literal["cpu", "cuda"] = "cpu"
+) -> list[Backend]:
+    """Backends by preference for tensors on `device`.
+
+    Asking for one by name gives a list of one: it runs there, or ConfigError says why it cannot.
+    """
     from nvfp4_runtime.kernels.cpu.backend import CPUBackend
     from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+    from nvfp4_runtime.kernels.triton.backend import TritonBackend
 
     makers: dict[str, Callable[[], Backend]] = {
+        "triton": TritonBackend,
         "cpu": lambda: CPUBackend(threads=threads),
-        "reference": lambda: ReferenceBackend(threads=threads),
+        "reference": lambda: ReferenceBackend(threads, torch.device(device)),
     }
     if name == "auto":
-        return [make() for make in makers.values()]
+        return [makers[known]() for known in PREFERENCE[device]]
     if name not in makers:
         raise ConfigError(f"unknown backend {name!r}; expected one of auto, {', '.join(makers)}", "--backend")
     backend = makers[name]()
-    if isinstance(backend, CPUBackend) and backend.missing is not None:
-        raise ConfigError(f"the cpu backend was asked for: {backend.missing}", "--backend")
+    if isinstance(backend, CPUBackend | TritonBackend) and backend.missing is not None:
+        raise ConfigError(f"the {name} backend was asked for: {backend.missing}", "--backend")
     return [backend]
 
 
