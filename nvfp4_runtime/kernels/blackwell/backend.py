@@ -102,7 +102,7 @@ class BlackwellBackend:
         spec = spec or LinearSpec(weight.n, weight.k, "nvfp4", "w4a4", "bfloat16", "bfloat16")
         assert weight.input_scale is not None
         operand = upload(weight, self.device)
-        quantizer = ActivationQuantizer(weight.input_scale, weight.k, operand.codes.shape[1] * 2, native=True)
+        quantizer = ActivationQuantizer(weight.input_scale, weight.k, operand.codes.shape[1] * 2, emulated=False)
         make_few = None
         if few:
             tile = tile_for(capability(self.device))[0]
@@ -111,7 +111,7 @@ class BlackwellBackend:
             out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
 
             def make_few(whole: Any, multipliers: Tensor, bias: Tensor | None) -> FewTokens:
-                return FewTokens(whole, weight.n, multipliers, bias, out_dtype, tile, num_sms, native=True)
+                return FewTokens(whole, weight.n, multipliers, bias, out_dtype, tile, num_sms, emulated=False)
 
         return BlackwellLinear(operand, weight, spec, quantizer, make_few, MAX_TOKENS)
 

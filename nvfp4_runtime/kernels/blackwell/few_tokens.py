@@ -13,16 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_runtime.kernels.blackwell.bits import e2m1_value, e4m3_value, swizzled
-from nvfp4_runtime.kernels.blackwell.capability import Tile
+from nvfp4_runtime.kernels.blackwell.capability import TILES, Tile
+from nvfp4_runtime.kernels.blackwell.common import swizzled
 from nvfp4_runtime.kernels.blackwell.scaled_mm import Operand
+from nvfp4_runtime.kernels.compilation import Compilation
+from nvfp4_runtime.kernels.triton.common import dot, e2m1_to_float, e4m3_to_float
 
 MAX_TOKENS = 64
+FP4_INSTRUCTION = {10: "UTCOMMA", 12: "OMMA.SF"}  # in the machine code of 10.x and 12.x
 _PROGRAMS_PER_SM = 2  # programs wanted per multiprocessor: their loads overlap
 
 
 @triton.jit
-def few_tokens_kernel(  # type: ignore[no-untyped-def]
+def few_tokens_kernel(
     w_ptr,
     w_scales_ptr,
     x_ptr,
@@ -36,7 +39,7 @@ def few_tokens_kernel(  # type: ignore[no-untyped-def]
     WEIGHT_ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NATIVE: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):
     """Sums of code * scale over one piece of K: WEIGHT_ROWS outputs of TOKENS tokens.
 
@@ -62,28 +65,29 @@ def few_tokens_kernel(  # type: ignore[no-untyped-def]
         w_scales = tl.load(w_scales_ptr + swizzled(row64[:, None], block[None, :], tiles_per_row), mask=w_block, other=0)
         x_block = (token < m)[:, None] & (block < half // 8)[None, :]
         x_scales = tl.load(x_scales_ptr + swizzled(token[:, None], block[None, :], tiles_per_row), mask=x_block, other=0)
-        if NATIVE:
+        if EMULATED:
+            w_step = _spread(w_scales, WEIGHT_ROWS, BLOCK_K)
+            x_step = tl.trans(_spread(x_scales, TOKENS, BLOCK_K))
+            w_codes, x_codes = w.to(tl.int32), x.to(tl.int32)
+            sums = dot(e2m1_to_float(w_codes & 15) * w_step, e2m1_to_float(x_codes & 15) * x_step, sums, EMULATED)
+            sums = dot(e2m1_to_float(w_codes >> 4) * w_step, e2m1_to_float(x_codes >> 4) * x_step, sums, EMULATED)
+        else:
             w_e4m3 = w_scales.to(tl.float8e4nv, bitcast=True)
             x_e4m3 = x_scales.to(tl.float8e4nv, bitcast=True)
             sums = tl.dot_scaled(w, w_e4m3, "e2m1", x, x_e4m3, "e2m1", sums)
-        else:
-            w_step = _spread(w_scales, WEIGHT_ROWS, BLOCK_K)
-            x_step = tl.trans(_spread(x_scales, TOKENS, BLOCK_K))
-            sums += tl.dot(e2m1_value(w & 15) * w_step, e2m1_value(x & 15) * x_step)
-            sums += tl.dot(e2m1_value(w >> 4) * w_step, e2m1_value(x >> 4) * x_step)
     at = (tl.program_id(2).to(tl.int64) * m + token[None, :]) * n + row[:, None]
     tl.store(sums_ptr + at, sums, mask=(row < n)[:, None] & (token < m)[None, :])
 
 
 @triton.jit
-def _spread(scales, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def _spread(scales, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """E4M3 bytes [ROWS, BLOCK_K / 16] as float32, one per packed byte: [ROWS, BLOCK_K / 2]."""
-    wide = tl.broadcast_to(e4m3_value(scales)[:, :, None], [ROWS, BLOCK_K // 16, 8])
+    wide = tl.broadcast_to(e4m3_to_float(scales)[:, :, None], [ROWS, BLOCK_K // 16, 8])
     return tl.reshape(wide, [ROWS, BLOCK_K // 2])
 
 
 @triton.jit
-def finish_kernel(  # type: ignore[no-untyped-def]
+def finish_kernel(
     sums_ptr,
     multipliers_ptr,
     bias_ptr,
@@ -124,7 +128,7 @@ class FewTokens:
     n            outputs; rows of `weight` beyond are padding
     multipliers  fp32 [n]: input_scale * weight_scale_2 of each output
     bias         fp32 [n] or None
-    native       tl.dot_scaled; else its FP32 stand-in for the interpreter
+    emulated     True under Triton's interpreter: an FP32 stand-in for tl.dot_scaled
     """
 
     def __init__(
@@ -136,11 +140,11 @@ class FewTokens:
         out_dtype: torch.dtype,
         tile: Tile,
         num_sms: int,
-        native: bool,
+        emulated: bool,
     ) -> None:
         self._weight, self.n, self.k = weight, n, weight.codes.shape[1] * 2
         self._multipliers, self._bias = multipliers, bias
-        self._out_dtype, self._tile, self._native = out_dtype, tile, native
+        self._out_dtype, self._tile, self._emulated = out_dtype, tile, emulated
         self.pieces, self.steps = pieces_of_k(n, self.k, tile, num_sms)
 
     def __call__(self, x: Operand) -> Tensor:
@@ -163,12 +167,12 @@ class FewTokens:
             WEIGHT_ROWS=self._tile.weight_rows,
             TOKENS=tokens,
             BLOCK_K=self._tile.block_k,
-            NATIVE=self._native,
+            EMULATED=self._emulated,
             num_warps=self._tile.num_warps,
             num_stages=self._tile.num_stages,
         )
         # the interpreter truncates when it rounds to bfloat16; there torch rounds instead
-        out = torch.empty(m, self.n, dtype=self._out_dtype if self._native else torch.float32, device=device)
+        out = torch.empty(m, self.n, dtype=torch.float32 if self._emulated else self._out_dtype, device=device)
         finish_kernel[(triton.cdiv(self.n, 1024), m)](
             sums,
             self._multipliers,
@@ -182,3 +186,41 @@ class FewTokens:
             num_warps=4,
         )
         return out.to(self._out_dtype)
+
+
+def compilations() -> list[Compilation]:
+    """What is compiled without a GPU: the product must be the FP4 instruction of each machine, not a fallback."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    signature = {"w_ptr": "*u8", "w_scales_ptr": "*u8", "x_ptr": "*u8", "x_scales_ptr": "*u8", "sums_ptr": "*fp32"}
+    signature |= {"m": "i32", "n": "i32", "k": "i32", "tiles_per_row": "i32"}
+    found = []
+    for target, tile in TILES.items():
+        if version < tile.least_triton:
+            continue
+        for tokens in (16, 32, 64):
+            shape = {"STEPS": 3, "WEIGHT_ROWS": tile.weight_rows, "TOKENS": tokens, "BLOCK_K": tile.block_k}
+            found.append(
+                Compilation(
+                    name=f"few-tokens-{tokens}",
+                    kernel=few_tokens_kernel,
+                    signature=signature,
+                    constexprs=shape | {"EMULATED": False},
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                    expect=("kind::mxf4nvf4", FP4_INSTRUCTION[target // 10]),
+                    targets=(target,),
+                    unaligned=("m", "tiles_per_row"),
+                )
+            )
+    finish = {"sums_ptr": "*fp32", "multipliers_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*bf16"}
+    found.append(
+        Compilation(
+            name="finish",
+            kernel=finish_kernel,
+            signature=finish | {"m": "i32", "n": "i32"},
+            constexprs={"PIECES": 5, "HAS_BIAS": True, "BLOCK": 1024},
+            targets=tuple(TILES),
+            unaligned=("m",),
+        )
+    )
+    return found

@@ -12,15 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_runtime.kernels.blackwell.bits import (
-    e2m1_code,
-    e2m1_pairs_native,
-    e4m3_bits,
-    e4m3_value,
-    reciprocal_native,
-    swizzled,
-)
+from nvfp4_runtime.kernels.blackwell.capability import CAPABILITIES
+from nvfp4_runtime.kernels.blackwell.common import approximate_reciprocal, pack_e2m1_pairs, swizzled
 from nvfp4_runtime.kernels.blackwell.scaled_mm import Operand
+from nvfp4_runtime.kernels.compilation import Compilation
+from nvfp4_runtime.kernels.triton.common import e4m3_to_float, float_to_e2m1, float_to_e4m3
 from nvfp4_runtime.nvfp4.layouts import swizzled_shape
 
 SIXTH = 0.16666667163372040  # 1/6 in float32
@@ -28,7 +24,7 @@ BLOCK_K = 256
 
 
 @triton.jit
-def quantize_kernel(  # type: ignore[no-untyped-def]
+def quantize_kernel(
     x_ptr,
     codes_ptr,
     scales_ptr,
@@ -41,7 +37,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     sixth,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NATIVE: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):
     """One tile of ROWS x BLOCK_K values.
 
@@ -58,22 +54,22 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     # the largest magnitude as an integer: NaN lies beyond infinity and so survives the maximum
     magnitude = blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(magnitude, axis=2).to(tl.float32, bitcast=True)  # [ROWS, BLOCK_K / 16]
-    if NATIVE:
-        sixth = reciprocal_native(tl.full([ROWS, BLOCK_K // 16], 6.0, tl.float32))
-        inverse_global_scale = reciprocal_native(tl.zeros([ROWS, BLOCK_K // 16], tl.float32) + global_scale)
-    scale_bits = e4m3_bits(global_scale * (amax * sixth))
-    scale = e4m3_value(scale_bits)
-    if NATIVE:
-        step = reciprocal_native(scale * inverse_global_scale)
+    if not EMULATED:
+        sixth = approximate_reciprocal(tl.full([ROWS, BLOCK_K // 16], 6.0, tl.float32))
+        inverse_global_scale = approximate_reciprocal(tl.zeros([ROWS, BLOCK_K // 16], tl.float32) + global_scale)
+    scale_bits = float_to_e4m3(global_scale * (amax * sixth))
+    scale = e4m3_to_float(scale_bits)
+    if EMULATED:
+        step = tl.div_rn(tl.full([ROWS, BLOCK_K // 16], 1.0, tl.float32), scale * inverse_global_scale)
     else:
-        step = 1.0 / (scale * inverse_global_scale)
+        step = approximate_reciprocal(scale * inverse_global_scale)
     step = tl.where(scale == 0.0, 0.0, step)
     y = tl.reshape(blocks * step[:, :, None], [ROWS, BLOCK_K // 2, 2])
     even, odd = tl.split(y)
-    if NATIVE:
-        packed = e2m1_pairs_native(even, odd)
+    if EMULATED:
+        packed = (float_to_e2m1(even) | (float_to_e2m1(odd) << 4)).to(tl.uint8)
     else:
-        packed = (e2m1_code(even) | (e2m1_code(odd) << 4)).to(tl.uint8)
+        packed = pack_e2m1_pairs(even, odd)
     byte = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
     codes_at = codes_ptr + row64[:, None] * (k_padded // 2) + byte[None, :]
     tl.store(codes_at, packed, mask=(row < m)[:, None] & (byte < k_padded // 2)[None, :])
@@ -88,11 +84,11 @@ class ActivationQuantizer:
 
     k         values of a row
     k_padded  values of a row of the result, zeros beyond k; a multiple of 32
-    native    the FP4 conversion and approximate reciprocals of compute capability 10.x and 12.x
+    emulated  True under Triton's interpreter; else the GPU's own conversions and reciprocals
     """
 
-    def __init__(self, input_scale: float, k: int, k_padded: int, native: bool) -> None:
-        self.k, self.k_padded, self.native = k, k_padded, native
+    def __init__(self, input_scale: float, k: int, k_padded: int, emulated: bool) -> None:
+        self.k, self.k_padded, self._emulated = k, k_padded, emulated
         scale = torch.tensor(input_scale, dtype=torch.float32)
         # Python floats hold float32 exactly, and a kernel takes them as float32
         self._global_scale = float(1.0 / scale)
@@ -119,7 +115,25 @@ class ActivationQuantizer:
             SIXTH,
             ROWS=rows,
             BLOCK_K=BLOCK_K,
-            NATIVE=self.native,
+            EMULATED=self._emulated,
             num_warps=4,
         )
         return Operand(codes, scales, tensor_scale)
+
+
+def compilations() -> list[Compilation]:
+    """What is compiled without a GPU: the conversion to E2M1 and the reciprocal must be single instructions."""
+    signature = {"x_ptr": "*bf16", "codes_ptr": "*u8", "scales_ptr": "*u8", "m": "i32", "k": "i32", "k_padded": "i32"}
+    signature |= {"tiles_per_row": "i32", "global_scale": "fp32", "inverse_global_scale": "fp32", "sixth": "fp32"}
+    return [
+        Compilation(
+            name=f"quantize-{rows}",
+            kernel=quantize_kernel,
+            signature=signature,
+            constexprs={"ROWS": rows, "BLOCK_K": BLOCK_K, "EMULATED": False},
+            expect=("cvt.rn.satfinite.e2m1x2.f32", "rcp.approx.ftz.f32", "F2FP.SATFINITE.E2M1", "MUFU.RCP"),
+            targets=tuple(sorted(CAPABILITIES)),
+            unaligned=("m", "tiles_per_row"),
+        )
+        for rows in (4, 16)
+    ]

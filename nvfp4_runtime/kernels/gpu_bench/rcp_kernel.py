@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nvfp4_runtime.kernels.compilation import Compilation
+
 
 @triton.jit
 def rcp_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -22,3 +24,9 @@ def reciprocal(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     rcp_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024)
     return out
+
+
+def compilations() -> list[Compilation]:
+    """What is compiled without a GPU."""
+    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
+    return [Compilation("rcp", rcp_kernel, signature, {"BLOCK": 1024}, expect=("rcp.approx.ftz.f32", "MUFU.RCP"))]

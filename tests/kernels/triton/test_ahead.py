@@ -16,7 +16,7 @@ KERNELS = REPOSITORY / "nvfp4_runtime" / "kernels"
 SHARED_PIECES = {"common.py"}  # called by kernels, never launched
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-    for room in ("triton", "blackwell")
+    for room in ("triton", "blackwell", "gpu_bench")
     for path in (KERNELS / room).glob("*.py")
     if "def compilations(" in path.read_text(encoding="utf-8")
 )
@@ -40,7 +40,7 @@ def test_kernels_compile_for_every_target(module: str) -> None:
 
 
 def test_kernels_without_a_declaration_are_found() -> None:
-    kernels = {path for room in ("triton", "blackwell") for path in (KERNELS / room).glob("*.py")}
+    kernels = {path for room in ("triton", "blackwell", "gpu_bench") for path in (KERNELS / room).glob("*.py")}
     undeclared = [
         path.name
         for path in sorted(kernels)
