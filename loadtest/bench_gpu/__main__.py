@@ -9,8 +9,8 @@
     transformers the twin in transformers' generate, where that is installed
 
 Prints each part's findings when it ends, then the table of targets, and writes JSON. Each part is a process of its own:
-one that fails is one line, and the others run. --rehearse walks through all of it on a CPU at tiny sizes, which proves that
-it runs and measures nothing.
+one that fails is one line, and the others run. --rehearse walks through all of it on a CPU at tiny sizes, which proves
+that it runs and measures nothing.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ def document(args: argparse.Namespace, outcomes: list[Outcome], table: list[Targ
             }
             for t in table
         ],
-        "parts": [
-            {"part": o.part, "trouble": o.trouble, "seconds": o.seconds, "findings": o.rows} for o in outcomes
-        ],
+        "parts": [{"part": o.part, "trouble": o.trouble, "seconds": o.seconds, "findings": o.rows} for o in outcomes],
     }
 
 
@@ -102,7 +100,9 @@ def troubles(outcomes: list[Outcome]) -> list[str]:
     """Everything that failed or was found wrong, one line each. What a backend refuses is neither."""
     found = [f"{o.part}: {o.trouble}" for o in outcomes if o.trouble]
     for outcome in outcomes:
-        found += [f"{outcome.part}: {describe(row)}" for row in outcome.rows if "failed" in row or row.get("ok") is False]
+        found += [
+            f"{outcome.part}: {describe(row)}" for row in outcome.rows if "failed" in row or row.get("ok") is False
+        ]
     return found
 
 

@@ -5,6 +5,7 @@ A fault on a GPU ends the process it happens in; the findings printed before it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -100,8 +101,6 @@ def _tail(errors: Any) -> str:
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End the child and whatever it started; what has ended already is no error."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

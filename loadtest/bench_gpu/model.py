@@ -1,4 +1,4 @@
-"""A synthetic Llama-3.1-8B as ModelOpt NVFP4 and its BF16 twin, written tensor by tensor: no more than one is in memory.
+"""A synthetic Llama-3.1-8B as ModelOpt NVFP4 and its BF16 twin, written tensor by tensor: never more than one is held.
 
 The twin holds the same values: scales of tensors are powers of two, so code x block scale x tensor scale is exact in
 BF16. Weights are drawn on the device that is measured, where there is one: 16 GB take seconds there.

@@ -39,7 +39,9 @@ class Target:
         found = "not measured" if self.value is None else f"{self.value:.2f}"
         sign = ">=" if self.at_least else "<="
         end = f"  {self.verdict}" if self.value is not None else ""
-        return f"{self.name:58} {sign} {self.wanted:.2f}   {found:>12}{end}" + (f"  ({self.detail})" if self.detail else "")
+        return f"{self.name:58} {sign} {self.wanted:.2f}   {found:>12}{end}" + (
+            f"  ({self.detail})" if self.detail else ""
+        )
 
 
 def targets(rows: Rows, shape: Shape, linear_shapes: tuple[str, ...]) -> list[Target]:
@@ -53,11 +55,12 @@ def targets(rows: Rows, shape: Shape, linear_shapes: tuple[str, ...]) -> list[Ta
 
 
 def floor_seconds(limits: dict[str, float], shape: Shape, batch: int, context: float, kv_dtype: str) -> float | None:
-    """The least time of a decode step with NVFP4 weights: all bytes at the copy bandwidth, or all operations in BF16."""
+    """The least time of a decode step of NVFP4 weights: all bytes at copy bandwidth, or all operations in BF16."""
     if not {"copy_bandwidth", "bf16_rate"} <= set(limits):
         return None
     num_bytes = shape.token_bytes(NVFP4_BYTES, BF16_BYTES) + batch * context * shape.kv_bytes(1, KV_BYTES[kv_dtype])
-    operations = 2 * batch * (shape.num_linear + shape.num_head)
+    attention = 4 * context * shape.layers * shape.heads * shape.head_dim  # scores and values, of one sequence
+    operations = batch * (2 * (shape.num_linear + shape.num_head) + attention)
     return max(num_bytes / limits["copy_bandwidth"], operations / limits["bf16_rate"])
 
 
@@ -93,7 +96,9 @@ def _decode(rows: Rows, limits: dict[str, float], shape: Shape) -> Iterator[Targ
                 floor = floor_seconds(limits, shape, batch, found["context"], kv_dtype)
                 if floor is not None:
                     value = found["seconds"] / floor
-                    detail = f"{found['seconds'] * 1e3:.2f} ms, floor {floor * 1e3:.2f} ms, {found['rate']:.0f} tokens/s"
+                    detail = (
+                        f"{found['seconds'] * 1e3:.2f} ms, floor {floor * 1e3:.2f} ms, {found['rate']:.0f} tokens/s"
+                    )
             name = f"decode step, batch {batch}, context 1k, {kv_dtype} KV, over the floor"
             yield Target(name, over, False, value, detail)
     ours, plain = _find(rows, _decoding("w4a16", "bfloat16", 1)), _find(rows, _decoding("bf16", "bfloat16", 1))

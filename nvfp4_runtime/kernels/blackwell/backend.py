@@ -1,7 +1,7 @@
 """The Blackwell backend: NVFP4 weights times NVFP4 activations on FP4 tensor cores. Everything else is Triton's.
 
-It takes W4A4 linears only. W4A16 gains nothing from FP4 tensor cores: its activations have 16 bits. Importing this needs
-neither a GPU nor Triton.
+It takes W4A4 linears only. W4A16 gains nothing from FP4 tensor cores: its activations have 16 bits. Importing this
+needs neither a GPU nor Triton.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class BlackwellBackend:
 
     device  where weights go; None: the current CUDA device
 
-    `fastest_numerics` is W4A16, which Triton runs: decoding reads the same bytes in both, below a few hundred rows others
-    measured FP4 GEMMs behind BF16 ones, and W4A16 does not round activations. Ask for W4A4 with --numerics w4a4.
+    `fastest_numerics` is W4A16, which Triton runs: decoding reads the same bytes in both, below a few hundred rows
+    others measured FP4 GEMMs behind BF16 ones, and W4A16 does not round activations. --numerics w4a4 asks for W4A4.
     Not `row_invariant`: the number of rows decides which kernel runs.
     """
 

@@ -30,9 +30,9 @@ class Tile:
     least_triton: tuple[int, int]
 
 
-# 10.x: `tl.dot_scaled` becomes tcgen05 mxf4nvf4 only with 128 rows on the M side; with fewer it does not compile (Triton
-# 3.6) or falls back to BF16 without a word (3.9). 12.x: mma.sync mxf4nvf4 at any tile; four warps spill at 128x128x256,
-# and shared memory is 99 KiB. tests/kernels/blackwell asserts the instruction for each.
+# 10.x: `tl.dot_scaled` becomes tcgen05 mxf4nvf4 only with 128 rows on the M side; with fewer it does not compile
+# (Triton 3.6) or falls back to BF16 without a word (3.9). 12.x: mma.sync mxf4nvf4 at any tile; four warps spill at
+# 128x128x256, and shared memory is 99 KiB. few_tokens.compilations() asserts the instruction for each.
 TILES = {
     100: Tile(128, 256, 4, 4, (3, 6)),
     103: Tile(128, 256, 4, 4, (3, 6)),

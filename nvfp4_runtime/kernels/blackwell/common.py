@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def pack_e2m1_pairs(even, odd):
-    """Pairs of float32 to bytes of two codes, `even` in the low nibble. Compute capability 10.x and 12.x ('a' targets)."""
+    """Pairs of float32 to bytes of two codes, `even` in the low nibble; on 10.x and 12.x ('a' targets) only."""
     # the instruction puts its second source into the low nibble
     return tl.inline_asm_elementwise(
         """{
@@ -33,9 +33,7 @@ def pack_e2m1_pairs(even, odd):
 @triton.jit
 def approximate_reciprocal(x):
     """1 / x within one unit in the last place, subnormals flushed: the instruction the CUDA quantisers use."""
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

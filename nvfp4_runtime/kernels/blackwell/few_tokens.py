@@ -2,8 +2,9 @@
 
 scaled_mm works in tiles of 128 rows of x and leaves most of the machine idle when there are fewer; here a program takes
 128 outputs and 16 to 64 tokens, and enough programs share K that every multiprocessor reads weights. Partial sums are
-FP32 and are added in one fixed order by a second launch, so results repeat. Under the interpreter, which decodes the scales of `tl.dot_scaled` wrongly, operands are widened to FP32
-and multiplied by `tl.dot`: the same addresses, splits and epilogue.
+FP32 and are added in one fixed order by a second launch, so results repeat. Under the interpreter, which decodes the
+scales of `tl.dot_scaled` wrongly, operands are widened to FP32 and multiplied by `tl.dot`: the same addresses, splits
+and epilogue.
 """
 
 from __future__ import annotations
@@ -62,9 +63,13 @@ def few_tokens_kernel(
         x_inside = (byte < half)[:, None] & (token < m)[None, :]
         x = tl.load(x_ptr + token[None, :] * half + byte[:, None], mask=x_inside, other=0)
         w_block = (row < n)[:, None] & (block < half // 8)[None, :]
-        w_scales = tl.load(w_scales_ptr + swizzled(row64[:, None], block[None, :], tiles_per_row), mask=w_block, other=0)
+        w_scales = tl.load(
+            w_scales_ptr + swizzled(row64[:, None], block[None, :], tiles_per_row), mask=w_block, other=0
+        )
         x_block = (token < m)[:, None] & (block < half // 8)[None, :]
-        x_scales = tl.load(x_scales_ptr + swizzled(token[:, None], block[None, :], tiles_per_row), mask=x_block, other=0)
+        x_scales = tl.load(
+            x_scales_ptr + swizzled(token[:, None], block[None, :], tiles_per_row), mask=x_block, other=0
+        )
         if EMULATED:
             w_step = _spread(w_scales, WEIGHT_ROWS, BLOCK_K)
             x_step = tl.trans(_spread(x_scales, TOKENS, BLOCK_K))

@@ -1,8 +1,8 @@
 """Activations to NVFP4 in one launch: block scales, codes, and the scales' swizzle, padding included.
 
 The recipe is codec.quantize_activation's. On a GPU the reciprocals are rcp.approx.ftz and the codes come from the FP4
-conversion, as in the CUDA quantisers of other servers; the codec rounds its reciprocals correctly, which moves about 1e-4
-of the codes, all on ties. Under the interpreter everything is the codec's, bit for bit.
+conversion, as in the CUDA quantisers of other servers; the codec rounds its reciprocals correctly, which moves about
+1e-4 of the codes, all on ties. Under the interpreter everything is the codec's, bit for bit.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def quantize_kernel(
         inverse_global_scale = approximate_reciprocal(tl.zeros([ROWS, BLOCK_K // 16], tl.float32) + global_scale)
     scale_bits = float_to_e4m3(global_scale * (amax * sixth))
     scale = e4m3_to_float(scale_bits)
+    product = tl.where(scale == 0.0, 1.0, scale * inverse_global_scale)
     if EMULATED:
-        step = tl.div_rn(tl.full([ROWS, BLOCK_K // 16], 1.0, tl.float32), scale * inverse_global_scale)
+        step = tl.div_rn(tl.full([ROWS, BLOCK_K // 16], 1.0, tl.float32), product)
     else:
-        step = approximate_reciprocal(scale * inverse_global_scale)
+        step = approximate_reciprocal(product)
     step = tl.where(scale == 0.0, 0.0, step)
     y = tl.reshape(blocks * step[:, :, None], [ROWS, BLOCK_K // 2, 2])
     even, odd = tl.split(y)

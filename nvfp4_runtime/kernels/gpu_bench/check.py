@@ -108,9 +108,7 @@ def _linear(weight: Weight, spec: LinearSpec, x: Tensor) -> Callable[[Backend], 
     return lambda backend: backend.linear(weight, spec)(x)
 
 
-def _grouped(
-    weights: list[Weight], spec: GroupedLinearSpec, x: Tensor, offsets: Tensor
-) -> Callable[[Backend], Tensor]:
+def _grouped(weights: list[Weight], spec: GroupedLinearSpec, x: Tensor, offsets: Tensor) -> Callable[[Backend], Tensor]:
     return lambda backend: backend.grouped_linear(weights, spec)(x, offsets)
 
 

@@ -38,7 +38,6 @@ def measure(setting: Setting) -> None:
     # torch's sum keeps up with memory; what it reads is not written anywhere
     read = seconds_per_call([lambda: source.sum()] * 4, setting)
     _say(setting, "read_bandwidth", num_bytes / read)
-    del source, target
     size = 64 if setting.tiny else _GEMM
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     gemm = seconds_per_call([lambda: torch.mm(a, b.t())] * 4, setting)

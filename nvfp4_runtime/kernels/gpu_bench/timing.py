@@ -1,4 +1,4 @@
-"""Seconds per call. On a GPU all calls are captured into one CUDA graph, as a decode step is, and the graph is replayed.
+"""Seconds per call. On a GPU all calls are captured into one CUDA graph, as a decode step is, and it is replayed.
 
 A call's time therefore includes the gap between launches inside a graph and excludes Python. Calls should walk distinct
 memory (Setting.copies): what fits into the L2 cache would be timed there.

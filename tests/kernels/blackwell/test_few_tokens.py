@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.conftest import random_nvfp4, random_tensor
 
 from nvfp4_runtime.kernels.blackwell.capability import INTERPRETED, TILES, capability
 from nvfp4_runtime.kernels.blackwell.few_tokens import FewTokens, pieces_of_k
@@ -12,6 +11,7 @@ from nvfp4_runtime.kernels.blackwell.linear import upload
 from nvfp4_runtime.kernels.blackwell.quantize import ActivationQuantizer
 from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.layouts import unswizzle_scales
+from tests.kernels.conftest import random_nvfp4, random_tensor
 
 INPUT_SCALE = 0.0017
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.blackwell.conftest import Place
-from tests.kernels.blackwell.emulated import EmulatedScaledMM
-from tests.kernels.conftest import random_nvfp4, random_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +22,9 @@ from nvfp4_runtime.kernels.blackwell.scaled_mm import Operand
 from nvfp4_runtime.kernels.ops import LinearSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight, fuse
+from tests.kernels.blackwell.conftest import Place
+from tests.kernels.blackwell.emulated import EmulatedScaledMM
+from tests.kernels.conftest import random_nvfp4, random_tensor
 
 INPUT_SCALE = 0.0017
 
@@ -74,7 +74,10 @@ def test_layer_matches_the_reference(scaled_mm, place, m, n, k, groups, bias, ca
     expected = ReferenceBackend().linear(weight, spec)(x)
     assert (y.shape, y.dtype, y.is_contiguous()) == (expected.shape, expected.dtype, True)
     # the same exact products, summed in another order; one rounding each. A GPU's quantiser may move codes on ties
-    rtol, atol = (2.0**-7 if out_dtype == "bfloat16" else 1e-4), 1e-4 if place.emulated else 0.02 * float(expected.std())
+    rtol, atol = (
+        (2.0**-7 if out_dtype == "bfloat16" else 1e-4),
+        1e-4 if place.emulated else 0.02 * float(expected.std()),
+    )
     torch.testing.assert_close(y.float(), expected.float(), rtol=rtol, atol=atol)
 
 

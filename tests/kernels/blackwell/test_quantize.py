@@ -33,7 +33,9 @@ def test_one_sixth_is_the_codecs():
     assert float(torch.tensor(1.0 / 6.0, dtype=torch.float32)) == SIXTH
 
 
-@pytest.mark.parametrize(("m", "k", "k_padded"), [(1, 16, 32), (3, 64, 64), (5, 272, 288), (66, 512, 512), (130, 96, 96)])
+@pytest.mark.parametrize(
+    ("m", "k", "k_padded"), [(1, 16, 32), (3, 64, 64), (5, 272, 288), (66, 512, 512), (130, 96, 96)]
+)
 @pytest.mark.parametrize("input_scale", [0.0017, 2.0**-10, 0.3])
 def test_codes_and_scales_are_the_codecs_and_padding_is_zero(m, k, k_padded, input_scale, place):
     g = torch.Generator().manual_seed(m * k)

@@ -1,4 +1,4 @@
-"""The GPU benchmark's parts, walked through on a CPU at tiny sizes, so that a machine with a GPU meets no typing error."""
+"""The GPU benchmark's parts, walked through on a CPU at tiny sizes, so that a machine with a GPU meets no slip."""
 
 from __future__ import annotations
 
