@@ -33,6 +33,7 @@ from nvfp4_runtime.kernels.ops import (
     RopeSpec,
     refuses_kv,
 )
+from nvfp4_runtime.kernels.triton.scratch import Scratch
 from nvfp4_runtime.kernels.upload import upload
 from nvfp4_runtime.nvfp4 import block_scales, fp8
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
@@ -66,6 +67,8 @@ class TritonBackend:
         self.device = torch.device("cpu")
         if self.missing is None and not self.interpreted:
             self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # cuBLAS's sums are FP32 as well
+        self.scratch = Scratch(self.device)
 
     def refuses(self, spec: OpSpec) -> str | None:
         if self.missing is not None:
@@ -85,12 +88,12 @@ class TritonBackend:
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         from nvfp4_runtime.kernels.triton.linear import triton_linear
 
-        return triton_linear(weight, spec, self.device)
+        return triton_linear(weight, spec, self.scratch)
 
     def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
         from nvfp4_runtime.kernels.triton.grouped_linear import triton_grouped_linear
 
-        return triton_grouped_linear(weights, spec, self.device)
+        return triton_grouped_linear(weights, spec, self.scratch)
 
     def quantize(
         self,
