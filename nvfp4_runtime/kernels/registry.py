@@ -23,6 +23,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -191,6 +193,9 @@ class Kernels:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return self._record(spec).paged_attention(spec)
 
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        return self._record(spec).mla_decode(spec)
+
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
 
@@ -252,7 +257,7 @@ class Kernels:
         logger.info("layers run op by op (%s)", "; ".join(refusals))
         return None
 
-    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec) -> Backend:
+    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec) -> Backend:
         backend, reason = self._choose(spec)
         self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))
         return backend

@@ -19,6 +19,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -30,6 +32,7 @@ from nvfp4_runtime.kernels.ops import (
 )
 from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
 from nvfp4_runtime.kernels.reference.linear import reference_linear
+from nvfp4_runtime.kernels.reference.mla import ReferenceMLA
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
 from nvfp4_runtime.kernels.reference.rope_and_cache import ReferenceRope
@@ -109,6 +112,9 @@ class ReferenceBackend:
 
     def _placed(self, weight: Weight) -> Weight:
         return weight if self.device is None else upload(weight, self.device)
+
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        return ReferenceMLA(spec)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "the plain kernels are called one by one"

@@ -24,6 +24,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -137,6 +139,11 @@ class TritonBackend:
         from nvfp4_runtime.kernels.triton.paged_attention import TritonPagedAttention
 
         return TritonPagedAttention(spec)
+
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        from nvfp4_runtime.kernels.triton.mla import TritonMLA
+
+        return TritonMLA(spec)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "a CUDA graph joins the launches of its kernels"

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.kernels.triton.ahead import Result
 
 KERNELS = REPOSITORY / "nvfp4_runtime" / "kernels"
-SHARED_PIECES = {"common.py"}  # called by kernels, never launched
+SHARED_PIECES = {"common.py", "numbers.py", "kv_format.py", "quantized_rows.py"}  # called by kernels, never launched
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
     for room in ("triton", "blackwell", "gpu_bench")
