@@ -51,7 +51,7 @@ class SimulatedExecutor:
         seed = 0 if request.params.temperature == 0 else request.sampling.seed
         tail = request.tokens[-8:]
         digest = hashlib.blake2b(
-            struct.pack(f"<qq{len(tail)}q", seed, request.num_tokens, *tail), digest_size=8
+            struct.pack(f"<qq{len(tail)}q", seed, len(request.tokens), *tail), digest_size=8
         ).digest()
         token = int.from_bytes(digest, "little") % config.vocab_size
         return (token + 1) % config.vocab_size if token == config.eos_token_id else token

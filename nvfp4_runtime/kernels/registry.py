@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from nvfp4_runtime.kernels.ops import (
     RopeKernel,
     RopeSpec,
 )
+from nvfp4_runtime.kernels.transfer import to_device
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
@@ -101,6 +103,7 @@ class Kernels:
     numerics  of NVFP4 layers; "auto" is what the first backend that runs them does fastest; see docs/numerics.md
     dtype     of activations that enter a multiplication by weights
     stream    of activations between ops (see kernels/ops.py)
+    device    where the kernels run: layers put what they hold beside weights there, by `place`
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
@@ -110,9 +113,14 @@ class Kernels:
     dtype: Dtype
     numerics: Numerics | Literal["auto"] = "auto"
     stream: Dtype = "float32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[tuple[str, ...], LinearKernel], LinearKernel] | None = None
     choices: list[Choice] = field(default_factory=list)
     _logged: set[OpSpec] = field(default_factory=set)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the kernels' device; itself where it is there already."""
+        return to_device(tensor, self.device)
 
     def resolved_numerics(self) -> tuple[Numerics, str]:
         """The arithmetic of NVFP4 layers, and why."""
@@ -125,15 +133,23 @@ class Kernels:
         return "w4a16", "auto: no backend runs NVFP4 layers"
 
     def linear(
-        self, group: str, weight: Weight, names: Sequence[str] = (), made_from: str | None = None
+        self,
+        group: str,
+        weight: Weight,
+        names: Sequence[str] = (),
+        made_from: str | None = None,
+        out_dtype: Dtype | None = None,
     ) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
 
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
         `made_from` is the format the checkpoint stores, where `weight` was quantised from it at load. Such a weight has
         no calibrated input_scale, so it runs W4A16 where W4A4 was asked for; the report says so.
+        `out_dtype` is the results' type, None: the stream's.
         """
         spec = self.linear_spec(group, weight, made_from)
+        if out_dtype is not None:
+            spec = dataclasses.replace(spec, out_dtype=out_dtype)
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
         self._record_weights(group, [weight], spec, backend, reason, made_from)

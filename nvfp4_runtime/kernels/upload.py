@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.kernels.transfer import to_device
 from nvfp4_runtime.nvfp4.weight import JoinedNVFP4, NVFP4Weight, Weight
 
 W = TypeVar("W", bound=Weight)
@@ -19,7 +20,7 @@ def upload(weight: W, device: torch.device) -> W:
         if all(packed.device == device for packed, _ in weight.parts):
             return weight
         kept = {f.name: getattr(weight, f.name) for f in dataclasses.fields(NVFP4Weight) if f.name not in _JOINED}
-        parts = [(packed.to(device), scale.to(device)) for packed, scale in weight.parts]
+        parts = [(to_device(packed, device), to_device(scale, device)) for packed, scale in weight.parts]
         return JoinedNVFP4(parts, **{name: _moved(value, device) for name, value in kept.items()})  # type: ignore[return-value]  # W is it
     fields = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
     moved = {name: _moved(value, device) for name, value in fields.items()}
@@ -32,4 +33,4 @@ _JOINED = ("packed", "block_scale")  # what JoinedNVFP4 joins on demand
 
 
 def _moved(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return to_device(value, device) if isinstance(value, Tensor) else value

@@ -1,0 +1,143 @@
+"""A loaded model on a GPU: what steps and graphs take is measured, the KV cache gets the rest, decode is captured."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from nvfp4_runtime.batch import KVLayer
+from nvfp4_runtime.config import EngineConfig
+from nvfp4_runtime.engine.device import CudaDevice, Device
+from nvfp4_runtime.engine.device_runner import Capacity, DeviceRunner
+from nvfp4_runtime.engine.graphs import capture_sizes
+from nvfp4_runtime.engine.plan import GpuBytes
+from nvfp4_runtime.engine.runner import Model
+from nvfp4_runtime.kernels.registry import Choice, Kernels
+from nvfp4_runtime.sampling.on_device import DeviceSampler, TorchSampler
+from nvfp4_runtime.sampling.sampler import BatchSampler
+
+logger = logging.getLogger(__name__)
+
+# Backends whose ops wait for the device inside a step, and why: what they run cannot be captured.
+NOT_CAPTURED = {"reference": "the reference's attention reads lengths on the host"}
+_CHOSEN_ON_HOST = "logprobs, min_tokens, penalties and logit_bias are chosen on the host"
+
+
+class Memory(Protocol):
+    """A device's memory, in bytes."""
+
+    total: int
+
+    def free(self) -> int:
+        """Free now, with all that was cached given back."""
+        ...
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """The most that `work` held at once, beyond what was held before."""
+        ...
+
+
+class CudaMemory:
+    """One GPU's memory: what the driver says is free, and PyTorch's account of what it handed out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.total = torch.cuda.mem_get_info(device)[1]
+
+    def free(self) -> int:
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def peak(self, work: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        held = torch.cuda.memory_allocated(self._device)
+        work()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - held
+
+
+class Measurable(Protocol):
+    """What is measured: a runner over a provisional cache."""
+
+    def warm_up(self) -> None: ...
+
+    def run_largest(self) -> None: ...
+
+    def capture(self, sizes: Sequence[int], progress: Callable[[float], None]) -> None: ...
+
+
+def measure(make: Callable[[], Measurable], sizes: Sequence[int], memory: Memory, at_start: int) -> GpuBytes:
+    """What a runner's steps and graphs take. It is made, warmed up and dropped again: another like it is made for good.
+
+    Of the graphs only the two largest are captured: the first brings the memory that all share, every other one about
+    as much as the second.
+    """
+    runner = make()
+    runner.warm_up()
+    step = memory.peak(runner.run_largest)
+    free = [memory.free()]
+    for size in sorted(sizes, reverse=True)[:2]:
+        runner.capture([size], lambda _: None)
+        free.append(memory.free())
+    taken = [max(0, before - after) for before, after in pairwise(free)]
+    graphs = sum(taken) + sum(taken[1:]) * (len(sizes) - len(taken))
+    return GpuBytes(memory.total, at_start, free[0], step, graphs)
+
+
+def decode_sizes(config: EngineConfig, kernels: Kernels) -> list[int]:
+    """The batch sizes to capture, none where decode runs op by op; recorded in the kernels' report."""
+    used = {choice.backend for choice in kernels.choices}
+    reason = next((why for backend, why in NOT_CAPTURED.items() if backend in used), "")
+    if not config.cuda_graphs:
+        reason = "--no-cuda-graphs"
+    sizes = [] if reason else capture_sizes(most_seqs(config))
+    how = "cuda graph" if sizes else "op by op"
+    reason = reason or f"{len(sizes)} batch sizes up to {sizes[-1]}"
+    kernels.choices.append(Choice("decode step", "-", 0.0, 0, how, kernels.stream, reason))
+    logger.info("decode step -> %s (%s)", how, reason)
+    return sizes
+
+
+def most_seqs(config: EngineConfig) -> int:
+    """Sequences of one step at most: each brings a token."""
+    return min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
+
+
+def device_sampler(kernels: Kernels) -> DeviceSampler:
+    """What chooses tokens on the device; recorded in the kernels' report."""
+    sampler = TorchSampler()
+    kernels.choices.append(Choice("sampling", "-", 0.0, 0, sampler.name, "float32", _CHOSEN_ON_HOST))
+    return sampler
+
+
+class Gpu:
+    """One GPU, and what was free on it before anything was loaded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory: Memory = CudaMemory(device)
+        self.free = self.memory.free()
+
+    def stream(self) -> Device:
+        """Where one runner's steps go, in order; its graphs share their memory with no other's."""
+        return CudaDevice(self.device)
+
+    def runner(
+        self,
+        config: EngineConfig,
+        model: Model,
+        kv: tuple[KVLayer, ...],
+        sampler: DeviceSampler,
+        max_len: int,
+        vocab_size: int,
+    ) -> DeviceRunner:
+        """A runner with memory of its own for steps up to the limits."""
+        capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), max_len, vocab_size)
+        return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity)
