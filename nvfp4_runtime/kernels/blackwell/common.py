@@ -1,4 +1,4 @@
-"""Pieces of the Blackwell kernels: the FP4 conversion, the approximate reciprocal, and the swizzle's arithmetic.
+"""Pieces of the Blackwell kernels: the FP4 conversion, and the swizzle's arithmetic.
 
 What has no instruction, or runs under the interpreter, is in kernels/triton/common.py.
 """
@@ -28,12 +28,6 @@ def pack_e2m1_pairs(even, odd):
         is_pure=True,
         pack=4,
     )
-
-
-@triton.jit
-def approximate_reciprocal(x):
-    """1 / x within one unit in the last place, subnormals flushed: the instruction the CUDA quantisers use."""
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvfp4_runtime.kernels.blackwell.scaled_mm import K_STEP, ROW_STEP, TILE_ROWS, Operand, multiply
 from nvfp4_runtime.kernels.ops import LinearSpec
+from nvfp4_runtime.kernels.transfer import to_device
 from nvfp4_runtime.nvfp4.layouts import swizzle_scales
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight
 
@@ -32,8 +33,8 @@ def upload(weight: NVFP4Weight, device: torch.device) -> Operand:
     row = 0
     for packed, block_scale in weight.parts:
         stop = row + packed.shape[0]
-        codes[row:stop, : packed.shape[1]].copy_(packed)
-        scales[row:stop, : block_scale.shape[1]].copy_(block_scale.view(torch.uint8))
+        codes[row:stop, : packed.shape[1]].copy_(to_device(packed, device))
+        scales[row:stop, : block_scale.shape[1]].copy_(to_device(block_scale.view(torch.uint8), device))
         row = stop
     return Operand(codes, swizzle_scales(scales), None)
 

@@ -1,8 +1,8 @@
 """Activations to NVFP4 in one launch: block scales, codes, and the scales' swizzle, padding included.
 
-The recipe is codec.quantize_activation's. On a GPU the reciprocals are rcp.approx.ftz and the codes come from the FP4
-conversion, as in the CUDA quantisers of other servers; the codec rounds its reciprocals correctly, which moves about
-1e-4 of the codes, all on ties. Under the interpreter everything is the codec's, bit for bit.
+Bit for bit codec.quantize_activation, on a GPU too: divisions are correctly rounded, of which there is one in sixteen
+values. The CUDA quantisers of other servers take rcp.approx.ftz instead, which may move codes on exact ties, about 1e-4
+of them. Codes come from the FP4 conversion; under the interpreter, which has none, from comparisons.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp4_runtime.kernels.blackwell.capability import CAPABILITIES
-from nvfp4_runtime.kernels.blackwell.common import approximate_reciprocal, pack_e2m1_pairs, swizzled
+from nvfp4_runtime.kernels.blackwell.common import pack_e2m1_pairs, swizzled
 from nvfp4_runtime.kernels.blackwell.scaled_mm import Operand
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.triton.common import e4m3_to_float, float_to_e2m1, float_to_e4m3
 from nvfp4_runtime.nvfp4.layouts import swizzled_shape
 
-SIXTH = 0.16666667163372040  # 1/6 in float32
+SIXTH: tl.constexpr = tl.constexpr(0.16666667163372040)  # 1/6 in float32
 BLOCK_K = 256
 
 
@@ -34,7 +34,6 @@ def quantize_kernel(
     tiles_per_row,
     global_scale,
     inverse_global_scale,
-    sixth,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EMULATED: tl.constexpr,
@@ -54,16 +53,10 @@ def quantize_kernel(
     # the largest magnitude as an integer: NaN lies beyond infinity and so survives the maximum
     magnitude = blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(magnitude, axis=2).to(tl.float32, bitcast=True)  # [ROWS, BLOCK_K / 16]
-    if not EMULATED:
-        sixth = approximate_reciprocal(tl.full([ROWS, BLOCK_K // 16], 6.0, tl.float32))
-        inverse_global_scale = approximate_reciprocal(tl.zeros([ROWS, BLOCK_K // 16], tl.float32) + global_scale)
-    scale_bits = float_to_e4m3(global_scale * (amax * sixth))
+    scale_bits = float_to_e4m3(global_scale * (amax * SIXTH))
     scale = e4m3_to_float(scale_bits)
     product = tl.where(scale == 0.0, 1.0, scale * inverse_global_scale)
-    if EMULATED:
-        step = tl.div_rn(tl.full([ROWS, BLOCK_K // 16], 1.0, tl.float32), product)
-    else:
-        step = approximate_reciprocal(product)
+    step = tl.div_rn(tl.full([ROWS, BLOCK_K // 16], 1.0, tl.float32), product)
     step = tl.where(scale == 0.0, 0.0, step)
     y = tl.reshape(blocks * step[:, :, None], [ROWS, BLOCK_K // 2, 2])
     even, odd = tl.split(y)
@@ -85,7 +78,7 @@ class ActivationQuantizer:
 
     k         values of a row
     k_padded  values of a row of the result, zeros beyond k; a multiple of 32
-    emulated  True under Triton's interpreter; else the GPU's own conversions and reciprocals
+    emulated  True without the FP4 conversion: under Triton's interpreter, and on other GPUs
     """
 
     def __init__(self, input_scale: float, k: int, k_padded: int, emulated: bool) -> None:
@@ -113,7 +106,6 @@ class ActivationQuantizer:
             padded_cols // 4,
             self._global_scale,
             self._inverse,
-            SIXTH,
             ROWS=rows,
             BLOCK_K=BLOCK_K,
             EMULATED=self._emulated,
@@ -123,16 +115,16 @@ class ActivationQuantizer:
 
 
 def compilations() -> list[Compilation]:
-    """What is compiled without a GPU: the conversion to E2M1 and the reciprocal must be single instructions."""
+    """What is compiled without a GPU: the conversion to E2M1 must be the instruction."""
     signature = {"x_ptr": "*bf16", "codes_ptr": "*u8", "scales_ptr": "*u8", "m": "i32", "k": "i32", "k_padded": "i32"}
-    signature |= {"tiles_per_row": "i32", "global_scale": "fp32", "inverse_global_scale": "fp32", "sixth": "fp32"}
+    signature |= {"tiles_per_row": "i32", "global_scale": "fp32", "inverse_global_scale": "fp32"}
     return [
         Compilation(
             name=f"quantize-{rows}",
             kernel=quantize_kernel,
             signature=signature,
             constexprs={"ROWS": rows, "BLOCK_K": BLOCK_K, "EMULATED": False},
-            expect=("cvt.rn.satfinite.e2m1x2.f32", "rcp.approx.ftz.f32", "F2FP.SATFINITE.E2M1", "MUFU.RCP"),
+            expect=("cvt.rn.satfinite.e2m1x2.f32", "F2FP.SATFINITE.E2M1"),
             targets=tuple(sorted(CAPABILITIES)),
             unaligned=("m", "tiles_per_row"),
         )

@@ -73,7 +73,7 @@ def test_layer_matches_the_reference(scaled_mm, place, m, n, k, groups, bias, ca
     spec = LinearSpec(n, k, "nvfp4", "w4a4", "bfloat16", out_dtype)
     expected = ReferenceBackend().linear(weight, spec)(x)
     assert (y.shape, y.dtype, y.is_contiguous()) == (expected.shape, expected.dtype, True)
-    # the same exact products, summed in another order; one rounding each. A GPU's quantiser may move codes on ties
+    # the same exact products, summed in another order; one rounding each.
     rtol, atol = (
         (2.0**-7 if out_dtype == "bfloat16" else 1e-4),
         1e-4 if place.emulated else 0.02 * float(expected.std()),

@@ -1,4 +1,4 @@
-"""The activation quantiser: the codec's bits where its reciprocals are exact, in the layout that scaled_mm wants."""
+"""The activation quantiser: the codec's bits, in the layout that scaled_mm wants."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.layouts import swizzled_shape, unswizzle_scales
 from tests.kernels.blackwell.conftest import Place
 
-# Of scales and codes that rcp.approx may move, all on ties: ten times what one unit in the last place was seen to move
-# in the worst tensor of scales (3.1e-2) and codes (3.6e-3) would hide a fault, so the worst itself is the bound.
-MOVED_SCALES, MOVED_CODES = 3.1e-2, 3.6e-3
-
 
 def quantize(x: Tensor, input_scale: float, k_padded: int, place: Place) -> tuple[Tensor, Tensor]:
     """Codes uint8 [M, k_padded / 2], and the scales as they lie, both on the CPU."""
@@ -23,14 +19,8 @@ def quantize(x: Tensor, input_scale: float, k_padded: int, place: Place) -> tupl
     return found.codes.cpu(), found.scales.cpu()
 
 
-def assert_same(found: Tensor, expected: Tensor, place: Place, moved: float) -> None:
-    """The same bytes; on a GPU all but the share `moved`."""
-    differ = float((found != expected).float().mean())
-    assert differ <= (0.0 if place.emulated else moved)
-
-
 def test_one_sixth_is_the_codecs():
-    assert float(torch.tensor(1.0 / 6.0, dtype=torch.float32)) == SIXTH
+    assert float(torch.tensor(1.0 / 6.0, dtype=torch.float32)) == SIXTH.value
 
 
 @pytest.mark.parametrize(
@@ -45,18 +35,16 @@ def test_codes_and_scales_are_the_codecs_and_padding_is_zero(m, k, k_padded, inp
     x[m // 2, :16] *= 1e30  # one that saturates
     found_codes, found_scales = quantize(x, input_scale, k_padded, place)
     codes, scales = codec.quantize_activation(x, torch.tensor(input_scale))
-    assert_same(found_codes[:, : k // 2], codec.pack_codes(codes), place, MOVED_CODES)
+    assert torch.equal(found_codes[:, : k // 2], codec.pack_codes(codes))
     assert not found_codes[:, k // 2 :].any()
     padded_rows, padded_cols = swizzled_shape(m, k_padded // 16)
     everything = unswizzle_scales(found_scales, padded_rows, padded_cols)
-    assert_same(everything[:m, : k // 16], scales.view(torch.uint8), place, MOVED_SCALES)
+    assert torch.equal(everything[:m, : k // 16], scales.view(torch.uint8))
     everything[:m, : k // 16] = 0
     assert not everything.any()
 
 
 def test_every_tie_and_every_block_scale_is_rounded_as_the_codec_rounds(place):
-    if not place.emulated:
-        pytest.skip("ties are where an approximate reciprocal may differ")
     # block maxima that pass through every e4m3 value and every midpoint, subnormals and saturation included
     finite = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     maxima = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, torch.tensor([449.0, 464.0, 480.0, 1e4])]) * 6
