@@ -79,6 +79,8 @@ def written(load: Load, scratch: Path, quantised: bool) -> Path | None:
         return None
     started = time.perf_counter()
     folder = ensure(load.shape, scratch, quantised, torch.device(load.device))
+    if load.device == "cuda":
+        torch.cuda.empty_cache()  # the engine, another process, plans with what is free
     say(label | {"seconds": time.perf_counter() - started, "bytes": wanted})
     return folder
 
@@ -110,21 +112,27 @@ def run_engine(load: Load, folder: Path, weights: str, numerics: str | None, kv_
     except (Refused, RuntimeError) as refused:
         say(label | {"name": "start", "failed": str(refused)[-600:]})
         return
-    kernels = {f"{g['group']} {g['stored']} {g['numerics']}": g["backend"] for g in engine.info["layers"]}
-    say(label | {"name": "start", "seconds": time.perf_counter() - started, "kernels": kernels})
     try:
-        engine.generate([engine.prompt(load.context)], 4)  # what is compiled at first use is compiled now
-        for batch in load.batches:
-            prompts, new = [engine.prompt(load.context) for _ in range(batch)], load.new(batch)
-            rate = decode_rate(engine.generate(prompts, new))
-            length = load.context + new - load.steps / 2  # of a measured step's sequences, about
-            say(label | {"name": "decode", "batch": batch, "context": length, "seconds": batch / rate, "rate": rate})
-        times = [engine.generate([engine.prompt(load.prefill)], 1)[0][0][0] for _ in range(load.repeats)]
-        say(label | {"name": "prefill", "tokens": load.prefill, "seconds": statistics.median(times)})
+        info = engine.info
+        kernels = {f"{g['name']} {g['stored']} {g['numerics']}": g["backend"] for g in info["layers"]}
+        facts = {"kernels": kernels, "phases": info["startup_seconds"], "num_blocks": info["num_blocks"]}
+        say(label | {"name": "start", "seconds": time.perf_counter() - started} | facts)
+        measure_engine(load, engine, label)
     except RuntimeError as error:  # the engine ended, or refused what it was asked
         say(label | {"name": "run", "failed": str(error)[-600:]})
         return
     engine.close()
+
+
+def measure_engine(load: Load, engine: Engine, label: dict[str, Any]) -> None:
+    engine.generate([engine.prompt(load.context)], 4)  # what is compiled at first use is compiled now
+    for batch in load.batches:
+        prompts, new = [engine.prompt(load.context) for _ in range(batch)], load.new(batch)
+        rate = decode_rate(engine.generate(prompts, new))
+        length = load.context + new - load.steps / 2  # of a measured step's sequences, about
+        say(label | {"name": "decode", "batch": batch, "context": length, "seconds": batch / rate, "rate": rate})
+    times = [engine.generate([engine.prompt(load.prefill)], 1)[0][0][0] for _ in range(load.repeats)]
+    say(label | {"name": "prefill", "tokens": load.prefill, "seconds": statistics.median(times)})
 
 
 def run_transformers(load: Load, folder: Path, log: Path) -> None:
