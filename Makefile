@@ -27,9 +27,9 @@ serve: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST)
 
-# The kernel tests on this machine's GPU. A skip for want of one is a failure. On Blackwell: PYTEST="--require-backend blackwell".
+# The tests that need a GPU, on this machine's. A skip for want of one is a failure. On Blackwell: PYTEST="--require-backend blackwell".
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu --require-backend triton tests/kernels $(PYTEST)
+	$(BIN)/python -m pytest -m gpu --require-backend triton $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ PARTS = {
     "rcp": 40.0,
     "limits": 40.0,
     "check": 120.0,
-    "linear": 110.0,
+    "linear": 140.0,
     "nvfp4": 150.0,
     "attention": 60.0,
     "bf16": 110.0,

@@ -28,6 +28,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -140,6 +142,9 @@ class BlackwellBackend:
         raise KernelError(self._not_here(spec))
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
+        raise KernelError(self._not_here(spec))
+
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
         raise KernelError(self._not_here(spec))
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:

@@ -40,6 +40,7 @@ TILES = {
     121: Tile(128, 128, 8, 4, (3, 9)),
 }
 CAPABILITIES = frozenset(TILES)
+READABLE = (100, 120)  # machine code of 10.3 and 12.1 is not decoded by Triton 3.6's tools; their PTX is looked at
 INTERPRETED = Tile(128, 128, 4, 1, (3, 6))
 
 

@@ -11,7 +11,7 @@ from nvfp4_runtime.kernels.compilation import Compilation
 
 
 @triton.jit
-def rcp_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rcp_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
     """out[i] = rcp.approx.ftz(x[i]), float32."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < count, other=1.0)
@@ -29,4 +29,4 @@ def reciprocal(x: Tensor) -> Tensor:
 def compilations() -> list[Compilation]:
     """What is compiled without a GPU."""
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
-    return [Compilation("rcp", rcp_kernel, signature, {"BLOCK": 1024}, expect=("rcp.approx.ftz.f32", "MUFU.RCP"))]
+    return [Compilation("rcp", rcp_kernel, signature, {"BLOCK": 1024}, expect=("rcp.approx.ftz.f32",))]

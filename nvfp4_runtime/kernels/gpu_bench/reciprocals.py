@@ -33,7 +33,7 @@ def measure(setting: Setting, dump: Path | None = None) -> None:
     mantissas = torch.arange(count, dtype=torch.int32, device=setting.place) * (MANTISSAS // count)
     x = (mantissas | 0x3F800000).view(torch.float32)  # [1, 2)
     off = _off(x, reciprocal)
-    values, counts = off.unique(return_counts=True)
+    values, counts = off.unique(return_counts=True)  # type: ignore[no-untyped-call]  # PyTorch's
     setting.emit(
         {
             "part": "rcp",
