@@ -25,7 +25,7 @@ import torch
 if TYPE_CHECKING:
     from nvfp4_runtime.kernels.ops import Backend
 
-# Kernels are decorated for the GPU or for the interpreter when they, and triton, are first imported: so here, before all.
+# Kernels are decorated for the GPU or for the interpreter when they, and triton, are first imported: before all else.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,7 +1,7 @@
 """What a kernel file declares about its compilation, so that machines without a GPU can check it.
 
-A file of Triton kernels offers `compilations() -> list[Compilation]`; tests/kernels/triton/ahead.py compiles them all, for
-every target, and looks at what came out.
+A file of Triton kernels offers `compilations() -> list[Compilation]`; tests/kernels/triton/ahead.py compiles them all,
+for every target they name, and looks at what came out.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def upload(weight: W, device: torch.device) -> W:
         parts = [(to_device(packed, device), to_device(scale, device)) for packed, scale in weight.parts]
         return JoinedNVFP4(parts, **{name: _moved(value, device) for name, value in kept.items()})  # type: ignore[return-value]  # W is it
     fields = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
-    moved = {name: _moved(value, device) for name, value in fields.items()}
+    moved: dict[str, Any] = {name: _moved(value, device) for name, value in fields.items()}
     if all(moved[name] is fields[name] for name in fields):
         return weight
     return dataclasses.replace(weight, **moved)
@@ -32,5 +32,5 @@ def upload(weight: W, device: torch.device) -> W:
 _JOINED = ("packed", "block_scale")  # what JoinedNVFP4 joins on demand
 
 
-def _moved(value: object, device: torch.device) -> object:
+def _moved(value: Any, device: torch.device) -> Any:
     return to_device(value, device) if isinstance(value, Tensor) else value

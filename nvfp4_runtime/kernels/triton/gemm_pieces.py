@@ -175,7 +175,7 @@ def accumulate_fp8(
 
 @triton.jit
 def accumulate_dense(acc, weight, x, n, m, rows, k, outputs, first, last, EVEN_K: tl.constexpr, EMULATED: tl.constexpr):
-    """The same for a plain weight [outputs, k], in blocks of 64 inputs; float32 on either side makes float32 of both."""
+    """The same for a plain weight [outputs, k], in blocks of 64 inputs; a float32 side makes float32 of both."""
     w = tl.arange(0, 64)
     for block in range(first, last):
         inputs = block * 64 + w

@@ -10,9 +10,9 @@ the register with two bfloat16 that the tensor core wants. The bits of a code c 
     plane 2   bits 9 and 2..0                       by 6
     plane 3   the rest: s 14, e 13, em 11..10       three pieces
 
-Scales become bytes with five exponent and three mantissa bits, so that bfloat16 bits are (byte << 4) + a constant: E4M3's
-subnormals are normalised, a block under scale 0 gets codes 0, one under a negative scale the opposite signs. E8M0 scales
-(MXFP4) are first divided by the largest of their row. Everything here is exact, in plain PyTorch, on any device.
+Scales become bytes with five exponent and three mantissa bits, so that bfloat16 bits are (byte << 4) + a constant:
+E4M3's subnormals are normalised, a block under scale 0 gets codes 0, one under a negative scale the opposite signs.
+E8M0 scales (MXFP4) are first divided by the largest of their row. All of it is exact, in plain PyTorch, on any device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PANEL = 64  # rows
 STEP = 64  # inputs of one block: 16 words of four codes, or 32 words of two FP8 codes
 _ROWS_AT_A_TIME = 1024  # repacked at once: bounds what loading needs beside the weight
 
-# bfloat16 bits of a scale are (byte << 4) + base, code bits are value * 2^-126: their product is value * scale * factor.
+# bfloat16 bits of a scale are (byte << 4) + base, code bits are value * 2^-126; multiplied: value * scale * factor.
 NVFP4_BASE = 235 << 7  # byte 8 * (e + 10) + mantissa for e = -9..8: exponent field 245 + e, which is 2^(118 + e)
 NVFP4_FACTOR = 2.0**-8
 MXFP4_BASE = 222 << 7  # byte 8 * (31 + e - largest e of the row): field 253 for the largest, which is 2^126

@@ -5,13 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4_runtime.kernels.compilation import Compilation
+from nvfp4_runtime.kernels.compilation import TARGETS, Compilation
 from nvfp4_runtime.kernels.triton.common import round_to
 from nvfp4_runtime.kernels.triton.gemm_pieces import FOUR_BIT, FP8, accumulate, four_bit_planes, fp8_planes
 from nvfp4_runtime.kernels.triton.layout import MXFP4_BASE, NVFP4_BASE
 
 
-@triton.jit
+# The number of rows is never specialised on: 1 would become a constant, multiples of 16 another kernel, each compiled
+# while somebody waits.
+@triton.jit(do_not_specialize=["rows"])
 def gemm(
     x, words, scales, row_scale, bias, out, partial, rows, outputs, k, panels, blocks, blocks_per_split,
     FORMAT: tl.constexpr, SCALE_BLOCKS: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -47,7 +49,7 @@ def gemm(
         tl.store(partial + split.to(tl.int64) * rows * outputs + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_splits(
     partial, row_scale, bias, out, rows, outputs,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, EMULATED: tl.constexpr,
@@ -116,37 +118,44 @@ def _store_plane(out, values, n, inputs, outputs, k, EVEN_K: tl.constexpr, EMULA
 _POINTERS = {"words": "*i16", "row_scale": "*fp32", "bias": "*fp32", "partial": "*fp32"}
 _SIZES = dict.fromkeys(("rows", "outputs", "k", "panels", "blocks", "blocks_per_split"), "i32")
 _ODD = ("rows", "outputs", "panels", "blocks", "blocks_per_split")
+_SOME = (80, 90, 120)
 
 
-def _gemm(name: str, rows: int, columns: int, splits: int, stages: int, base: int, **more: object) -> Compilation:
+def _gemm(
+    name: str, rows: int, columns: int, splits: int, targets: tuple[int, ...] = TARGETS, **more: object
+) -> Compilation:
     """`gemm` as linear.py launches it for bfloat16; `more` overrides constexprs."""
-    fp8 = more.get("FORMAT") == FP8.value
     constexprs = {
-        "FORMAT": FOUR_BIT.value, "SCALE_BLOCKS": 0, "BASE": base, "SPLITS": splits, "HAS_BIAS": False, "EVEN_K": True,
-        "COLUMNS": columns, "ROWS": rows, "EMULATED": False,
+        "FORMAT": FOUR_BIT.value, "SCALE_BLOCKS": 0, "BASE": NVFP4_BASE, "SPLITS": splits, "HAS_BIAS": False,
+        "EVEN_K": True, "COLUMNS": columns, "ROWS": rows, "EMULATED": False,
     } | more  # fmt: skip
-    scales = {"scales": "*fp32" if fp8 else "*i32"}
+    scales = {"scales": "*fp32" if more.get("FORMAT") == FP8.value else "*i32"}
+    narrow = rows < 64
     return Compilation(
         name,
         gemm,
         {"x": "*bf16", "out": "*bf16", **scales, **_POINTERS, **_SIZES},
         constexprs,
-        num_warps=4,
-        num_stages=stages,
-        expect=("cp.async", "mma" if rows < 64 else "", "HFMA2.BF16"),
-        forbid=("tf32", "st.local"),
+        num_warps=2 if narrow else 4,
+        num_stages=4 if narrow else 3,
+        # words come sixteen bytes a lane, become pairs of bfloat16 by one mask and one multiplication, and meet x in
+        # the tensor core without passing through shared memory again
+        expect=("LDGSTS.E.BYPASS", "0x10", "fma.rn.bf16x2", "mma.sync" if narrow else "mma"),
+        expect_on={90: () if narrow else ("wgmma",)},
+        forbid=("tf32",),
         unaligned=_ODD,
+        targets=targets,
     )
 
 
 def compilations() -> list[Compilation]:
     """What linear.py launches, at the tiles of tuning.py."""
     return [
-        _gemm("nvfp4-16", 16, 64, 8, 4, NVFP4_BASE),
-        _gemm("nvfp4-64", 64, 128, 1, 3, NVFP4_BASE, HAS_BIAS=True),
-        _gemm("mxfp4-32-odd-k", 32, 64, 1, 4, MXFP4_BASE, EVEN_K=False),
-        _gemm("fp8-16-blocks", 16, 64, 1, 4, 0, FORMAT=FP8.value, SCALE_BLOCKS=2),
-        _gemm("fp8-64", 64, 128, 1, 3, 0, FORMAT=FP8.value),
+        _gemm("nvfp4-16", 16, 64, 8),
+        _gemm("nvfp4-64", 64, 128, 1, (80, 90, 100, 120), HAS_BIAS=True),
+        _gemm("mxfp4-32-odd-k", 32, 64, 1, _SOME, BASE=MXFP4_BASE, EVEN_K=False),
+        _gemm("fp8-16-blocks", 16, 64, 1, _SOME, FORMAT=FP8.value, SCALE_BLOCKS=2),
+        _gemm("fp8-64", 64, 128, 1, (90,), FORMAT=FP8.value),
         Compilation(
             "add_splits",
             add_splits,
@@ -154,13 +163,15 @@ def compilations() -> list[Compilation]:
             | {name: _POINTERS[name] for name in ("partial", "row_scale", "bias")},
             {"SPLITS": 8, "HAS_BIAS": True, "COLUMNS": 512, "EMULATED": False},
             unaligned=("rows", "outputs"),
+            targets=_SOME,
         ),
         Compilation(
             "write_out",
             write_out,
             {"words": "*i16", "scales": "*i32", "out": "*bf16", "outputs": "i32", "k": "i32", "blocks": "i32"},
             {"FORMAT": FOUR_BIT.value, "BASE": NVFP4_BASE, "EVEN_K": True, "EMULATED": False},
-            expect=("HFMA2.BF16",),
+            expect=("fma.rn.bf16x2",),
             unaligned=("outputs", "blocks"),
+            targets=_SOME,
         ),
     ]

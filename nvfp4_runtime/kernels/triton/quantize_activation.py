@@ -61,10 +61,11 @@ def quantize_blocks(x, scale, inverse_scale, CONVERT_E2M1: tl.constexpr):
     return codes, byte
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def quantize(
     x, operand, codes, scales, scale, inverse_scale, offsets, groups, groups_of_row, experts,
-    OPERAND: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CONVERT_E2M1: tl.constexpr, EMULATED: tl.constexpr,
+    OPERAND: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CONVERT_E2M1: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):  # fmt: skip
     """`groups` runs of 16 values, contiguous.
 

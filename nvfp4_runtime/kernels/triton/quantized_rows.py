@@ -62,16 +62,16 @@ def store_quantized(
     packed, scales  bytes; see QuantizedRows. Columns beyond K must be 0 in y; rows from `rows` on are padding.
     start           a multiple of 64, so that a program's columns fill whole groups of four scales
     """
+    kept = tl.where(row < rows, K, 0)  # columns of this row that exist
     codes, stored = quantize_blocks(tl.reshape(y, (WIDTH // 16, 16)), tl.load(input_scale))
     low, high = tl.split(tl.reshape(codes, (WIDTH // 2, 2)))
     at = start // 2 + tl.arange(0, WIDTH // 2)
-    tl.store(packed + row * (K // 2) + at, (low | (high << 4)).to(tl.uint8), mask=(at < K // 2) & (row < rows))
+    tl.store(packed + row * (K // 2) + at, (low | (high << 4)).to(tl.uint8), mask=at < kept // 2)
     col = start // 16 + tl.arange(0, WIDTH // 16)
     if SWIZZLED:
         PADDED: tl.constexpr = (K // 16 + 3) // 4
-        inside = (row < rows) & (col < K // 16)
         tile = (row // 128) * PADDED + col // 4
         offset = tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + col % 4
-        tl.store(scales + offset, tl.where(inside, stored, 0).to(tl.uint8), mask=col < PADDED * 4)
+        tl.store(scales + offset, tl.where(col < kept // 16, stored, 0).to(tl.uint8), mask=col < PADDED * 4)
     else:
-        tl.store(scales + row * (K // 16) + col, stored, mask=(col < K // 16) & (row < rows))
+        tl.store(scales + row * (K // 16) + col, stored, mask=col < kept // 16)

@@ -40,7 +40,7 @@ def rms_norm_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    mask = (cols < H) & (row < rows)
+    mask = cols < tl.where(row < rows, H, 0)
     v = tl.load(x + row * H + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         v += tl.load(residual + row * H + cols, mask=mask, other=0.0).to(tl.float32)

@@ -17,7 +17,7 @@ from nvfp4_runtime.kernels.compilation import Compilation
 
 TILE = 2048
 UNIT_BITS = 44
-MOST_TOKENS = 1 << 18  # sums stay below 2^63
+MOST_TOKENS = (1 << 19) - 1  # sums stay below 2^63
 
 
 
@@ -75,11 +75,12 @@ def row_tiles_kernel(
     x = tl.where(x == x, x, float("-inf"))
     if BIAS:
         which = tl.load(bias_row + row)
-        x += tl.load(bias + which.to(tl.int64) * VOCAB + token, mask=mask & (which >= 0), other=0.0)
+        x += tl.load(bias + which.to(tl.int64) * VOCAB + token, mask=token < tl.where(which >= 0, VOCAB, 0), other=0.0)
     if ALLOWED:
         which = tl.load(allowed_row + row)
         WORDS: tl.constexpr = (VOCAB + 31) // 32
-        word = tl.load(allowed + which.to(tl.int64) * WORDS + token // 32, mask=mask & (which >= 0), other=-1)
+        listed = token < tl.where(which >= 0, VOCAB, 0)
+        word = tl.load(allowed + which.to(tl.int64) * WORDS + token // 32, mask=listed, other=-1)
         x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
     if BIAS or ALLOWED:
         tl.store(edited + row * VOCAB + token, x, mask=mask)

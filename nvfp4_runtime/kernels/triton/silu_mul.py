@@ -35,7 +35,7 @@ def silu_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     cols = start + tl.arange(0, BLOCK)
-    mask = (cols < WIDTH) & (row < rows)
+    mask = cols < tl.where(row < rows, WIDTH, 0)
     gate = tl.load(gate_up + row * (2 * WIDTH) + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
     y = gate / (1.0 + tl.exp(-gate)) * up

@@ -30,13 +30,16 @@ def tiles(m: int, n: int, k: int, multiprocessors: int) -> Tiles:
     """How to multiply x [m, k] by a weight [n, k]; the same answer for every m of a bucket (16, 32, 64)."""
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     columns = 64 if rows < 64 else 128  # x is read again by every block: 64 rows of it weigh more than the weight
-    # four blocks of 4 warps a multiprocessor keep 4 stages x 2.25 KiB each in flight: 36 KiB, latency needs about 23
-    wanted = multiprocessors * (4 if rows < 64 else 2)
+    # 3 stages of 2.25 KiB in flight a block, 23 KiB hide the latency of an H200's memory: 4 blocks a multiprocessor at
+    # least, 6 to even out the last wave
+    wanted = multiprocessors * (6 if rows < 64 else 2)
     blocks = -(-n // columns) * (-(-m // rows) if m > 64 else 1)
     steps = -(-k // STEP)
     splits = max(1, min(-(-wanted // blocks), steps // _LEAST_BLOCKS, 16))
     splits = -(-steps // -(-steps // splits))  # every split has work
-    return Tiles(rows, columns, splits, 4, 4 if rows < 64 else 3)
+    # two warps: every weight is decoded by one thread, and Hopper multiplies by mma.sync, which waits less than wgmma
+    # does when a tile of x is this narrow
+    return Tiles(rows, columns, splits, 2 if rows < 64 else 4, 4 if rows < 64 else 3)
 
 
 def workspace_values(n: int, k: int, multiprocessors: int) -> int:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -13,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.kernels.triton.ahead import Result
 
 KERNELS = REPOSITORY / "nvfp4_runtime" / "kernels"
-SHARED_PIECES = {"common.py", "numbers.py", "kv_format.py", "quantized_rows.py"}  # called by kernels, never launched
+SHARED_PIECES = {"common.py", "gemm_pieces.py", "kv_format.py", "numbers.py", "quantized_rows.py"}  # never launched
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
     for room in ("triton", "blackwell", "gpu_bench")
@@ -22,21 +24,50 @@ MODULES = sorted(
 )
 
 
-def compile_ahead(*modules: str) -> list[Result]:
-    """In a process of its own: this one's kernels are decorated for the interpreter."""
+def without_interpreter(*command: str) -> str:
+    """The output of a Python module in a process of its own: this one's kernels are decorated for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.triton.ahead", *modules]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+    whole = [sys.executable, "-m", *command]
+    done = subprocess.run(whole, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode in (0, 1), done.stderr[-3000:]
-    return [Result(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.stdout if done.stdout else done.stderr
+
+
+def compile_ahead(module: str) -> list[Result]:
+    lines = without_interpreter("tests.kernels.triton.ahead", module).splitlines()
+    return [Result(**json.loads(line)) for line in lines if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Two compilers at a time."""
+    with ThreadPoolExecutor(max_workers=2) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def compiled(pool: ThreadPoolExecutor) -> dict[str, Future[list[Result]]]:
+    """Every module's results, as they come."""
+    return {module: pool.submit(compile_ahead, module) for module in MODULES}
+
+
+@pytest.fixture(scope="module")
+def launched(pool: ThreadPoolExecutor) -> Future[str]:
+    """The names of the kernels that layers launched on a Hopper that is not there."""
+    return pool.submit(without_interpreter, "tests.kernels.triton.call_sites", "90")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_kernels_compile_for_every_target(module: str) -> None:
-    results = compile_ahead(module)
+def test_kernels_compile_for_every_target(compiled: dict[str, Future[list[Result]]], module: str) -> None:
+    results = compiled[module].result()
     assert results, f"{module}.compilations() lists nothing"
     problems = [f"{r.name} for sm_{r.target}: {problem}" for r in results for problem in r.problems]
     assert not problems, "\n".join(problems)
+
+
+def test_the_layers_launch_what_compiles(launched: Future[str]) -> None:
+    names = launched.result()
+    assert set(names.split()) == {"gemm", "add_splits", "write_out", "quantize", "grouped_gemm"}, names
 
 
 def test_kernels_without_a_declaration_are_found() -> None:
@@ -44,7 +75,7 @@ def test_kernels_without_a_declaration_are_found() -> None:
     undeclared = [
         path.name
         for path in sorted(kernels)
-        if "@triton.jit" in (text := path.read_text(encoding="utf-8"))
+        if "\n@triton.jit" in (text := path.read_text(encoding="utf-8"))
         and path.name not in SHARED_PIECES
         and "def compilations(" not in text
     ]

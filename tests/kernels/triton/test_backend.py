@@ -79,5 +79,6 @@ def test_importing_the_backend_brings_no_triton() -> None:
 
 
 def test_a_gpu_s_backends_are_triton_then_the_reference() -> None:
+    assert tuple(backend.name for backend in available_backends(device="cuda")) == PREFERENCE["cuda"]
     assert PREFERENCE["cuda"][-2:] == ("triton", "reference")
     assert "triton" not in PREFERENCE["cpu"], "the interpreter is for tests that ask for it by name"
