@@ -157,7 +157,7 @@ def _on_gpu(
     config: EngineConfig, model: Decoder, max_len: int, phases: Phases, kernels: Kernels, gpu: Gpu
 ) -> tuple[DeviceRunner, int, int]:
     """The same on a GPU: warmed up and measured over two blocks first, since the cache gets what is left."""
-    sampler, sizes = device_sampler(kernels), decode_sizes(config, kernels)
+    sampler, sizes = device_sampler(kernels, model.config.vocab_size), decode_sizes(config, kernels)
     block_size = config.cache.block_size
 
     def cache(num_blocks: int) -> tuple[KVLayer, ...]:

@@ -114,7 +114,7 @@ class DeviceRunner(ModelRunner):
         self._choose = sampler
         self._capacity = capacity
         on = device.torch_device
-        self._width = -(-capacity.seq_tokens // self._block_size)
+        self._width = _rounded(-(-capacity.seq_tokens // self._block_size))
         largest = StepSizes(
             capacity.tokens, capacity.seqs, capacity.tokens, capacity.seqs, capacity.tokens, self._width
         )
@@ -173,13 +173,13 @@ class DeviceRunner(ModelRunner):
             logits=len(lists.logits_rows),
             samples=len(samples),
             host=len(host_rows),
-            width=lists.width,
+            width=_rounded(lists.width),
             drawn=bool(drawing),
         )
         slot, layout = self._slots[self._turn], Layout.of(sizes)
         self._turn = 1 - self._turn
         buffer = slot.staged.numpy()
-        lists.fill(layout, buffer)
+        lists.fill(layout, buffer, sizes.width)
         layout.fill(buffer, "sources", sources)
         layout.fill(buffer, "sample_rows", samples)
         layout.fill(buffer, "host_rows", host_rows)
@@ -281,12 +281,15 @@ class DeviceRunner(ModelRunner):
 
     def warm_up(self) -> None:
         """Steps of several sizes in the null block: kernels are compiled and tuned before the first request."""
+        capacity = self._capacity
         sizes = [1]
-        while sizes[-1] < self._capacity.tokens:
-            sizes.append(min(4 * sizes[-1], self._capacity.tokens))
-        for temperature in (0.0, 1.0):
-            for size in sizes:
-                self.execute(self._idle(size, temperature))
+        while sizes[-1] < capacity.tokens:
+            sizes.append(min(4 * sizes[-1], capacity.tokens))
+        for size in sizes:
+            for num_seqs in (1, 2, 16):  # kernels are compiled for 1, for multiples of 16, and for the rest
+                if num_seqs <= min(size, capacity.seqs):
+                    self.execute(self._idle(size, num_seqs))
+        self.execute(self._idle(1, 1, temperature=0.0))
 
     def capture(self, sizes: Sequence[int], progress: Callable[[float], None]) -> None:
         """From now on, steps that only decode, and no more sequences than the largest of `sizes`, are one launch."""
@@ -298,15 +301,15 @@ class DeviceRunner(ModelRunner):
 
     def run_largest(self) -> None:
         """The step that needs the most memory, of requests that want no prompt logprobs."""
-        self.execute(self._idle(self._capacity.tokens, temperature=1.0))
+        self.execute(self._idle(self._capacity.tokens, 1))
 
-    def _idle(self, num_tokens: int, temperature: float) -> Schedule:
-        """A step of `num_tokens` tokens that keeps nothing: as few sequences as there can be."""
+    def _idle(self, num_tokens: int, num_seqs: int, temperature: float = 1.0) -> Schedule:
+        """A step of about `num_tokens` tokens that keeps nothing, in `num_seqs` sequences or as few as hold them."""
+        capacity = self._capacity
+        count = min(max(1, num_tokens // num_seqs), capacity.seq_tokens)
         entries: list[Scheduled] = []
         params = SamplingParams(temperature=temperature, max_tokens=1)
-        while num_tokens > 0 and len(entries) < self._capacity.seqs:
-            count = min(num_tokens, self._capacity.seq_tokens)
-            num_tokens -= count
+        while len(entries) < capacity.seqs and count * (len(entries) + 1) <= num_tokens:
             request = Request(Submit("idle", [0] * count, params, 0.0), 0, (), count + 1)
             request.block_ids = [0] * -(-count // self._block_size)
             entries.append(Scheduled(request, 0, count, samples=True))
@@ -319,15 +322,26 @@ class DeviceRunner(ModelRunner):
         entries = step.schedule.entries
         on_host: dict[int, StepResult] = {}
         if step.host_logits is not None:
-            part = Schedule(tuple(entries[i] for i in step.host))
-            made = self._results(part, list(step.host.values()), step.host_logits)
-            on_host = dict(zip(step.host, made, strict=True))
+            # those that ended or were preempted meanwhile are not sampled: what came of it would be dropped
+            parts = torch.split(step.host_logits, [len(rows) for rows in step.host.values()])
+            wanted = {i: part for i, part in zip(step.host, parts, strict=True) if not entries[i].is_stale}
+            made = self._results(
+                Schedule(tuple(entries[i] for i in wanted)),
+                [step.host[i] for i in wanted],
+                step.host_logits if len(wanted) == len(parts) else torch.cat([*wanted.values(), parts[0][:0]]),
+            )
+            on_host = dict(zip(wanted, made, strict=True))
         tokens = iter(step.slot.tokens[: len(step.samples)].tolist())
         results = []
         for i, entry in enumerate(entries):
             token = next(tokens) if entry.samples else None
             results.append(on_host.get(i) or StepResult(token, finite=token is None or token >= 0))
         return results
+
+
+def _rounded(width: int) -> int:
+    """Blocks per row of the tables: a multiple of 16, since kernels are compiled anew for other widths."""
+    return -(-width // 16) * 16
 
 
 def _needs_host(entry: Scheduled) -> bool:

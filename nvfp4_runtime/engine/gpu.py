@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -51,7 +50,6 @@ class CudaMemory:
 
     def free(self) -> int:
         torch.cuda.synchronize(self._device)
-        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0]
 
@@ -110,9 +108,14 @@ def most_seqs(config: EngineConfig) -> int:
     return min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
 
 
-def device_sampler(kernels: Kernels) -> DeviceSampler:
+def device_sampler(kernels: Kernels, vocab_size: int) -> DeviceSampler:
     """What chooses tokens on the device; recorded in the kernels' report."""
-    sampler = TorchSampler()
+    sampler: DeviceSampler = TorchSampler()
+    if any(choice.backend == "triton" for choice in kernels.choices):  # so it runs here
+        from nvfp4_runtime.kernels.triton.sampling import TritonSampler
+        from nvfp4_runtime.kernels.triton.sampling_kernels import MOST_TOKENS
+
+        sampler = TritonSampler() if vocab_size <= MOST_TOKENS else sampler
     kernels.choices.append(Choice("sampling", "-", 0.0, 0, sampler.name, "float32", _CHOSEN_ON_HOST))
     return sampler
 

@@ -72,7 +72,7 @@ class DecodeGraphs:
         lists.pad_decodes(size)
         layout = Layout.of(StepSizes(tokens=size, seqs=size, logits=size, samples=0, host=0, width=1, drawn=False))
         pinned = self._device.pinned(layout.num_bytes)
-        lists.fill(layout, pinned.numpy())
+        lists.fill(layout, pinned.numpy(), width=1)
         layout.fill(pinned.numpy(), "sources", [-1] * size)
         self._device.submit(lambda: _copy(self._staged, pinned))
         return layout

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nvfp4_runtime.engine.engine import Engine
-from nvfp4_runtime.engine.messages import EngineInfo, TokenOutput
-from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
+from nvfp4_runtime.engine.messages import TokenOutput
+from nvfp4_runtime.engine.scheduler import Schedule, StepResult
 
 
 class Ticket(Protocol):
@@ -54,10 +54,8 @@ class _Flight:
 class OverlappedEngine(Engine):
     """The same requests in and the same tokens out as `Engine`, one turn later where a step is under way."""
 
-    def __init__(self, scheduler: Scheduler, launcher: Launcher, info: EngineInfo, seed: int = 0) -> None:
-        super().__init__(scheduler, launcher, info, seed)
-        self._launcher = launcher
-        self._under_way: _Flight | None = None
+    executor: Launcher
+    _under_way: _Flight | None = None
 
     @property
     def has_work(self) -> bool:
@@ -72,7 +70,7 @@ class OverlappedEngine(Engine):
             self._under_way = None
         before = self._under_way
         schedule = self.scheduler.schedule()
-        self._under_way = _Flight(schedule, self._launcher.launch(schedule)) if schedule.entries else None
+        self._under_way = _Flight(schedule, self.executor.launch(schedule)) if schedule.entries else None
         if before is not None:
             outputs, num_prompt_tokens = self._land(before)
         return outputs, num_prompt_tokens

@@ -37,6 +37,11 @@ class Scheduled:
     def stop(self) -> int:
         return self.start + self.count
 
+    @property
+    def is_stale(self) -> bool:
+        """The request has ended or was preempted since."""
+        return self.epoch != self.request.epoch
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -232,7 +237,7 @@ class Scheduler:
         outputs = []
         for entry, result in zip(schedule.entries, results, strict=True):
             request = entry.request
-            if request.epoch != entry.epoch:  # aborted, ended or preempted while the step ran
+            if entry.is_stale:  # while the step ran
                 continue
             if not result.finite:
                 outputs.append(self._finish(request, "error", error="the model's output was not finite"))

@@ -138,15 +138,15 @@ class StepLists:
         """All tables in a row, each filled up to `width` with the null block."""
         return [block for t in self.tables for block in (*t, *([0] * (width - len(t))))]
 
-    def fill(self, layout: Layout, buffer: npt.NDArray[np.uint8]) -> None:
-        """Write every list into its field; the layout's sizes are these lists'."""
+    def fill(self, layout: Layout, buffer: npt.NDArray[np.uint8], width: int) -> None:
+        """Write every list into its field; the layout's sizes are these lists', with tables `width` wide."""
         layout.fill(buffer, "input_ids", self.input_ids)
         layout.fill(buffer, "positions", self.positions)
         layout.fill(buffer, "slot_mapping", self.slot_mapping)
         layout.fill(buffer, "logits_rows", self.logits_rows)
         layout.fill(buffer, "seq_lens", self.seq_lens)
         layout.fill(buffer, "cu_seqlens_q", self.cu_seqlens)
-        layout.fill(buffer, "block_tables", self.padded_tables(self.width))
+        layout.fill(buffer, "block_tables", self.padded_tables(width))
 
     def pad_decodes(self, batch_size: int) -> None:
         """Sequences of one token up to `batch_size`, which write to the null block and whose logits nobody reads."""

@@ -166,7 +166,9 @@ def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
     return None
 
 
-OpSpec = LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec
+OpSpec = (
+    LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec
+)
 
 
 class LinearKernel(Protocol):

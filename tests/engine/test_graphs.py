@@ -81,7 +81,7 @@ def test_a_captured_step_reads_the_same_memory_every_time() -> None:
     made.capture([2], lambda _: None)
     model.forward = noting  # type: ignore[method-assign]
     for _ in range(3):
-        made.execute(made._idle(1, 1.0))
+        made.execute(made._idle(1, 1))
     assert device.num_replayed == 3
     assert seen[0] == seen[1] == seen[2]
     assert torch.isfinite(made._kv[0].k).all()
@@ -90,6 +90,14 @@ def test_a_captured_step_reads_the_same_memory_every_time() -> None:
 def test_warming_up_meets_small_and_large_steps_and_keeps_nothing() -> None:
     made, model = runner(TwinDevice())
     before = [layer.k[1:].clone() for layer in made._kv]
+    sizes = []
+    forward = model.forward
+
+    def noting(batch):  # type: ignore[no-untyped-def]  # as forward
+        sizes.append((len(batch.input_ids), len(batch.seq_lens)))
+        return forward(batch)
+
+    model.forward = noting  # type: ignore[method-assign]
     made.warm_up()
-    assert model.num_forwards == 2 * 4  # 1, 4, 16, 64 tokens, greedy and drawn
+    assert sizes == [(1, 1), (4, 1), (4, 2), (16, 1), (16, 2), (16, 16), (64, 2), (64, 2), (64, 16), (1, 1)]
     assert all(torch.equal(layer.k[1:], old) for layer, old in zip(made._kv, before, strict=True))

@@ -188,8 +188,8 @@ def test_no_step_runs_for_a_token_beyond_the_length_limit() -> None:
     engine = roomy()
     engine.add(submit("r", [10, 11, 12], 4, ignore_eos=True))
     launched = []
-    launch = engine._launcher.launch
-    engine._launcher.launch = lambda schedule: (launched.append(schedule.num_tokens), launch(schedule))[1]  # type: ignore[method-assign,func-returns-value]
+    launch = engine.executor.launch
+    engine.executor.launch = lambda schedule: (launched.append(schedule.num_tokens), launch(schedule))[1]  # type: ignore[method-assign,func-returns-value]
     while engine.has_work:
         engine.step()
     assert launched == [3, 1, 1, 1]

@@ -129,7 +129,9 @@ class TritonMLA:
         if num_seqs == 0:
             return out
         head_groups = triton.cdiv(spec.num_heads, HEADS)
-        splits = self.splits(num_seqs * head_groups, block_tables.shape[1] * cache.shape[1], multiprocessors(out.device))
+        splits = self.splits(
+            num_seqs * head_groups, block_tables.shape[1] * cache.shape[1], multiprocessors(out.device)
+        )
         partials = partial_sums(num_seqs * spec.num_heads, splits, spec.kv_lora_rank, out)
         mla_decode_kernel[(num_seqs, head_groups, splits)](
             q_nope,

@@ -27,7 +27,10 @@ from nvfp4_runtime.kernels.triton.kv_format import KV_CODES, cache_arguments
 
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 64
-_DECODE_WAVES, _PREFILL_WAVES = 4, 2  # programs a multiprocessor should see; partial sums cost memory where rows are many
+_DECODE_WAVES, _PREFILL_WAVES = (
+    4,
+    2,
+)  # programs a multiprocessor should see; partial sums cost memory where rows are many
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,9 @@ class TritonPagedAttention:
         if spec.window is not None:
             most_keys = min(most_keys, spec.window + tokens + keys)
         programs = tiles * spec.num_kv_heads
-        wanted = triton.next_power_of_2(triton.cdiv((_DECODE_WAVES if decode else _PREFILL_WAVES) * processors, programs))
+        wanted = triton.next_power_of_2(
+            triton.cdiv((_DECODE_WAVES if decode else _PREFILL_WAVES) * processors, programs)
+        )
         useful = triton.next_power_of_2(triton.cdiv(most_keys, keys))
         return Tile(tokens, rows, keys, decode, tiles, min(wanted, useful, MOST_SPLITS))
 

@@ -154,7 +154,8 @@ def compilations() -> list[Compilation]:
         Compilation(
             name=name,
             kernel=rms_norm_kernel,
-            signature=signature | ({"out": "*u8", "scales": "*u8"} if quantize else {"out": "*bf16", "scales": "*bf16"})
+            signature=signature
+            | ({"out": "*u8", "scales": "*u8"} if quantize else {"out": "*bf16", "scales": "*bf16"})
             | {"input_scale": "*fp32"},
             constexprs={
                 "H": hidden,
@@ -169,5 +170,9 @@ def compilations() -> list[Compilation]:
             expect=("MUFU.RSQ",),
             unaligned=("rows",),
         )
-        for name, hidden, quantize in (("norm_4096", 4096, False), ("norm_576", 576, False), ("quantize_8192", 8192, True))
+        for name, hidden, quantize in (
+            ("norm_4096", 4096, False),
+            ("norm_576", 576, False),
+            ("quantize_8192", 8192, True),
+        )
     ]

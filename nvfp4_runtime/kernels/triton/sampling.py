@@ -79,9 +79,7 @@ class TritonSampler:
         """The tokens of `sample` alone."""
         return self.sample(logits, controls, edits)[0]
 
-    def sample(
-        self, logits: Tensor, controls: Controls | None, edits: RowEdits | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, controls: Controls | None, edits: RowEdits | None = None) -> tuple[Tensor, Tensor]:
         """Choose.
 
         logits    float32 [R, V]  not changed

@@ -20,7 +20,6 @@ UNIT_BITS = 44
 MOST_TOKENS = (1 << 19) - 1  # sums stay below 2^63
 
 
-
 @triton.jit
 def _key(x):
     """float32 as int32 that sort alike; -0 and 0 are one."""
