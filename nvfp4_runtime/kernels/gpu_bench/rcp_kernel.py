@@ -29,4 +29,5 @@ def reciprocal(x: Tensor) -> Tensor:
 def compilations() -> list[Compilation]:
     """What is compiled without a GPU."""
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
-    return [Compilation("rcp", rcp_kernel, signature, {"BLOCK": 1024}, expect=("rcp.approx.ftz.f32",))]
+    expect = ("rcp.approx.ftz.f32",)
+    return [Compilation("rcp", rcp_kernel, signature, {"BLOCK": 1024}, expect=expect, targets=(80, 90, 100, 120))]

@@ -17,15 +17,14 @@ INPUT_SCALE = 0.0017
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "groups", "bias", "num_sms"),
+    ("m", "n", "k", "groups", "bias", "num_sms", "out_dtype"),
     [
-        (1, 128, 128, None, False, 1),  # one program, one piece
-        (3, 200, 272, (72, 128), True, 1),  # rows, tokens and K beyond the tiles; two scales
-        (17, 144, 512, None, True, 4),  # more than 16 tokens, four pieces
-        (2, 16, 640, None, False, 2),  # pieces of unequal length
+        (1, 128, 128, None, False, 1, torch.bfloat16),  # one program, one piece
+        (3, 200, 272, (72, 128), True, 1, torch.float32),  # rows, tokens and K beyond the tiles; two scales
+        (17, 144, 512, None, True, 4, torch.bfloat16),  # more than 16 tokens, four pieces
+        (2, 16, 640, None, False, 2, torch.float32),  # pieces of unequal length
     ],
 )
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_result_is_the_exact_product_rounded_once(m, n, k, groups, bias, num_sms, out_dtype, place):
     weight = random_nvfp4(n, k, seed=n, groups=groups, bias=bias, input_scale=INPUT_SCALE)
     tile = INTERPRETED if place.emulated else TILES[capability(place.device)]

@@ -24,9 +24,16 @@ def test_one_sixth_is_the_codecs():
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "k_padded"), [(1, 16, 32), (3, 64, 64), (5, 272, 288), (66, 512, 512), (130, 96, 96)]
+    ("m", "k", "k_padded", "input_scale"),
+    [
+        (1, 16, 32, 0.0017),
+        (3, 64, 64, 2.0**-10),
+        (3, 64, 64, 0.3),
+        (5, 272, 288, 0.0017),
+        (66, 512, 512, 0.3),
+        (130, 96, 96, 0.0017),
+    ],
 )
-@pytest.mark.parametrize("input_scale", [0.0017, 2.0**-10, 0.3])
 def test_codes_and_scales_are_the_codecs_and_padding_is_zero(m, k, k_padded, input_scale, place):
     g = torch.Generator().manual_seed(m * k)
     x = (torch.randn(m, k, generator=g) * torch.exp(torch.randn(m, k, generator=g) * 2)).to(torch.bfloat16)

@@ -59,7 +59,7 @@ def test_every_kernel_is_checked_and_right():
     assert not wrong
     refused = {row["name"]: row["refused"] for row in rows if "refused" in row}
     assert not refused, "Triton runs all that the benchmark asks of it"
-    assert len(rows) > 25
+    assert len(rows) > 20
 
 
 def test_a_kernel_that_computes_something_else_is_told(monkeypatch):
@@ -69,6 +69,7 @@ def test_a_kernel_that_computes_something_else_is_told(monkeypatch):
     monkeypatch.setattr(wrong, "silu_mul", lambda spec: lambda x: x[:, : x.shape[1] // 2])
     monkeypatch.setattr(wrong, "name", "wrong", raising=False)
     monkeypatch.setattr(check, "tested", lambda setting: [wrong])
+    monkeypatch.setattr(check, "cases", check.plain_cases)
     check.measure(setting)
     assert [row["name"] for row in rows if row.get("ok") is False] == ["silu_mul"]
 
