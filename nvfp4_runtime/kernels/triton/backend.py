@@ -41,7 +41,8 @@ from nvfp4_runtime.nvfp4 import block_scales, fp8
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
-# What every kernel is compiled for in CI. A set, not a ladder: 12.0 lacks instructions that 10.0 has.
+# What kernels are compiled for in CI (compilation.TARGETS), and 8.6, which has 8.0's instructions and 8.9's shared
+# memory. A set, not a ladder: 12.0 lacks instructions that 10.0 has.
 CAPABILITIES = frozenset({(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)})
 NOT_INSTALLED = "triton is not installed: it comes with PyTorch's CUDA builds, or pip install 'triton>=3.6,<3.10'"
 NO_DEVICE = "no CUDA device"

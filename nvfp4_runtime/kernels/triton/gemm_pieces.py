@@ -125,7 +125,7 @@ def accumulate_four_bit(
     row = n % 64
     word_at = words + (panel * 1024 + row * 16)[:, None] + w[None, :]
     scale_at = scales + panel * 64 + row
-    for block in range(first, last):
+    for block in tl.range(first, last, loop_unroll_factor=2):  # half the barriers
         tile = tl.load(word_at + block * 1024)
         packed = tl.load(scale_at + block * 64)
         even = ((packed & 0x00FF00FF) << 4) + (BASE * 0x10001)  # scales 0 and 2 as two bfloat16

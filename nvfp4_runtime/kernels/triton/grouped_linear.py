@@ -149,7 +149,8 @@ class GroupedLinear:
         if self._quantize is not None:
             x = self._quantize.operand(x, offsets)
         w = self.experts
-        rows = row_tile(x.shape[0], self.num_experts)
+        wide = self.dtype == torch.float32  # see tuning.tiles
+        rows = 16 if wide else row_tile(x.shape[0], self.num_experts)
         bound = x.shape[0] // rows + min(self.num_experts, x.shape[0])
         grouped_gemm[(triton.cdiv(self.n, _COLUMNS), bound)](
             x,
@@ -176,8 +177,8 @@ class GroupedLinear:
             ROWS=rows,
             EXPERTS=triton.next_power_of_2(self.num_experts),
             EMULATED=emulated(),
-            num_warps=2 if rows < 64 else 4,
-            num_stages=4 if rows < 64 else 3,
+            num_warps=4 if wide or rows == 64 else 2,
+            num_stages=2 if wide else 3,
         )
         return out
 
@@ -202,7 +203,7 @@ def compilations() -> list[Compilation]:
             "ROWS": rows, "EXPERTS": 128, "EMULATED": False,
         } | constexprs  # fmt: skip
         return Compilation(
-            name, grouped_gemm, signature, all_constexprs, num_warps=2, num_stages=4, expect=("cp.async", "mma.sync"),
+            name, grouped_gemm, signature, all_constexprs, num_warps=2, num_stages=3, expect=("cp.async", "mma.sync"),
             forbid=("tf32",), unaligned=("tokens", "experts", "outputs", "panels", "blocks"), targets=(80, 90, 120),
         )  # fmt: skip
 

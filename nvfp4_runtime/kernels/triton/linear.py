@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from nvfp4_runtime.nvfp4.mx import MXFP4Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 _SUM_COLUMNS = 512  # outputs one block of add_splits makes
+WRITTEN_VALUES = 1 << 26  # of a weight written out at a time: 128 MiB of scratch, whatever the head's size
 
 
 def triton_linear(weight: Weight, spec: LinearSpec, scratch: Scratch) -> LinearKernel:
@@ -110,13 +112,16 @@ class PackedLinear:
         self._quantize = None
         if weight.input_scale is not None:
             self._quantize = ActivationQuantizer(weight.input_scale, spec.k, scratch.device)
+        self._float32 = self.dtype == torch.float32
         self._multiprocessors = multiprocessors(scratch.device)
+        self._rows_at_a_time = max(1, WRITTEN_VALUES // spec.k // layout.PANEL) * layout.PANEL
         self._fused_rows = FUSED_ROWS if weight.fp8_scales is None else None  # None: always
         self._ignored = torch.zeros((), dtype=torch.bfloat16, device=scratch.device)
         self._alphas = _group_alphas(weight)
-        scratch.reserve("splits", workspace_values(spec.n, spec.k, self._multiprocessors), torch.float32)
+        partial_sums = workspace_values(spec.n, spec.k, self._multiprocessors, self._float32)
+        scratch.reserve("splits", partial_sums, torch.float32)
         if self._fused_rows is not None:
-            scratch.reserve("weight", spec.n * spec.k, self.dtype)
+            scratch.reserve("weight", min(spec.n, self._rows_at_a_time) * spec.k, self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         check_rows(x, self.dtype, self.k)
@@ -131,9 +136,9 @@ class PackedLinear:
 
     def _decoded(self, x: Tensor, out: Tensor) -> None:
         w, m = self.weight, x.shape[0]
-        how = tiles(m, self.n, self.k, self._multiprocessors)
+        how = tiles(m, self.n, self.k, self._multiprocessors, self._float32)
         blocks = w.panels.blocks
-        splits = how.splits if m <= FUSED_ROWS else 1
+        splits = how.splits if m <= FUSED_ROWS else 1  # beyond, only FP8 with scales along K comes here: rows abound
         partial = self.scratch.view("splits", torch.float32, splits, m, self.n) if splits > 1 else out
         gemm[(triton.cdiv(self.n, how.columns), splits, triton.cdiv(m, how.rows))](
             x,
@@ -148,7 +153,7 @@ class PackedLinear:
             self.k,
             w.panels.words.shape[0],
             blocks,
-            triton.cdiv(blocks, splits),
+            how.blocks if splits > 1 else blocks,
             FORMAT=w.format,
             SCALE_BLOCKS=w.scale_blocks,
             BASE=w.panels.base,
@@ -181,13 +186,34 @@ class PackedLinear:
         )
 
     def _written_out(self, x: Tensor) -> Tensor:
+        out = torch.empty((x.shape[0], self.n), dtype=self.out_dtype, device=x.device)
+        # alpha meets cuBLAS's FP32 sums before their one rounding
+        by_alpha = bool(self._alphas) and x.dtype == out.dtype == torch.bfloat16 and self.weight.bias is None
+        sums = None if by_alpha else torch.empty(out.shape, dtype=torch.float32, device=x.device)
+        for start in range(0, self.n, self._rows_at_a_time):
+            operand = self._operand(start, min(start + self._rows_at_a_time, self.n))
+            if sums is not None:
+                sums[:, start : start + operand.shape[0]] = float32_sums(x, operand)
+                continue
+            for low, high, alpha in self._alphas:
+                low, high = max(low - start, 0), min(high - start, operand.shape[0])
+                if low < high:
+                    columns = out[:, start + low : start + high]
+                    torch.addmm(self._ignored, x, operand[low:high].t(), beta=0, alpha=alpha, out=columns)
+        if sums is not None:
+            self._finish(sums, 1, out)
+        return out
+
+    def _operand(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the weight in scratch, as the kernels multiply it; `start` begins a panel."""
         panels = self.weight.panels
-        operand = self.scratch.view("weight", self.dtype, self.n, self.k)
-        write_out[(panels.blocks, panels.words.shape[0])](
-            panels.words,
-            panels.scales,
+        operand = self.scratch.view("weight", self.dtype, stop - start, self.k)
+        first, last = start // layout.PANEL, triton.cdiv(stop, layout.PANEL)
+        write_out[(panels.blocks, last - first)](
+            panels.words[first:last],
+            None if panels.scales is None else panels.scales[first:last],
             operand,
-            self.n,
+            stop - start,
             self.k,
             panels.blocks,
             FORMAT=self.weight.format,
@@ -195,17 +221,7 @@ class PackedLinear:
             EVEN_K=self.k % layout.STEP == 0,
             EMULATED=emulated(),
         )
-        out = torch.empty((x.shape[0], self.n), dtype=self.out_dtype, device=x.device)
-        if self._alphas and x.dtype == out.dtype == torch.bfloat16 and self.weight.bias is None:
-            # alpha meets cuBLAS's FP32 sums before their one rounding
-            start = 0
-            for rows, alpha in zip(self.weight.group_rows, self._alphas, strict=True):
-                columns = out[:, start : start + rows]
-                torch.addmm(self._ignored, x, operand[start : start + rows].t(), beta=0, alpha=alpha, out=columns)
-                start += rows
-            return out
-        self._finish(float32_sums(x, operand), 1, out)
-        return out
+        return operand
 
 
 class DenseLinear:
@@ -249,9 +265,9 @@ def check_rows(x: Tensor, dtype: torch.dtype, k: int) -> None:
         raise KernelError(f"x: expected a contiguous {dtype} [M, {k}], found {x.dtype} {list(x.shape)}")
 
 
-def _group_alphas(weight: Packed) -> Sequence[float]:
-    """One multiplier per row group, as numbers of the host; empty where each row has its own."""
-    if not weight.group_rows or len(weight.group_rows) > 8:
+def _group_alphas(weight: Packed) -> Sequence[tuple[int, int, float]]:
+    """(first row, last row + 1, multiplier) of each row group, host numbers; empty where each row has its own."""
+    if len(weight.group_rows) > 8:
         return ()
-    starts = [sum(weight.group_rows[:i]) for i in range(len(weight.group_rows))]
-    return [float(weight.panels.row_scale[start]) for start in starts]
+    bounds = [0, *accumulate(weight.group_rows)]
+    return [(low, high, float(weight.panels.row_scale[low])) for low, high in pairwise(bounds) if low < high]

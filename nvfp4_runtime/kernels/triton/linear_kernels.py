@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
@@ -137,7 +139,7 @@ def _gemm(
         {"x": "*bf16", "out": "*bf16", **scales, **_POINTERS, **_SIZES},
         constexprs,
         num_warps=2 if narrow else 4,
-        num_stages=4 if narrow else 3,
+        num_stages=3,
         # words come sixteen bytes a lane, become pairs of bfloat16 by one mask and one multiplication, and meet x in
         # the tensor core without passing through shared memory again
         expect=("LDGSTS.E.BYPASS", "0x10", "fma.rn.bf16x2", "mma.sync" if narrow else "mma"),
@@ -156,6 +158,14 @@ def compilations() -> list[Compilation]:
         _gemm("mxfp4-32-odd-k", 32, 64, 1, _SOME, BASE=MXFP4_BASE, EVEN_K=False),
         _gemm("fp8-16-blocks", 16, 64, 1, _SOME, FORMAT=FP8.value, SCALE_BLOCKS=2),
         _gemm("fp8-64", 64, 128, 1, (90,), FORMAT=FP8.value),
+        replace(
+            _gemm("float32", 16, 64, 1, (90,)),
+            signature={"x": "*fp32", "out": "*fp32", "scales": "*i32", **_POINTERS, **_SIZES},
+            num_warps=4,
+            num_stages=2,
+            expect=("FFMA",),
+            forbid=("mma", "tf32"),
+        ),
         Compilation(
             "add_splits",
             add_splits,

@@ -8,8 +8,8 @@ without TRITON_INTERPRET. Results are never computed; a kernel that does not com
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nvfp4_runtime.kernels.ops import GroupedLinearSpec, LinearSpec
+from nvfp4_runtime.kernels.ops import (
+    ActivationSpec,
+    GroupedLinearSpec,
+    LinearSpec,
+    NormSpec,
+    PagedAttentionSpec,
+    RopeSpec,
+)
 from nvfp4_runtime.kernels.triton.grouped_linear import triton_grouped_linear
 from nvfp4_runtime.kernels.triton.linear import triton_linear
+from nvfp4_runtime.kernels.triton.paged_attention import TritonPagedAttention
+from nvfp4_runtime.kernels.triton.rms_norm import TritonRMSNorm
+from nvfp4_runtime.kernels.triton.rope_and_cache import TritonRope
+from nvfp4_runtime.kernels.triton.sampling import TritonSampler
 from nvfp4_runtime.kernels.triton.scratch import Scratch
+from nvfp4_runtime.kernels.triton.silu_mul import TritonSiluMul
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
-from tests.kernels.conftest import random_nvfp4, random_tensor
+from tests.kernels.conftest import Sequence, make_batch, random_cache, random_nvfp4, random_tensor
 
 K = 512
 
@@ -84,11 +96,28 @@ def experts(scratch: Scratch) -> None:
         assert triton_grouped_linear(weights, spec, scratch)(random_tensor(1, K, seed=1), offsets).shape == (1, 64)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def one_decode_step() -> None:
+    """One token of one sequence through what stands between the linears, FP8 cache, and a greedy choice."""
+    norm = TritonRMSNorm(NormSpec(K, "bfloat16", "bfloat16"))
+    norm(random_tensor(1, K, seed=1), random_tensor(1, K, seed=2), random_tensor(K, seed=3), 1e-5)
+    TritonSiluMul(ActivationSpec(K, "bfloat16", "bfloat16"))(random_tensor(1, 2 * K, seed=1))
+    kv = random_cache(8, 2, 16, 64, seed=1, dtype=torch.float8_e4m3fn)
+    batch = dataclasses.replace(make_batch([Sequence(40, 1)], 16, 8), max_query_len=1, max_seq_len=40)
+    angles = random_tensor(64, 32, seed=4, dtype=torch.float32)
+    rope = TritonRope(RopeSpec(4, 2, 64, 64, False, "fp8", "bfloat16"))
+    qkv = random_tensor(1, 8 * 64, seed=5)
+    q = rope(qkv, batch.positions, angles.cos(), angles.sin(), None, None, 1e-5, kv, batch.slot_mapping)
+    attention = TritonPagedAttention(PagedAttentionSpec(4, 2, 64, None, "fp8", "bfloat16", "bfloat16"))
+    assert attention(q, kv, batch, 0.125).shape == (1, 256)
+    TritonSampler()(random_tensor(1, 1000, seed=6, dtype=torch.float32), None)
+
+
+def main(argv: list[str] | None = None) -> int:
     names = never_launch(int((argv or sys.argv[1:])[0]))
     scratch = Scratch(torch.device("cpu"))
     linears(scratch)
     experts(scratch)
+    one_decode_step()
     print(" ".join(names))
     return 0
 

@@ -66,8 +66,9 @@ def test_kernels_compile_for_every_target(compiled: dict[str, Future[list[Result
 
 
 def test_the_layers_launch_what_compiles(launched: Future[str]) -> None:
-    names = launched.result()
-    assert set(names.split()) == {"gemm", "add_splits", "write_out", "quantize", "grouped_gemm"}, names
+    output = launched.result()
+    expected = {"gemm", "add_splits", "write_out", "quantize", "grouped_gemm", "rms_norm_kernel", "choose_kernel"}
+    assert expected <= set(output.split()), output
 
 
 def test_kernels_without_a_declaration_are_found() -> None:

@@ -11,14 +11,16 @@ SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 409
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("multiprocessors", [4, 108, 132, 188])
-def test_splits_cover_k_and_none_is_empty(n: int, k: int, multiprocessors: int) -> None:
+@pytest.mark.parametrize("float32", [False, True])
+def test_splits_cover_k_and_none_is_empty(n: int, k: int, multiprocessors: int, float32: bool) -> None:
     blocks = -(-k // 64)
     for m in range(1, FUSED_ROWS + 1):
-        how = tiles(m, n, k, multiprocessors)
-        each = -(-blocks // how.splits)
+        how = tiles(m, n, k, multiprocessors, float32)
+        each = how.blocks
+        assert each % 2 == 0
         assert how.splits >= 1
         assert (how.splits - 1) * each < blocks <= how.splits * each
-        assert how.splits == 1 or how.splits * m * n <= workspace_values(n, k, multiprocessors)
+        assert how.splits == 1 or how.splits * m * n <= workspace_values(n, k, multiprocessors, float32)
 
 
 def test_small_layers_are_split_so_that_every_multiprocessor_has_work() -> None:
