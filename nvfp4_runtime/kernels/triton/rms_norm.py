@@ -12,7 +12,7 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import NormSpec
 from nvfp4_runtime.kernels.triton.common import emulated, round_to
-from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized
+from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized, zero_padding
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -39,21 +39,25 @@ def rms_norm_kernel(
     (ROUND_BF16: in bfloat16). Programs past the last row zero the padding of the swizzled scales.
     """
     row = tl.program_id(0).to(tl.int64)
+    if SWIZZLED:
+        if row >= rows:
+            zero_padding(scales, row, 0, H, BLOCK)
+            return
     cols = tl.arange(0, BLOCK)
-    mask = cols < tl.where(row < rows, H, 0)
+    mask = cols < H
     v = tl.load(x + row * H + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         v += tl.load(residual + row * H + cols, mask=mask, other=0.0).to(tl.float32)
         total = round_to(v, residual.dtype.element_ty, EMULATED)
         tl.store(residual + row * H + cols, total, mask=mask)
         v = total.to(tl.float32)
-    w = tl.load(weight + cols, mask=cols < H, other=0.0).to(tl.float32)
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(v * v, axis=0) / H
     y = v * (tl.rsqrt(mean + eps)) * w
     if QUANTIZE:
         if ROUND_BF16:
             y = round_to(y, tl.bfloat16, EMULATED).to(tl.float32)
-        store_quantized(y, out, scales, input_scale, row, rows, 0, H, BLOCK, SWIZZLED)
+        store_quantized(y, out, scales, input_scale, row, 0, H, BLOCK, SWIZZLED)
     else:
         tl.store(out + row * H + cols, round_to(y, out.dtype.element_ty, EMULATED), mask=mask)
 
@@ -64,7 +68,7 @@ class TritonRMSNorm:
     def __init__(self, spec: NormSpec) -> None:
         self.hidden = spec.hidden
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        self._block = max(64, triton.next_power_of_2(spec.hidden))  # 64: see store_quantized
+        self._block = max(64, triton.next_power_of_2(spec.hidden))  # 64: see store_quantized, zero_padding
         self._warps = warps_for(self._block)
 
     def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -93,10 +93,10 @@ class TritonSampler:
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         if num_rows == 0:
             return tokens, tokens >= 0
-        tiles = triton.cdiv(vocab, TILE)
+        tile, tiles = _tiling(vocab)
         changed = edits.bias is not None or edits.allowed is not None
         edited = torch.empty_like(logits, dtype=torch.float32) if changed else logits
-        facts = _tile_facts(logits, edited, edits, tiles)
+        facts = _tile_facts(logits, edited, edits)
         drawn = tokens  # stands in for controls that are not read
         choose_kernel[(num_rows,)](
             edited,
@@ -106,7 +106,7 @@ class TritonSampler:
             VOCAB=vocab,
             TILES=tiles,
             TILES_WIDTH=triton.next_power_of_2(tiles),
-            TILE=TILE,
+            TILE=tile,
             GREEDY=controls is None,
             num_warps=8,
         )
@@ -123,8 +123,8 @@ class TritonSampler:
         totals, ranks = torch.empty((2, num_rows), dtype=torch.int64, device=logits.device).unbind()
         if num_rows == 0:
             return totals.double(), ranks
-        tiles = triton.cdiv(vocab, TILE)
-        largest, _, _ = _tile_facts(logits, logits, RowEdits(), tiles)
+        tile, tiles = _tiling(vocab)
+        largest, _, _ = _tile_facts(logits, logits, RowEdits())
         token_rank_kernel[(num_rows,)](
             logits,
             tokens,
@@ -134,7 +134,7 @@ class TritonSampler:
             VOCAB=vocab,
             TILES=tiles,
             TILES_WIDTH=triton.next_power_of_2(tiles),
-            TILE=TILE,
+            TILE=tile,
             num_warps=8,
         )
         value = logits.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1).double()
@@ -143,8 +143,15 @@ class TritonSampler:
         return torch.where(tokens >= 0, logprob, torch.nan), ranks + 1
 
 
-def _tile_facts(logits: Tensor, edited: Tensor, edits: RowEdits, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tiling(vocab: int) -> tuple[int, int]:
+    """Tokens of a tile, and tiles of a row."""
+    tile = min(TILE, triton.next_power_of_2(vocab))
+    return tile, triton.cdiv(vocab, tile)
+
+
+def _tile_facts(logits: Tensor, edited: Tensor, edits: RowEdits) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, vocab = logits.shape
+    tile, tiles = _tiling(vocab)
     largest = torch.empty((num_rows, tiles), dtype=torch.float32, device=logits.device)
     best, state = torch.empty((2, num_rows, tiles), dtype=torch.int32, device=logits.device).unbind()
     row_tiles_kernel[(num_rows, tiles)](
@@ -156,7 +163,7 @@ def _tile_facts(logits: Tensor, edited: Tensor, edits: RowEdits, tiles: int) -> 
         state,
         VOCAB=vocab,
         TILES=tiles,
-        TILE=TILE,
+        TILE=tile,
         BIAS=edits.bias is not None,
         ALLOWED=edits.allowed is not None,
         num_warps=4,

@@ -12,9 +12,9 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import ActivationSpec
 from nvfp4_runtime.kernels.triton.common import emulated, round_to
-from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized
+from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized, zero_padding
 
-_BLOCK = 1024  # columns of a program: a multiple of 64, see store_quantized
+_BLOCK = 1024  # columns of a program: a multiple of 64, see store_quantized, zero_padding
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -34,15 +34,19 @@ def silu_mul_kernel(
     """Program (t, b) does columns b * BLOCK .. of row t; see rms_norm_kernel for QUANTIZE and the rest."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
+    if SWIZZLED:
+        if row >= rows:
+            zero_padding(scales, row, start, WIDTH, BLOCK)
+            return
     cols = start + tl.arange(0, BLOCK)
-    mask = cols < tl.where(row < rows, WIDTH, 0)
+    mask = cols < WIDTH
     gate = tl.load(gate_up + row * (2 * WIDTH) + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
     y = gate / (1.0 + tl.exp(-gate)) * up
     if QUANTIZE:
         if ROUND_BF16:
             y = round_to(y, tl.bfloat16, EMULATED).to(tl.float32)
-        store_quantized(y, out, scales, input_scale, row, rows, start, WIDTH, BLOCK, SWIZZLED)
+        store_quantized(y, out, scales, input_scale, row, start, WIDTH, BLOCK, SWIZZLED)
     else:
         tl.store(out + row * WIDTH + cols, round_to(y, out.dtype.element_ty, EMULATED), mask=mask)
 

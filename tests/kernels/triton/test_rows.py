@@ -27,8 +27,7 @@ def device_of(backend: TritonBackend, *tensors: Tensor | None) -> list[Tensor | 
     return [None if t is None else t.to(backend.device) for t in tensors]
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("hidden", [48, 128, 576])
+@pytest.mark.parametrize(("rows", "hidden"), [(3, 48), (1, 576)])
 @pytest.mark.parametrize(("dtype", "out"), [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float32")])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_rms_norm_is_the_reference_s(triton_backend, rows, hidden, dtype, out, with_residual):
@@ -56,8 +55,7 @@ def test_rms_norm_of_nan_and_of_nothing(triton_backend):
         kernel(*device_of(triton_backend, x[:, :48].contiguous(), None, random_tensor(64, seed=2)), EPS)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("width", [40, 96, 1100])
+@pytest.mark.parametrize(("rows", "width"), [(3, 40), (1, 1100)])
 @pytest.mark.parametrize(("dtype", "out"), [("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_silu_mul_is_the_reference_s(triton_backend, rows, width, dtype, out):
     spec = ActivationSpec(width, dtype, out)
@@ -72,7 +70,7 @@ def unpacked(rows: QuantizedRows) -> Tensor:
 
 
 @pytest.mark.parametrize("swizzled", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 48), (130, 80), (2, 1104)])
+@pytest.mark.parametrize(("rows", "width"), [(3, 48), (2, 1040)])
 def test_silu_mul_quantize_is_the_codec_of_what_silu_mul_stores(triton_backend, swizzled, rows, width):
     x = random_tensor(rows, 2 * width, seed=rows) * 4
     x[0, :16] = 0  # a block of zeros
@@ -86,7 +84,7 @@ def test_silu_mul_quantize_is_the_codec_of_what_silu_mul_stores(triton_backend, 
 
 @pytest.mark.parametrize("swizzled", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 16), (3, 48), (5, 576)])
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 16), (3, 48)])
 def test_rms_norm_quantize_is_the_codec_of_what_the_norm_stores(triton_backend, swizzled, with_residual, rows, hidden):
     x, weight = random_tensor(rows, hidden, seed=rows) * 4, random_tensor(hidden, seed=9)
     residual = random_tensor(rows, hidden, seed=7) if with_residual else None
