@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from nvfp4_runtime.batch import KVLayer
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
 from nvfp4_runtime.config import Dtype, EngineConfig
 from nvfp4_runtime.engine.device import describe, resolve_device
-from nvfp4_runtime.engine.device_runner import DeviceRunner
 from nvfp4_runtime.engine.engine import Engine
-from nvfp4_runtime.engine.gpu import Gpu, decode_sizes, device_sampler, measure
 from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
-from nvfp4_runtime.engine.overlap import OverlappedEngine
+from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
 from nvfp4_runtime.engine.plan import (
     check_limits,
     context_limit,
     fit_max_model_len,
     plan_blocks,
-    plan_gpu_blocks,
     resolve_max_model_len,
 )
 from nvfp4_runtime.engine.runner import ModelRunner
@@ -47,42 +42,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ProgressCallback = Callable[[str, float], None]
-
-
-class Phases:
-    """Seconds by phase of start-up, reported as they pass."""
-
-    def __init__(self, progress: ProgressCallback | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[float], None]]:
-        """Times what happens inside, which may report how far it is, 0 to 1."""
-
-        def report(fraction: float) -> None:
-            if self._progress is not None:
-                self._progress(name, fraction)
-
-        report(0.0)
-        started = time.perf_counter()
-        yield report
-        self.seconds[name] = time.perf_counter() - started
-        report(1.0)
-
-    def carve(self, name: str, seconds: float, out_of: str) -> None:
-        """Part of what `out_of` took was a phase of its own."""
-        self.seconds[out_of] -= seconds
-        self.seconds[name] = seconds
-
 
 def build_engine(config: EngineConfig, progress: ProgressCallback | None = None) -> Engine:
     """Load `config.model` and everything around it. Raises ConfigError, CheckpointError, KernelError."""
     check_limits(config)
     phases = Phases(progress)
     device = resolve_device(config.device, config.backend)
-    gpu = Gpu(device) if device.type == "cuda" else None
+    gpu = None
+    if device.type == "cuda":
+        from nvfp4_runtime.engine.gpu import Gpu  # here, so that a start on a CPU does not pay for it
+
+        gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
     max_len = resolve_max_model_len(config.scheduler, context_limit(parse_model_config(checkpoint.raw_config)))
@@ -97,13 +67,12 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     if num_uploaded:
         phases.carve("upload", upload_seconds, out_of="weights")
     _warn_of_missing_scales(model)
-    runner, num_blocks, max_len = (
-        _on_cpu(config, model, max_len, phases)
-        if gpu is None
-        else _on_gpu(config, model, max_len, phases, kernels, gpu)
-    )
+    if gpu is None:
+        placed = _on_cpu(config, model, max_len, phases)
+    else:
+        placed = gpu.place(config, model, max_len, phases, kernels)
     scheduler = Scheduler(
-        config.scheduler, BlockPool(num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
+        config.scheduler, BlockPool(placed.num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
     )
     numerics, numerics_reason = _numerics(kernels)
     if config.numerics not in ("auto", numerics):
@@ -116,14 +85,14 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         model=config.model,
         architecture=model.config.architecture,
         vocab_size=model.config.vocab_size,
-        max_model_len=max_len,
+        max_model_len=placed.max_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         block_size=config.cache.block_size,
-        num_blocks=num_blocks,
+        num_blocks=placed.num_blocks,
         kv_dtype=model.kv_dtype,
-        kv_bytes=num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
+        kv_bytes=placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
         dtype=kernels.dtype,
         numerics=numerics,
         numerics_reason=numerics_reason,
@@ -135,13 +104,10 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         enable_prefix_caching=config.cache.enable_prefix_caching,
         device=describe(device),
     )
-    if isinstance(runner, DeviceRunner):
-        return OverlappedEngine(scheduler, runner, info, config.seed)
-    return Engine(scheduler, runner, info, config.seed)
+    return placed.make(scheduler=scheduler, info=info, seed=config.seed)
 
 
-def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) -> tuple[ModelRunner, int, int]:
-    """The runner, the number of KV blocks, and the longest sequence these hold."""
+def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) -> Placement:
     with phases.phase("kv_cache"):
         block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
@@ -150,36 +116,7 @@ def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) 
     runner = ModelRunner(model, kv, BatchSampler())
     with phases.phase("warm_up"):
         runner.warm_up()
-    return runner, num_blocks, max_len
-
-
-def _on_gpu(
-    config: EngineConfig, model: Decoder, max_len: int, phases: Phases, kernels: Kernels, gpu: Gpu
-) -> tuple[DeviceRunner, int, int]:
-    """The same on a GPU: warmed up and measured over two blocks first, since the cache gets what is left."""
-    sampler, sizes = device_sampler(kernels, model.config.vocab_size), decode_sizes(config, kernels)
-    block_size = config.cache.block_size
-
-    def cache(num_blocks: int) -> tuple[KVLayer, ...]:
-        return allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, gpu.device)
-
-    with phases.phase("warm_up"):
-        kv = cache(2)
-        measured = measure(
-            lambda: gpu.runner(config, model, kv, sampler, max_len, model.config.vocab_size),
-            sizes,
-            gpu.memory,
-            gpu.free,
-        )
-    with phases.phase("kv_cache"):
-        block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, block_size)
-        num_blocks = plan_gpu_blocks(config.cache, measured, block_bytes)
-        max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, block_size)
-        runner = gpu.runner(config, model, cache(num_blocks), sampler, max_len, model.config.vocab_size)
-    if sizes:
-        with phases.phase("capture") as report:
-            runner.capture(sizes, report)
-    return runner, num_blocks, max_len
+    return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner))
 
 
 def _warn_of_missing_scales(model: Decoder) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from nvfp4_runtime.batch import KVLayer
+from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
 from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.engine.device import CudaDevice, Device
 from nvfp4_runtime.engine.device_runner import Capacity, DeviceRunner
 from nvfp4_runtime.engine.graphs import capture_sizes
-from nvfp4_runtime.engine.plan import GpuBytes
-from nvfp4_runtime.engine.runner import Model
+from nvfp4_runtime.engine.overlap import OverlappedEngine
+from nvfp4_runtime.engine.phases import Phases, Placement
+from nvfp4_runtime.engine.plan import GpuBytes, fit_max_model_len, plan_gpu_blocks
 from nvfp4_runtime.kernels.registry import Choice, Kernels
 from nvfp4_runtime.sampling.on_device import DeviceSampler, TorchSampler
 from nvfp4_runtime.sampling.sampler import BatchSampler
+
+if TYPE_CHECKING:
+    from nvfp4_runtime.models.llama import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -132,15 +137,24 @@ class Gpu:
         """Where one runner's steps go, in order; its graphs share their memory with no other's."""
         return CudaDevice(self.device)
 
-    def runner(
-        self,
-        config: EngineConfig,
-        model: Model,
-        kv: tuple[KVLayer, ...],
-        sampler: DeviceSampler,
-        max_len: int,
-        vocab_size: int,
-    ) -> DeviceRunner:
-        """A runner with memory of its own for steps up to the limits."""
-        capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), max_len, vocab_size)
-        return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity)
+    def place(self, config: EngineConfig, model: Decoder, max_len: int, phases: Phases, kernels: Kernels) -> Placement:
+        """Warm up and measure over two blocks, give the cache what is left, capture the decode steps."""
+        vocab_size, block_size = model.config.vocab_size, config.cache.block_size
+        sampler, sizes = device_sampler(kernels, vocab_size), decode_sizes(config, kernels)
+
+        def runner(num_blocks: int, longest: int) -> DeviceRunner:
+            kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, self.device)
+            capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), longest, vocab_size)
+            return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity)
+
+        with phases.phase("warm_up"):
+            measured = measure(lambda: runner(2, max_len), sizes, self.memory, self.free)
+        with phases.phase("kv_cache"):
+            block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, block_size)
+            num_blocks = plan_gpu_blocks(config.cache, measured, block_bytes)
+            max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, block_size)
+            executor = runner(num_blocks, max_len)
+        if sizes:
+            with phases.phase("capture") as report:
+                executor.capture(sizes, report)
+        return Placement(num_blocks, max_len, functools.partial(OverlappedEngine, executor=executor))

@@ -13,11 +13,11 @@ from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from nvfp4_runtime.engine import build
-from nvfp4_runtime.engine.build import Phases, build_engine
+from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.device import Device
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.gpu import Gpu
-from nvfp4_runtime.engine.overlap import OverlappedEngine
+from nvfp4_runtime.engine.phases import Phases
 from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
@@ -55,18 +55,18 @@ class TwinGpu(Gpu):
 
 def on_twin(
     config: EngineConfig, plain: Engine, lag: str = "random"
-) -> tuple[OverlappedEngine, TwinGpu, Kernels, Phases, list[tuple[str, float]]]:
+) -> tuple[Engine, TwinGpu, Kernels, Phases, list[tuple[str, float]]]:
     """`config` as build_engine would start it on a GPU, and what start-up left behind."""
     checkpoint = Checkpoint.open(config.model)
     kernels = Kernels(available_backends("auto", config.threads), build._resolve_dtype(config, checkpoint.raw_config))
     model = load_model(checkpoint, kernels, config.cache.kv_dtype, plain.info.max_model_len)
     progress: list[tuple[str, float]] = []
     phases, gpu = Phases(lambda name, fraction: progress.append((name, fraction))), TwinGpu(lag)
-    runner, num_blocks, max_len = build._on_gpu(config, model, plain.info.max_model_len, phases, kernels, gpu)
-    assert (num_blocks, max_len) == (plain.info.num_blocks, plain.info.max_model_len)
+    placed = gpu.place(config, model, plain.info.max_model_len, phases, kernels)
+    assert (placed.num_blocks, placed.max_len) == (plain.info.num_blocks, plain.info.max_model_len)
     old = plain.scheduler
-    scheduler = Scheduler(old.config, type(old.pool)(num_blocks), old.block_size, old.enable_prefix_caching)
-    return OverlappedEngine(scheduler, runner, plain.info), gpu, kernels, phases, progress
+    scheduler = Scheduler(old.config, type(old.pool)(placed.num_blocks), old.block_size, old.enable_prefix_caching)
+    return placed.make(scheduler=scheduler, info=plain.info), gpu, kernels, phases, progress
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
