@@ -11,6 +11,9 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.blackwell import capability
 from nvfp4_runtime.kernels.blackwell.backend import BlackwellBackend
 from nvfp4_runtime.kernels.ops import LinearSpec, NormSpec
+from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+from nvfp4_runtime.kernels.registry import PREFERENCE, Kernels
+from tests.kernels.conftest import random_nvfp4
 
 SPEC = LinearSpec(64, 64, "nvfp4", "w4a4", "bfloat16", "bfloat16")
 
@@ -88,3 +91,34 @@ def test_a_machine_whose_product_fails_is_refused(machine, monkeypatch):
     backend = BlackwellBackend(torch.device("cuda"))
     assert backend.refuses(SPEC) == "wrong at M=128"
     assert backend.describe() == {"status": "wrong at M=128"}
+
+
+@pytest.fixture
+def accepting(machine, monkeypatch: pytest.MonkeyPatch) -> BlackwellBackend:
+    """The backend on a machine that passed the probe; its linears are made up."""
+    machine((10, 0))
+    monkeypatch.setattr("nvfp4_runtime.kernels.blackwell.probe.check", lambda make, m, device: None)
+    monkeypatch.setattr(BlackwellBackend, "_make", lambda self, weight, few, spec=None: "a layer")
+    return BlackwellBackend(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("numerics", "input_scale", "chosen"),
+    [
+        ("w4a4", 0.01, "blackwell"),
+        ("w4a16", 0.01, "reference"),
+        ("auto", 0.01, "reference"),
+        ("auto", None, "reference"),
+    ],
+)
+def test_layers_go_to_it_when_w4a4_is_asked_for(accepting, numerics, input_scale, chosen):
+    kernels = Kernels([accepting, ReferenceBackend()], "bfloat16", numerics, "bfloat16")
+    kernels.linear("qkv_proj", random_nvfp4(64, 64, seed=0, input_scale=input_scale))
+    kernels.rms_norm(64)
+    assert [choice.backend for choice in kernels.choices] == [chosen, "reference"]
+    assert kernels.choices[0].numerics == ("w4a4" if numerics == "w4a4" else "w4a16")
+    assert chosen == "blackwell" or "blackwell: multiplies NVFP4 by NVFP4 (w4a4) only" in kernels.choices[0].reason
+
+
+def test_it_is_asked_before_triton_on_a_gpu():
+    assert PREFERENCE["cuda"] == ("blackwell", "triton", "reference")
