@@ -77,7 +77,7 @@ bench-cpu: install
 SCRATCH ?= $(HOME)/.cache/nvfp4/bench-gpu
 
 bench-gpu: install
-	$(BIN)/python -m loadtest.bench_gpu --scratch $(SCRATCH) --json bench-gpu.json $(BENCH)
+	$(BIN)/python -m loadtest.bench_gpu --scratch $(SCRATCH) --json build/bench-gpu.json $(BENCH)
 
 # Seconds from exec to the first token of a synthetic 1.2B NVFP4 checkpoint, by phase, and memory. BENCH: more flags.
 bench-load: install

@@ -1,6 +1,6 @@
 """One GPU's limits, kernels and engine, measured in one call: `make bench-gpu`.
 
-    rcp          what rcp.approx returns, bit by bit (kept as FOLDER/rcp.bin)
+    rcp          what rcp.approx returns, bit by bit (kept as rcp.bin beside the JSON file)
     limits       copy and read bandwidth, BF16 rate, launch gap: what the figures below are shares of
     check        every kernel of every backend against the reference
     linear       NVFP4 linears at Llama-3.1-8B's shapes, M = 1 to 2048, weights cold, beside cuBLAS BF16
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--scratch", type=Path, required=True, help="for the model's folders, 22 GB")
-    parser.add_argument("--json", type=Path, default=Path("bench-gpu.json"))
+    parser.add_argument("--json", type=Path, default=Path("build/bench-gpu.json"))
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for everything")
     parser.add_argument("--seconds", type=float, default=0.05, help="of timing per case")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: proves that it runs")

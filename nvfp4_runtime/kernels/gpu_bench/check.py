@@ -21,6 +21,7 @@ from nvfp4_runtime.kernels.ops import (
     Backend,
     GroupedLinearSpec,
     LinearSpec,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -75,6 +76,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield from _linears(setting)
     yield from plain_cases(setting)
     yield from _attention(setting)
+    yield _mla(setting)
 
 
 def _linears(setting: Setting) -> Iterator[Case]:
@@ -160,3 +162,20 @@ def _attention(setting: Setting) -> Iterator[Case]:
                     return backend.paged_attention(spec)(q[:rows], kv, one, head_dim**-0.5)
 
                 yield Case(f"paged_attention {kv_dtype} window={window} {name}", spec, attend)
+
+
+def _mla(setting: Setting) -> Case:
+    """DeepSeek's latent attention, one step of a few sequences."""
+    device = setting.place
+    heads, rank, rope = (4, 32, 16) if setting.tiny else (16, 512, 64)
+    lengths = [5, 20] if setting.tiny else [1000, 77, 2500]
+    batch, num_blocks = made.batch(lengths, [1] * len(lengths), device)
+    cache = made.activations(num_blocks, made.BLOCK_SIZE, rank + rope, seed=12, device=device)
+    q_nope = made.activations(len(lengths), heads, rank, seed=13, device=device)
+    q_rope = made.activations(len(lengths), heads, rope, seed=14, device=device)
+    spec, scale = MLASpec(heads, rank, rope, "bfloat16", "bfloat16"), (rank + rope) ** -0.5
+    return Case(
+        "mla_decode",
+        spec,
+        lambda backend: backend.mla_decode(spec)(q_nope, q_rope, cache, batch.block_tables, batch.seq_lens, scale),
+    )
