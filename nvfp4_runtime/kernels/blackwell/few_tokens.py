@@ -22,6 +22,7 @@ from nvfp4_runtime.kernels.triton.common import dot, e2m1_to_float, e4m3_to_floa
 
 MAX_TOKENS = 64
 FP4_INSTRUCTION = {10: "UTCOMMA", 12: "OMMA.SF"}  # in the machine code of 10.x and 12.x
+WIDE_LOAD = "LDGSTS.E.BYPASS.128"  # 16 bytes to shared memory, past registers and the first cache
 _PROGRAMS_PER_SM = 2  # programs wanted per multiprocessor: their loads overlap
 
 
@@ -34,7 +35,7 @@ def few_tokens_kernel(
     sums_ptr,
     m,
     n,
-    k,
+    half,
     tiles_per_row,
     STEPS: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
@@ -42,16 +43,16 @@ def few_tokens_kernel(
     BLOCK_K: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Sums of code * scale over one piece of K: WEIGHT_ROWS outputs of TOKENS tokens.
+    """Sums of code * scale over one piece of K: WEIGHT_ROWS (128) outputs of TOKENS tokens.
 
-    w_ptr         uint8 [n, k / 2]; w_scales_ptr its swizzled scales
-    x_ptr         uint8 [m, k / 2]; x_scales_ptr its swizzled scales
+    half          bytes of a row, K / 2: a multiple of 16, so that 16 bytes are loaded at once
+    w_ptr         uint8 [n, half]; w_scales_ptr its swizzled scales
+    x_ptr         uint8 [m, half]; x_scales_ptr its swizzled scales
     sums_ptr      fp32 [pieces, m, n]
     grid          outputs, tokens, pieces of K; each piece is STEPS * BLOCK_K long
     """
     row = tl.program_id(0) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    half = k // 2
     row64 = row.to(tl.int64)
     sums = tl.zeros([WEIGHT_ROWS, TOKENS], dtype=tl.float32)
     for step in range(STEPS):
@@ -62,10 +63,7 @@ def few_tokens_kernel(
         w = tl.load(w_ptr + row64[:, None] * half + byte[None, :], mask=w_inside, other=0)
         x_inside = (byte < half)[:, None] & (token < m)[None, :]
         x = tl.load(x_ptr + token[None, :] * half + byte[:, None], mask=x_inside, other=0)
-        w_block = (row < n)[:, None] & (block < half // 8)[None, :]
-        w_scales = tl.load(
-            w_scales_ptr + swizzled(row64[:, None], block[None, :], tiles_per_row), mask=w_block, other=0
-        )
+        w_scales = _scales_of_128_rows(w_scales_ptr, tl.program_id(0), start // 64, tiles_per_row, BLOCK_K)
         x_block = (token < m)[:, None] & (block < half // 8)[None, :]
         x_scales = tl.load(
             x_scales_ptr + swizzled(token[:, None], block[None, :], tiles_per_row), mask=x_block, other=0
@@ -82,6 +80,20 @@ def few_tokens_kernel(
             sums = tl.dot_scaled(w, w_e4m3, "e2m1", x, x_e4m3, "e2m1", sums)
     at = (tl.program_id(2).to(tl.int64) * m + token[None, :]) * n + row[:, None]
     tl.store(sums_ptr + at, sums, mask=(row < n)[:, None] & (token < m)[None, :])
+
+
+@triton.jit
+def _scales_of_128_rows(scales_ptr, tile_row, first, tiles_per_row, BLOCK_K: tl.constexpr):
+    """Swizzled scales of a whole row of tiles, bytes [128, BLOCK_K / 16]: read as they lie, then put in order.
+
+    first  the tile, of 4 scales a row, to begin with; those beyond the row's last are zero
+    """
+    TILES: tl.constexpr = BLOCK_K // 64
+    at = tl.arange(0, TILES * 512)
+    tiles = tile_row.to(tl.int64) * tiles_per_row + first
+    found = tl.load(scales_ptr + tiles * 512 + at, mask=first + at // 512 < tiles_per_row, other=0)
+    found = tl.permute(tl.reshape(found, [TILES, 32, 4, 4]), (2, 1, 0, 3))
+    return tl.reshape(found, [128, TILES * 4])
 
 
 @triton.jit
@@ -166,7 +178,7 @@ class FewTokens:
             sums,
             m,
             self.n,
-            self.k,
+            self.k // 2,
             triton.cdiv(self.k // 16, 4),
             STEPS=self.steps,
             WEIGHT_ROWS=self._tile.weight_rows,
@@ -197,7 +209,7 @@ def compilations() -> list[Compilation]:
     """What is compiled without a GPU: the product must be the FP4 instruction of each machine, not a fallback."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     signature = {"w_ptr": "*u8", "w_scales_ptr": "*u8", "x_ptr": "*u8", "x_scales_ptr": "*u8", "sums_ptr": "*fp32"}
-    signature |= {"m": "i32", "n": "i32", "k": "i32", "tiles_per_row": "i32"}
+    signature |= {"m": "i32", "n": "i32", "half": "i32", "tiles_per_row": "i32"}
     found = []
     for target, tile in TILES.items():
         if version < tile.least_triton:
@@ -213,7 +225,7 @@ def compilations() -> list[Compilation]:
                     num_warps=tile.num_warps,
                     num_stages=tile.num_stages,
                     expect=("kind::mxf4nvf4",),
-                    expect_on={t: (FP4_INSTRUCTION[t // 10],) for t in READABLE},
+                    expect_on={t: (FP4_INSTRUCTION[t // 10], WIDE_LOAD) for t in READABLE},
                     targets=(target,),
                     unaligned=("m", "tiles_per_row"),
                 )
