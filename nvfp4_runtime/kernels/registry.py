@@ -41,7 +41,7 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 logger = logging.getLogger(__name__)
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("blackwell", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 def choose(spec: OpSpec, backends: Sequence[Backend]) -> tuple[Backend, dict[str, str]]:
@@ -61,11 +61,13 @@ def available_backends(
 
     Asking for one by name gives a list of one: it runs there, or ConfigError says why it cannot.
     """
+    from nvfp4_runtime.kernels.blackwell.backend import BlackwellBackend
     from nvfp4_runtime.kernels.cpu.backend import CPUBackend
     from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
     from nvfp4_runtime.kernels.triton.backend import TritonBackend
 
     makers: dict[str, Callable[[], Backend]] = {
+        "blackwell": BlackwellBackend,
         "triton": TritonBackend,
         "cpu": lambda: CPUBackend(threads=threads),
         "reference": lambda: ReferenceBackend(threads, torch.device(device)),
@@ -75,7 +77,7 @@ def available_backends(
     if name not in makers:
         raise ConfigError(f"unknown backend {name!r}; expected one of auto, {', '.join(makers)}", "--backend")
     backend = makers[name]()
-    if isinstance(backend, CPUBackend | TritonBackend) and backend.missing is not None:
+    if isinstance(backend, CPUBackend | TritonBackend | BlackwellBackend) and backend.missing is not None:
         raise ConfigError(f"the {name} backend was asked for: {backend.missing}", "--backend")
     return [backend]
 

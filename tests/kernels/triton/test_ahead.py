@@ -18,7 +18,7 @@ KERNELS = REPOSITORY / "nvfp4_runtime" / "kernels"
 SHARED_PIECES = {"common.py", "gemm_pieces.py", "kv_format.py", "numbers.py", "quantized_rows.py"}  # never launched
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-    for room in ("triton", "blackwell")
+    for room in ("triton", "blackwell", "gpu_bench")
     for path in (KERNELS / room).glob("*.py")
     if "def compilations(" in path.read_text(encoding="utf-8")
 )
@@ -72,7 +72,7 @@ def test_the_layers_launch_what_compiles(launched: Future[str]) -> None:
 
 
 def test_kernels_without_a_declaration_are_found() -> None:
-    kernels = {path for room in ("triton", "blackwell") for path in (KERNELS / room).glob("*.py")}
+    kernels = {path for room in ("triton", "blackwell", "gpu_bench") for path in (KERNELS / room).glob("*.py")}
     undeclared = [
         path.name
         for path in sorted(kernels)
