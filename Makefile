@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality bench-http \
-	bench-structured
+.PHONY: install serve test test-gpu test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
+	bench-quality bench-http bench-structured
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -27,6 +27,10 @@ serve: install
 # PYTEST: more flags, such as --require-backend cpu, which turns a skip for want of the extension into a failure.
 test: install
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The tests that need a GPU, on this machine's. A skip for want of one is a failure. On Blackwell: PYTEST="--require-backend blackwell".
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu --require-backend triton $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .
@@ -68,6 +72,13 @@ bench-engine: install
 # BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.
 bench-cpu: install
 	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
+
+# One NVIDIA GPU in one call of under 8 minutes: limits, correctness, kernels, engine, targets (docs/gpu.md). Writes two models
+# (22 GB) into SCRATCH once. BENCH: more flags, such as --only limits linear, or --rehearse on a machine without a GPU.
+SCRATCH ?= $(HOME)/.cache/nvfp4/bench-gpu
+
+bench-gpu: install
+	$(BIN)/python -m loadtest.bench_gpu --scratch $(SCRATCH) --json build/bench-gpu.json $(BENCH)
 
 # Seconds from exec to the first token of a synthetic 1.2B NVFP4 checkpoint, by phase, and memory. BENCH: more flags.
 bench-load: install

@@ -55,7 +55,7 @@ class LLM:
 
     >>> LLM("path/to/checkpoint").generate(["The capital of France is"], SamplingParams(temperature=0.0))[0].text
 
-    Keyword arguments are EngineConfig's (`numerics`, `dtype`, `lm_head_dtype`, `backend`, `threads`, `seed`),
+    Keyword arguments are EngineConfig's (`numerics`, `dtype`, `lm_head_dtype`, `device`, `backend`, `threads`, `seed`),
     CacheConfig's and SchedulerConfig's. Raises ConfigError, CheckpointError, KernelError while loading.
     """
 

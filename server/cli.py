@@ -90,7 +90,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="quantise a plain head at load, for speed; auto keeps what is stored",
     )
-    add("--backend", default="auto", help="auto, cpu or reference: asking for one runs there or fails")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
+    add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
+    add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")
     add("--threads", type=int, help="compute threads (default: the machine's cores)")
     add("--max-model-len", type=int, help="tokens of prompt and answer together (default: the model's)")
     add("--max-num-seqs", type=int, default=64, help="requests in one step (default: %(default)s)")
@@ -109,6 +111,13 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_bytes,
         metavar="SIZE",
         help="for the KV cache, as 2GiB (default: by free memory)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of a GPU's whole memory, for weights, steps and KV cache together (default: %(default)s)",
     )
     add("--num-kv-blocks", type=int, help="blocks of the KV cache, instead of a size")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew")

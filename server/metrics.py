@@ -160,7 +160,13 @@ class Metrics:
         self._info(
             "nvfp4_numerics_info",
             "Which arithmetic runs, and why.",
-            {"numerics": info.numerics, "reason": info.numerics_reason, "dtype": info.dtype, "kv_dtype": info.kv_dtype},
+            {
+                "numerics": info.numerics,
+                "reason": info.numerics_reason,
+                "dtype": info.dtype,
+                "kv_dtype": info.kv_dtype,
+                "device": info.device,
+            },
         )
         layers = Gauge(
             "nvfp4_layer_kernel_info",

@@ -109,7 +109,9 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         dtype=args.dtype,
         numerics=args.numerics,
         lm_head_dtype=args.lm_head_dtype,
+        device=args.device,
         backend=args.backend,
+        cuda_graphs=not args.no_cuda_graphs,
         threads=args.threads,
         seed=args.seed,
         cache=CacheConfig(
@@ -117,6 +119,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             memory_bytes=args.kv_cache_memory,
             kv_dtype=args.kv_cache_dtype,
             enable_prefix_caching=not args.no_prefix_caching,
+            gpu_memory_utilization=args.gpu_memory_utilization,
         ),
         scheduler=SchedulerConfig(
             max_num_seqs=args.max_num_seqs,

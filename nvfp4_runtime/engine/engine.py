@@ -116,15 +116,19 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> tuple[list[TokenOutput], StepStats]:
-        """Schedule, run and sample, commit."""
+        """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
-        schedule = self.scheduler.schedule()
-        results = self.executor.execute(schedule)
-        outputs = self.scheduler.commit(schedule, results)
+        outputs, num_prompt_tokens = self._turn()
         stats = self.scheduler.stats()
         self._num_steps += 1
         stats.num_steps = self._num_steps
         stats.step_seconds = time.perf_counter() - started
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
-        stats.step_prompt_tokens = schedule.num_prompt_tokens
+        stats.step_prompt_tokens = num_prompt_tokens
         return outputs, stats
+
+    def _turn(self) -> tuple[list[TokenOutput], int]:
+        """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
+        schedule = self.scheduler.schedule()
+        results = self.executor.execute(schedule)
+        return self.scheduler.commit(schedule, results), schedule.num_prompt_tokens

@@ -160,6 +160,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     startup_seconds: dict[str, float]
     backends: dict[str, dict[str, str]]
     enable_prefix_caching: bool
+    device: str = "cpu"
     pid: int = 0
 
 

@@ -27,13 +27,16 @@ class Status(Enum):
 class Request:
     """One sequence: its tokens, how far they are computed, and the blocks that hold their KV.
 
-    tokens               prompt and output together; `num_computed` of them have KV in `block_ids`
+    tokens               prompt and output together, as far as they are known
+    num_pending          tokens that scheduled steps will sample and nobody has read yet; they count in `num_tokens`
+    num_computed         tokens whose KV is in `block_ids` once every scheduled step has run
     block_hashes         chained hashes of the full blocks of `tokens`, as far as they were needed
     num_published        how many blocks this request has made findable
     num_cached_tokens    prompt tokens whose KV was found, at first admission; -1 before it
     num_scored           prompt positions whose logprobs were sent (prompt_logprobs only)
     arrival              position in the order of arrival, given by the scheduler
     hidden_sum           pooling only: the sum of the hidden states that are pooled, as far as they are computed
+    epoch                how often its blocks were given back: a step scheduled before that is not its any more
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class Request:
         self.pooling = submit.pooling
         self.hidden_sum: FloatRow | None = None
         self.arrival = 0
+        self.num_pending = 0
         self.num_computed = 0
+        self.epoch = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_published = 0
@@ -95,7 +100,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def ends_with_pending(self) -> bool:
+        """The token on its way is the last there is room for: nothing is left to compute."""
+        return self.num_pending > 0 and len(self.output_token_ids) + self.num_pending >= self.max_output_tokens
 
     def append(self, token_id: int) -> None:
         self.tokens.append(token_id)

@@ -27,15 +27,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """`count` tokens of `request` from `start` on. `samples`: the step reaches its last token and yields the next."""
+    """`count` tokens of `request` from `start` on.
+
+    samples  the step reaches the request's last token and yields the next
+    epoch    the request's, when this was scheduled
+    """
 
     request: Request
     start: int
     count: int
+    samples: bool = False
+    epoch: int = 0
 
     @property
-    def samples(self) -> bool:
-        return self.start + self.count == self.request.num_tokens
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def is_stale(self) -> bool:
+        """The request has ended or was preempted since."""
+        return self.epoch != self.request.epoch
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Schedule:
     @property
     def num_prompt_tokens(self) -> int:
         """Prompt tokens among them (a preempted request's outputs, recomputed, do not count)."""
-        return sum(max(0, min(e.start + e.count, e.request.num_prompt_tokens) - e.start) for e in self.entries)
+        return sum(max(0, min(e.stop, e.request.num_prompt_tokens) - e.start) for e in self.entries)
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,15 @@ class StepResult:
     finite: bool = True
     error: str | None = None
     hidden_sum: FloatRow | None = None
+
+
+def _take(request: Request, count: int) -> Scheduled:
+    """The next `count` tokens of `request`, from now on counted as computed."""
+    start = request.num_computed
+    request.num_computed += count
+    samples = request.num_computed == request.num_tokens
+    request.num_pending += samples
+    return Scheduled(request, start, count, samples, request.epoch)
 
 
 @dataclass
@@ -108,13 +128,20 @@ class Scheduler:
     # -- schedule ------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Schedule:
-        """Give running requests their next tokens, then admit waiting ones into what is left of the budget."""
+        """Give running requests their next tokens, then admit waiting ones into what is left of the budget.
+
+        What is scheduled counts as computed, and what it samples as a token on its way, before it has run: the next
+        step may be scheduled while this one runs. `commit` reads the results, in order.
+        """
         entries: list[Scheduled] = []
         budget = self.config.max_num_batched_tokens
         preempted = False
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
+            if request.ends_with_pending:
+                index += 1
+                continue
             count = min(request.num_tokens - request.num_computed, budget)
             while not self._grow(request, count):
                 victim = self.running.pop()
@@ -123,7 +150,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                entries.append(Scheduled(request, request.num_computed, count))
+                entries.append(_take(request, count))
                 budget -= count
                 index += 1
         if not preempted:
@@ -148,7 +175,7 @@ class Scheduler:
             self.waiting.pop(0)
             insort(self.running, request, key=_rank)
             budget -= count
-            yield Scheduled(request, start, count)
+            yield _take(request, count)
 
     def _note_admission(self, request: Request, num_cached: int) -> None:
         if request.num_cached_tokens < 0:
@@ -182,6 +209,8 @@ class Scheduler:
         request.block_ids = []
         request.num_computed = 0
         request.num_published = 0
+        request.num_pending = 0  # a token on its way is not waited for: it will be sampled again
+        request.epoch += 1
 
     # -- prefix cache --------------------------------------------------------------------------------------------
 
@@ -205,8 +234,8 @@ class Scheduler:
             hashes.append(chain_hash(self.hash_key, parent, request.tokens[start : start + self.block_size]))
         return hashes[:count]
 
-    def _publish(self, request: Request) -> None:
-        full = request.num_computed // self.block_size
+    def _publish(self, request: Request, num_computed: int) -> None:
+        full = num_computed // self.block_size
         if self.enable_prefix_caching and full > request.num_published:
             hashes = self._hashes(request, full)
             for i in range(request.num_published, full):
@@ -221,7 +250,7 @@ class Scheduler:
         outputs = []
         for entry, result in zip(schedule.entries, results, strict=True):
             request = entry.request
-            if request.status is not Status.RUNNING:  # aborted while the step ran
+            if entry.is_stale:  # while the step ran
                 continue
             if not result.finite:
                 failed = self._finish(request, "error", error=result.error or _why_no_token(request))
@@ -229,8 +258,7 @@ class Scheduler:
                 failed.param = spec.field if result.error is not None and spec is not None else None
                 outputs.append(failed)
                 continue
-            request.num_computed = entry.start + entry.count
-            self._publish(request)
+            self._publish(request, entry.stop)
             output = self._advance(entry, result, now)
             if output is not None:
                 outputs.append(output)
@@ -245,6 +273,7 @@ class Scheduler:
         scored = self._new_scores(entry, result.prompt_logprobs)
         if result.token_id is None:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
+        request.num_pending -= 1
         request.append(result.token_id)
         if request.times.first_token == 0.0:
             request.times.first_token = now

@@ -80,7 +80,7 @@ class SimulatedExecutor:
     def _hash(self, request: Request) -> int:
         seed = 0 if request.params.temperature == 0 else request.sampling.seed
         tail = request.tokens[-8:]
-        packed = struct.pack(f"<qq{len(tail)}q", seed, request.num_tokens, *tail)
+        packed = struct.pack(f"<qq{len(tail)}q", seed, len(request.tokens), *tail)
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
     def _structured(self, request: Request, grammar: GrammarState, scored: list[TokenLogprob] | None) -> StepResult:

@@ -41,5 +41,6 @@ async def load(request: Request) -> Response:
 
 
 @router.get("/version", responses=json_responses("The version."), response_class=Response)
-async def version() -> Response:
-    return json_response({"version": __version__})
+async def version(request: Request) -> Response:
+    """The server's version, and the device its model runs on."""
+    return json_response({"version": __version__, "device": ServerState.of(request).engine.info.device})

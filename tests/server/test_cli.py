@@ -252,6 +252,14 @@ def test_start_up_screen_fits_one_screen_and_names_kernels_with_reasons() -> Non
     assert "\n  other ops norm, rope: cpu\n            attention: reference  (cpu: D=80 is not built)\n" in screen
     assert "1024 tokens fit (4.0 requests of full length)" in screen
     assert "w4a16 (auto: what cpu runs fastest)" in screen
+    assert "\n  device    cpu\n" in screen
+
+
+def test_flags_of_the_device_reach_the_engine() -> None:
+    config = engine_config(serve_arguments("--device", "cuda", "--gpu-memory-utilization", "0.5"), "model")
+    assert (config.device, config.cuda_graphs, config.cache.gpu_memory_utilization) == ("cuda", True, 0.5)
+    config = engine_config(serve_arguments("--no-cuda-graphs"), "model")
+    assert (config.device, config.cuda_graphs, config.cache.gpu_memory_utilization) == ("auto", False, 0.9)
 
 
 def test_ops_that_one_backend_runs_share_a_line_and_a_backend_that_cannot_run_says_why() -> None:

@@ -149,7 +149,7 @@ async def test_health_is_503_while_draining(serve: Serve) -> None:
 
 
 async def test_version(serve: Serve) -> None:
-    assert (await (await serve()).http.get("/version")).json() == {"version": __version__}
+    assert (await (await serve()).http.get("/version")).json() == {"version": __version__, "device": "cpu"}
 
 
 async def test_engine_death_before_the_first_token_is_a_503_after_it_an_error_event(serve: Serve) -> None:
