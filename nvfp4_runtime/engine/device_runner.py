@@ -246,8 +246,8 @@ class DeviceRunner(ModelRunner):
         if not self._told_about_host:
             self._told_about_host = True
             logger.info(
-                "a request asks for logprobs, structured output, min_tokens, penalties or edited logits: tokens of its steps are chosen on "
-                "the host, and the next step waits for them"
+                "a request asks for logprobs, structured output, min_tokens, penalties or edited logits: tokens of its "
+                "steps are chosen on the host, and the next step waits for them"
             )
 
     # -- on the device ---------------------------------------------------------------------------------------------
