@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -80,47 +79,31 @@ class _Job:
 class Masks:
     """The masks of one step, by grammar. Rows without a grammar have none."""
 
-    def __init__(self, jobs: Mapping[GrammarState, _Job]) -> None:
-        self._jobs = jobs
+    def __init__(self, job: _Job) -> None:
+        self._job = job
 
     def wait(self) -> None:
         """Until every mask of the step is there."""
-        for job in self._jobs.values():
-            job.wait()
+        self._job.wait()
 
     def of(self, grammar: GrammarState) -> Mask:
-        return self._jobs[grammar].wait()[grammar]
+        return self._job.wait()[grammar]
 
 
 class MaskWorker:
-    """One thread that makes masks: from the moment a token is chosen, while its step is committed and sent out, and
-    while the next forward pass runs.
+    """One thread that makes masks while the model computes; the library drops the interpreter lock, as the kernels do.
 
-    The library drops the interpreter lock. A mask takes a core for its time, and the kernels want all of them: that is
-    why it begins as early as it can.
+    Tried and worse at batch 1: to begin when a token is chosen, and to make masks in the engine's own thread.
     """
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._ahead: WeakKeyDictionary[GrammarState, _Job] = WeakKeyDictionary()
-
-    def begin_next(self, grammars: Sequence[GrammarState]) -> None:
-        """Start on the masks that these grammars, which have just moved on, will need next."""
-        open_ones = [grammar for grammar in grammars if grammar.applies and not grammar.complete]
-        if open_ones:
-            job = self._submit(open_ones)
-            self._ahead.update(dict.fromkeys(open_ones, job))
 
     def start(self, states: Sequence[SamplingState]) -> Masks | None:
-        """The masks of the constrained among `states`, begun if they are not yet; None when there is none."""
+        """Begin the masks of the constrained among `states`; None when there is none."""
         grammars = [s.grammar for s in states if s.grammar is not None and s.grammar.applies]
-        if not grammars:
-            return None
-        jobs = {grammar: self._ahead.pop(grammar, None) for grammar in grammars}
-        missing = [grammar for grammar, job in jobs.items() if job is None]
-        job = self._submit(missing) if missing else None
-        return Masks({grammar: known or job for grammar, known in jobs.items() if known or job})
+        return Masks(self._submit(grammars)) if grammars else None
 
     def _submit(self, grammars: Sequence[GrammarState]) -> _Job:
         if self._thread is None:

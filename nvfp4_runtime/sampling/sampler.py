@@ -62,8 +62,6 @@ class BatchSampler:
                 with np.errstate(over="ignore"):
                     token_id = self._choose(row, token_id, value, state)
             answers.append(_answer(row, token_id, state))
-        if masks is not None:
-            self._masks.begin_next([state.grammar for state in requests if state.grammar is not None])
         return answers
 
     def _sample_structured(
