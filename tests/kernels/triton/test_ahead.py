@@ -46,9 +46,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture(scope="module")
-def compiled(pool: ThreadPoolExecutor) -> dict[str, Future[list[Result]]]:
-    """Every module's results, as they come."""
-    return {module: pool.submit(compile_ahead, module) for module in MODULES}
+def compiled(pool: ThreadPoolExecutor, request: pytest.FixtureRequest) -> dict[str, Future[list[Result]]]:
+    """The results of every module whose test was selected, as they come."""
+    selected = {item.name for item in request.session.items}
+    wanted = [module for module in MODULES if any(f"[{module}]" in name for name in selected)]
+    return {module: pool.submit(compile_ahead, module) for module in wanted}
 
 
 @pytest.fixture(scope="module")
