@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -56,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
         raise
     except OSError as error:
         about = f"{error.filename}: " if error.filename is not None else ""
-        if isinstance(error, BrokenPipeError) or error.filename is None:
-            _drop_output()
         raise CheckpointError(printable(f"cannot go on: {about}{error.strerror or error}")) from error
 
 
@@ -80,10 +77,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         import msgspec
 
-        print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+        text = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
     else:
-        print(render(report, colour=sys.stdout.isatty(), every_layer=args.layers))
-    sys.stdout.flush()  # a full disk or a reader that left is found out here, not while the interpreter ends
+        text = render(report, colour=sys.stdout.isatty(), every_layer=args.layers)
+    _show(text)
     return 0 if report.sound else EXIT_FINDINGS
 
 
@@ -105,12 +102,17 @@ def _named(path: str, flag: str) -> Path:
         raise ConfigError(f"{path}: {error}; give the folder's full path", flag) from error
 
 
-def _drop_output() -> None:
-    """What is still buffered goes nowhere: the interpreter would try it again at its end, and fail again."""
+def _show(text: str) -> None:
+    """Print, and find out here whether a full disk or a reader that left swallowed it, not as the interpreter ends."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except io.UnsupportedOperation:
-        return  # standard output is no file here, as in tests: nothing is written at the end
+        print(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # what is still buffered goes nowhere: the interpreter would try it again at its end, and fail again
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise CheckpointError(f"the report could not be written: {error.strerror or error}") from error
 
 
 @contextmanager

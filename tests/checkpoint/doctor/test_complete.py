@@ -13,7 +13,7 @@ from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.models import load_model
 from nvfp4_runtime.models.expected import expected
-from tests.checkpoint.doctor.patients import DOWN, NUM_EXPERTS, UP, Q, edit, edit_json, found, sound
+from tests.checkpoint.doctor.patients import DOWN, UP, Q, edit, edit_json, found, sound
 
 DOWN_1 = DOWN.replace("layers.0", "layers.1")
 
@@ -139,7 +139,6 @@ def test_layers_of_an_unknown_architecture_are_held_against_each_other(tmp_path)
     finding = found(inspect(folder, expect=expected), "tensor-missing")
     assert (finding.severity, finding.layers) == ("error", ("model.layers.2.input_layernorm",))
     assert "not served here" in finding.message
-    assert NUM_EXPERTS > 1
 
 
 def test_layers_of_another_kind_lack_nothing(tmp_path):
@@ -154,3 +153,10 @@ def test_layers_of_another_kind_lack_nothing(tmp_path):
     edit(folder, mixed)
     assert "tensor-missing" not in errors(folder)
     assert Q not in [layer.name for layer in inspect(folder).layers]
+
+
+def test_a_layer_number_of_thousands_of_digits_is_only_a_name(tmp_path):
+    folder, _ = sound(tmp_path)
+    name = f"model.layers.{'9' * 5000}.input_layernorm.weight"
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(64, dtype=torch.bfloat16)}))
+    assert errors(folder) == {"tensor-unexpected"}

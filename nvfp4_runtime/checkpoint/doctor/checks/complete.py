@@ -16,7 +16,7 @@ from nvfp4_runtime.checkpoint.doctor.measure import Measured, is_plain
 from nvfp4_runtime.checkpoint.doctor.report import Finding
 from nvfp4_runtime.checkpoint.shards import PLAIN
 
-_NUMBERED = re.compile(r"(.*?\b(?:layers|blocks|h))\.(\d+)\.(.+)")
+_NUMBERED = re.compile(r"(.*?\b(?:layers|blocks|h))\.(\d{1,9})\.(.+)")
 _SCALES = (".weight_scale", ".weight_scale_2", ".weight_global_scale", ".weight_scale_inv")
 _FETCH = "fetch or export the checkpoint again; --repair cannot make up what is lost"
 

@@ -16,7 +16,7 @@ from nvfp4_runtime.checkpoint.doctor.report import Finding
 from nvfp4_runtime.checkpoint.shards import PLAIN
 from nvfp4_runtime.errors import MissingTensorError
 
-_LAYER = re.compile(r"(?:model|backbone|transformer)\.(?:language_model\.)?layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:model|backbone|transformer)\.(?:language_model\.)?layers\.(\d{1,9})\.")
 
 
 def unreadable(case: Case) -> Iterable[Finding]:
