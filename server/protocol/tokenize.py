@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
 from server.protocol.fields import Int, ShortStr, note_unknown
+from server.tools.request import MAX_TOOLS, Tool
 
 _CHAT_FIELDS = (
     "add_generation_prompt",
@@ -38,7 +39,7 @@ class TokenizeRequest(BaseModel):
     chat_template: str | None = None
     chat_template_kwargs: dict[ShortStr, Any] | None = None
     documents: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -114,8 +114,8 @@ def test_refusals_arrive_as_the_clients_exceptions(client: openai.OpenAI) -> Non
     with pytest.raises(openai.BadRequestError, match="maximum context length is 4096 tokens"):
         client.completions.create(model=MODEL, prompt=[1] * 5000)
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format={"type": "json_object"})
-    assert refused.value.param == "response_format"
+        client.completions.create(model=MODEL, prompt="Hi", suffix="!")
+    assert refused.value.param == "suffix"
     assert refused.value.request_id
 
 
