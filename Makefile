@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-asan check check-neon clean bench-engine bench-cpu bench-load bench-quality
+.PHONY: install serve test test-gpu test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
+	bench-quality bench-http bench-structured
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -27,6 +28,10 @@ serve: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST)
 
+# The tests that need a GPU, on this machine's. A skip for want of one is a failure. On Blackwell: PYTEST="--require-backend blackwell".
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu --require-backend triton $(PYTEST)
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +44,7 @@ check: install
 # forbidden page ends the process as it would without a sanitizer.
 # test_cpu_attention.py is left out: three hundred cases, and the hostile and property tests walk the same code.
 ASAN := $(VENV)-asan/bin/python
-ASAN_TESTS := $(addprefix tests/kernels/test_cpu_,sanitizers.py hostile.py properties.py linear.py ops.py decoder.py)
+ASAN_TESTS := $(addprefix tests/kernels/test_cpu_,sanitizers.py hostile.py properties.py linear.py ops.py decoder.py quantize.py)
 ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:new_delete_type_mismatch=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc OMP_NUM_THREADS=1
@@ -68,9 +73,20 @@ bench-engine: install
 bench-cpu: install
 	LLAMA_CPP_BIN="$(LLAMA_CPP_BIN)" $(BIN)/python -m loadtest.bench_cpu --docs docs/performance.md $(BENCH)
 
+# One NVIDIA GPU in one call of under 8 minutes: limits, correctness, kernels, engine, targets (docs/gpu.md). Writes two models
+# (22 GB) into SCRATCH once. BENCH: more flags, such as --only limits linear, or --rehearse on a machine without a GPU.
+SCRATCH ?= $(HOME)/.cache/nvfp4/bench-gpu
+
+bench-gpu: install
+	$(BIN)/python -m loadtest.bench_gpu --scratch $(SCRATCH) --json build/bench-gpu.json $(BENCH)
+
 # Seconds from exec to the first token of a synthetic 1.2B NVFP4 checkpoint, by phase, and memory. BENCH: more flags.
 bench-load: install
 	$(BIN)/python -m loadtest.bench_load --json docs/benchmarks/load-2-core-epyc.json $(BENCH)
+
+# CPU time of the HTTP layer per streamed token and request, beside a bare uvicorn app in turns. BENCH: more flags.
+bench-http: install
+	$(BIN)/python -m loadtest.bench_http --json docs/benchmarks/http-2-core-epyc.json $(BENCH)
 
 # What each quantisation method costs the default model: perplexity, KL and top-1 agreement, into docs/quality.md.
 # TEXT is predicted, CALIB is calibrated on (neither is part of this repository). BENCH: more flags.
@@ -80,6 +96,13 @@ CALIB ?= ../shared/data/wells-short-history.txt
 bench-quality: install
 	$(BIN)/python -m nvfp4_runtime.evaluate.compare --text $(TEXT) --calib $(CALIB) --docs docs/quality.md \
 		--json docs/benchmarks/quality-smollm2-135m.json $(BENCH)
+
+# Grammar libraries (xgrammar only where it is installed), then what a grammar costs a step of the default model. BENCH: more
+# flags of the first. Let nothing else run beside it.
+bench-structured: install
+	$(BIN)/python -m nvfp4_runtime.structured.bench \
+		"$$($(BIN)/nvfp4 prepare)/tokenizer.json" $(BENCH)
+	$(BIN)/python -m nvfp4_runtime.engine.bench_structured "$$($(BIN)/nvfp4 prepare)"
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("model", help="local Hugging Face folder")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Answers own the real stdout; whatever libraries print goes to stderr.
@@ -31,7 +32,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    model.eval()
+    model.to(args.device).eval()
     greedy: Any = transformers.GenerationConfig  # Any: its constructor is untyped
     model.generation_config = greedy(do_sample=False, pad_token_id=0)
     _write(
@@ -55,7 +56,7 @@ def _generate(model: Any, prompts: list[list[int]], max_tokens: int) -> dict[str
 
     clock = _Clock()
     start = time.perf_counter()
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -77,8 +78,10 @@ class _Clock:
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         import torch
 
+        if input_ids.is_cuda:  # the step has only been launched; the answer's time is when it is done
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _write(answers: Any, message: dict[str, Any]) -> None:

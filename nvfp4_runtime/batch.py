@@ -43,6 +43,11 @@ class ForwardBatch:
     cu_seqlens_q   int32 [B + 1]          prefix sum of new tokens per sequence
     logits_rows    int64 [R]              rows of [0, T) whose logits are wanted
     kv             one KVLayer per decoder layer
+    max_query_len  the most new tokens of any sequence; 1: every sequence decodes
+    max_seq_len    no seq_lens entry is larger
+
+    The last two repeat, or bound, what the tensors say, for kernels whose launch depends on it: reading a tensor back
+    from a GPU would wait for all that runs there. None: the tensors have to be read.
     """
 
     input_ids: Tensor
@@ -53,3 +58,5 @@ class ForwardBatch:
     cu_seqlens_q: Tensor
     logits_rows: Tensor
     kv: tuple[KVLayer, ...]
+    max_query_len: int | None = None
+    max_seq_len: int | None = None

@@ -9,6 +9,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Numerics = Literal["w4a16", "w4a4", "w4a8"]
 HeadDtype = Literal["auto", "bf16", "fp8", "nvfp4"]
 KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,18 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The paged KV cache. `num_blocks` None: as many as fit into `memory_bytes` (None: a share of free memory)."""
+    """The paged KV cache. `num_blocks` None: as many as fit into `memory_bytes` (None: a share of free memory).
+
+    gpu_memory_utilization  the share of a GPU's whole memory this process may use, weights and all; the cache gets what
+                            the rest leaves of it. Says nothing on a CPU
+    """
 
     block_size: int = 16
     num_blocks: int | None = None
     memory_bytes: int | None = None
     kv_dtype: KVDtype | Literal["auto"] = "auto"
     enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,17 @@ class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
+    device         "auto": a GPU if PyTorch can use one, else the CPU
+    cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     """
 
     model: str = ""
     dtype: Dtype | Literal["auto"] = "auto"
     numerics: Numerics | Literal["auto"] = "auto"
     lm_head_dtype: HeadDtype = "auto"
+    device: DeviceName = "auto"
     backend: str = "auto"
+    cuda_graphs: bool = True
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

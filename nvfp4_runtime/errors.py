@@ -25,6 +25,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 
+def printable(text: str) -> str:
+    """`text` with every character that could move a terminal's cursor, or colour it, written as Python would: \\x1b.
+
+    Names and values out of files are a stranger's: line breaks and text direction marks are escaped as well.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class NVFP4Error(Exception):
     """Base of everything this project raises on purpose."""
 

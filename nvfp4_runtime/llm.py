@@ -55,7 +55,7 @@ class LLM:
 
     >>> LLM("path/to/checkpoint").generate(["The capital of France is"], SamplingParams(temperature=0.0))[0].text
 
-    Keyword arguments are EngineConfig's (`numerics`, `dtype`, `lm_head_dtype`, `backend`, `threads`, `seed`),
+    Keyword arguments are EngineConfig's (`numerics`, `dtype`, `lm_head_dtype`, `device`, `backend`, `threads`, `seed`),
     CacheConfig's and SchedulerConfig's. Raises ConfigError, CheckpointError, KernelError while loading.
     """
 
@@ -90,6 +90,8 @@ class LLM:
         for prompt, one in zip(batch, each, strict=True):
             tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             check_request(tokens, one, self.info)
+            if one.structured is not None and self.engine.grammars is not None:
+                self.engine.grammars.compile(one.structured)
             request_id = f"llm-{next(self._ids)}"
             waiting.append(Submit(request_id, tokens, one, time.monotonic()))
             results[request_id] = Generation(tokens)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,9 +19,22 @@ from nvfp4_runtime.errors import NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
+from server.loop_lag import watch_loop_lag
 from server.metrics import Metrics
 from server.middleware import LimitBody, RequestContext, RequireKey
-from server.routes import chat, completions, health, models
+from server.openapi import document
+from server.response_store import ResponseStore
+from server.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    invocations,
+    messages,
+    models,
+    responses,
+    tokenize,
+)
 from server.state import ServerState
 
 
@@ -32,7 +47,10 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        lag = asyncio.create_task(watch_loop_lag(metrics.loop_lag.observe))
         yield
+        lag.cancel()
+        await store.close()
         await engine.close()
 
     keyed = bool(config.api_key_hashes)
@@ -44,9 +62,11 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
         docs_url=None if keyed else "/docs",
         redoc_url=None,
     )
-    app.state.server = ServerState(engine, text, config, metrics, int(time.time()))
-    for routes in (chat, completions, models, health):
+    store = ResponseStore(config.stored_responses_bytes, config.stored_responses_seconds)
+    app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
+    for routes in (completions, chat, responses, messages, embeddings, tokenize, invocations, models, health):
         app.include_router(routes.router)
+    app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(NVFP4Error, _runtime_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -59,14 +79,14 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
 
 
 async def _runtime_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_response(error.errors())
+    return validation_response(error.errors(), request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return status_response(error.status_code, error.detail, error.headers)
+    return status_response(error.status_code, error.detail, error.headers, request.url.path)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nvfp4_runtime import __version__
-from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
 from server.commands import evaluate, flags, inspect, quantize
+from server.reasoning.parsers import REASONING_PARSERS
+from server.tools.parsers import TOOL_PARSERS
 
 EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
 EXIT_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flag = getattr(error, "flag", None)
         # Error texts name the flag where that helps; repeat it only if this one does not.
         hint = f" [{flag}]" if flag and flag not in str(error) else ""
-        print(f"nvfp4: {error}{hint}", file=sys.stderr)
+        print(f"nvfp4: {printable(str(error))}{hint}", file=sys.stderr)
         return exit_code(error)
     except BrokenPipeError:
         # The reader has seen enough, as `| head` has. What is still buffered goes nowhere, or it would be tried again.
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         logging.getLogger(__name__).debug("where it came from", exc_info=True)
-        print(f"nvfp4: {flags.describe(error)}", file=sys.stderr)
+        print(f"nvfp4: {printable(flags.describe(error))}", file=sys.stderr)
         return EXIT_LOAD
     except KeyboardInterrupt:
         return 130
@@ -106,7 +108,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="quantise a plain head at load, for speed; auto keeps what is stored",
     )
-    add("--backend", default="auto", help="auto, cpu or reference: asking for one runs there or fails")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
+    add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
+    add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")
     add("--threads", type=int, help="compute threads (default: the machine's cores)")
     add("--max-model-len", type=int, help="tokens of prompt and answer together (default: the model's)")
     add("--max-num-seqs", type=int, default=64, help="requests in one step (default: %(default)s)")
@@ -125,13 +129,48 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="for the KV cache, as 2GiB (default: by free memory)",
     )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of a GPU's whole memory, for weights, steps and KV cache together (default: %(default)s)",
+    )
     add("--num-kv-blocks", type=int, help="blocks of the KV cache, instead of a size")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
     add("--seed", type=int, default=0, help="of requests that give none (default: %(default)s)")
     add("--api-key-file", type=flags.path, metavar="FILE", help="keys that clients need, one per line")
     add("--allow-download", action="store_true", help="MODEL may be a Hugging Face hub id")
     add("--generation-config", choices=("auto", "none"), default="auto", help="take the model's sampling defaults")
+    add(
+        "--tool-call-parser",
+        default="auto",
+        metavar="NAME",
+        help="how the model writes tool calls: auto (by its chat template), none, or one of " + ", ".join(TOOL_PARSERS),
+    )
+    add(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="accepted for vLLM's sake: tools are parsed wherever a parser is known",
+    )
+    add(
+        "--reasoning-parser",
+        default="auto",
+        metavar="NAME",
+        help="how the model writes its reasoning: auto, none, or one of " + ", ".join(REASONING_PARSERS),
+    )
     add("--enable-prompt-tokens-details", action="store_true", help="cached_tokens in usage")
+    add("--trust-request-chat-template", action="store_true", help="requests may bring a chat_template of their own")
+    add("--enable-tokenizer-info-endpoint", action="store_true", help="answer on /tokenizer_info")
+    add("--embedding-pooling", choices=("last", "mean"), default="last", help="for /v1/embeddings (default: last)")
+    add(
+        "--response-store-memory",
+        type=parse_bytes,
+        default=64 << 20,
+        metavar="SIZE",
+        help="for what /v1/responses keeps (default: 64MiB)",
+    )
+    add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
     add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nvfp4_runtime.engine.messages import Pooling
 from nvfp4_runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,13 @@ class ServerConfig:
     max_choices               prompts x n of one request
     shutdown_timeout_seconds  how long running requests may go on after SIGTERM
     slow_client_seconds       a stream whose client takes nothing for this long is aborted
+    tool_call_parser          by name, "auto" (by the chat template) or "none"
+    reasoning_parser          the same
+    trust_request_chat_template  requests may bring a chat_template of their own; it runs in the sandbox, but may loop
+    enable_tokenizer_info     /tokenizer_info answers
+    pooling                   how /v1/embeddings makes one vector of a prompt, where the request does not say
+    stored_responses_bytes    bound on what /v1/responses keeps; the oldest go first
+    stored_responses_seconds  how long it keeps one
     default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
     """
 
@@ -39,6 +47,13 @@ class ServerConfig:
     shutdown_timeout_seconds: float = 30.0
     slow_client_seconds: float = 30.0
     enable_prompt_tokens_details: bool = False
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    trust_request_chat_template: bool = False
+    enable_tokenizer_info: bool = False
+    pooling: Pooling = "last"
+    stored_responses_bytes: int = 64 << 20
+    stored_responses_seconds: float = 3600.0
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +19,25 @@ from nvfp4_runtime.errors import (
     RequestError,
 )
 
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class ResponseNotFoundError(RequestError):
+    """No response with this id is kept here."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Response with id '{response_id:.64}' not found.", "response_id")
+
 
 class GenerationError(NVFP4Error):
     """The engine ended one request with an error; the server itself goes on."""
@@ -26,6 +46,7 @@ class GenerationError(NVFP4Error):
 # First match wins. What is not listed is our bug: 500, without its message.
 _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (ModelNotFoundError, 404, "NotFoundError"),
+    (ResponseNotFoundError, 404, "NotFoundError"),
     (RequestError, 400, "BadRequestError"),
     (CapacityError, 429, "TooManyRequestsError"),
     (EngineDeadError, 503, "ServiceUnavailableError"),
@@ -50,28 +71,51 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     return 500, error_body("Internal server error", "InternalServerError", 500), {}
 
 
-def error_response(error: Exception) -> Response:
+@contextmanager
+def renamed_params(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a chat's fields name the fields of the API that made a chat of them: chat's name -> theirs."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param is not None and error.param in names:
+            error.args = (str(error).replace(error.param, names[error.param]), *error.args[1:])
+            error.param = names[error.param]
+        raise
+
+
+def in_dialect(body: dict[str, Any], path: str) -> dict[str, Any]:
+    """An OpenAI error body as clients of `path` expect it: in Anthropic's envelope below /v1/messages."""
+    if path != ANTHROPIC_PATH and not path.startswith(ANTHROPIC_PATH + "/"):
+        return body
+    error = body["error"]
+    kind = _ANTHROPIC_TYPES.get(error["code"], "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+
+
+def error_response(error: Exception, path: str = "") -> Response:
     status, body, headers = describe(error)
-    return json_response(body, status, headers)
+    return json_response(in_dialect(body, path), status, headers)
 
 
-def status_response(status: int, message: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
+def status_response(
+    status: int, message: str | None = None, headers: Mapping[str, str] | None = None, path: str = ""
+) -> Response:
     """For errors of the HTTP layer (404 on a path, 405, 413): the type is the status's phrase."""
     phrase = HTTPStatus(status).phrase
-    return json_response(error_body(message or phrase, phrase, status), status, headers)
+    return json_response(in_dialect(error_body(message or phrase, phrase, status), path), status, headers)
 
 
-def validation_response(errors: Sequence[Mapping[str, Any]]) -> Response:
+def validation_response(errors: Sequence[Mapping[str, Any]], path: str = "") -> Response:
     """A request body that does not have the declared shape: 400, `param` the field, the first error described."""
     first = errors[0]
-    path = [str(part) for part in first["loc"][1:]]
+    where = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
         message, param = f"the body is not valid JSON: {first['ctx']['error']}", None
-    elif not path:
+    elif not where:
         message, param = "the body must be a JSON object, sent with content-type: application/json", None
     else:
-        message, param = f"{'.'.join(path)}: {first['msg']}", path[0]
-    return json_response(error_body(message, "BadRequestError", 400, param), 400)
+        message, param = f"{'.'.join(where)}: {first['msg']}", where[0]
+    return json_response(in_dialect(error_body(message, "BadRequestError", 400, param), path), 400)
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

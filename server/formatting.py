@@ -21,7 +21,11 @@ def usage_of(choices: Iterable[ChoiceState], n: int, with_details: bool) -> dict
     choices = list(choices)
     prompt = sum(len(choice.job.prompt_token_ids) for choice in choices[::n])
     completion = sum(choice.num_tokens for choice in choices)
-    cached = {"cached_tokens": sum(choice.num_cached_tokens for choice in choices[::n])}
+    cached = {
+        "cached_tokens": sum(choice.num_cached_tokens for choice in choices[::n]),
+        "created_cache_tokens": None,
+        "multimodal_tokens": None,
+    }
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
@@ -40,15 +44,17 @@ class TokenNames:
     def __call__(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
 
-    def chat_logprobs(self, entries: Iterable[TokenLogprob], num_top: int) -> dict[str, Any]:
-        """Chat's `logprobs`: one entry per token, each with the `num_top` most likely tokens."""
-        return {
-            "content": [
-                self._entry(entry.token_id, entry.logprob)
-                | {"top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in entry.top[:num_top]]}
-                for entry in entries
-            ]
-        }
+    def chat_logprobs(self, entries: Iterable[TokenLogprob], num_top: int, listed: bool = False) -> dict[str, Any]:
+        """Chat's `logprobs`: one entry per token, each with the `num_top` most likely tokens.
+
+        `listed`: the request listed the tokens it wants instead (logprob_token_ids); they follow the token itself.
+        """
+        content = []
+        for entry in entries:
+            own = (entry.token_id, entry.logprob)
+            top = [own, *(o for o in entry.top if o[0] != own[0])] if listed else entry.top[:num_top]
+            content.append(self._entry(*own) | {"top_logprobs": [self._entry(*other) for other in top]})
+        return {"content": content}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
@@ -78,7 +84,8 @@ class TokenNames:
 class CompletionLogprobs:
     """The completions endpoint's `logprobs`, with text offsets that run on from piece to piece of a choice."""
 
-    def __init__(self, names: TokenNames, num_top: int) -> None:
+    def __init__(self, names: TokenNames, num_top: int | None) -> None:
+        """`num_top` None: all that an entry lists (logprob_token_ids)."""
         self._names = names
         self._num_top = num_top
         self._offset = 0

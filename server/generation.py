@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,13 +14,13 @@ from starlette.types import Receive
 
 from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
+from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from server.errors import GenerationError
 from server.metrics import Metrics
-from server.protocol import GenerationRequest
+from server.protocol.generation import GenerationRequest
 
 T = TypeVar("T")
 
@@ -51,6 +52,17 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def joined(self, later: Piece) -> Piece:
+        """This piece and the next one of the same choice, as one."""
+        return Piece(
+            self.index,
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.stop_reason,
+        )
+
 
 @dataclass
 class ChoiceState:
@@ -77,11 +89,13 @@ class Generation:
         request: GenerationRequest,
         request_id: str,
         jobs: Sequence[Job],
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._request = request
+        self._kept_special_ids = kept_special_ids  # shown even where special tokens are skipped: parsers need them
         self.choices = [ChoiceState(job) for job in jobs]
         self._streams: list[TokenStream] = []
         try:
@@ -100,8 +114,28 @@ class Generation:
             raise
         metrics.accepted(request.n)
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Pieces of all choices as they come, in order within each choice. Close the generator to stop early."""
+    def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of all choices as they come, in order within each choice. Close the generator to stop early.
+
+        With stream_interval k, a choice's first and last piece come at once, those between for k tokens together.
+        """
+        interval = self._request.stream_interval if self._request.stream else 1
+        return self._pieces() if interval == 1 else self._joined_pieces(interval)
+
+    async def _joined_pieces(self, interval: int) -> AsyncGenerator[Piece, None]:
+        held: dict[int, Piece] = {}
+        begun: set[int] = set()
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                if piece.index in held:
+                    piece = held.pop(piece.index).joined(piece)
+                if piece.index in begun and piece.finish_reason is None and len(piece.token_ids) < interval:
+                    held[piece.index] = piece
+                    continue
+                begun.add(piece.index)
+                yield piece
+
+    async def _pieces(self) -> AsyncGenerator[Piece, None]:
         if len(self.choices) == 1:
             async for piece in self._choice(self.choices[0], self._streams[0]):
                 yield piece
@@ -149,19 +183,24 @@ class Generation:
             stop=request.stop_strings,
             include_stop_str_in_output=request.include_stop_str_in_output,
             skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
             min_tokens=request.min_tokens,
             prompt_ids=choice.job.prompt_token_ids,
+            kept_special_ids=self._kept_special_ids,
         )
         try:
             async for output in stream:
                 if output.finish_reason == "error":
                     choice.finished = True
+                    if output.param is not None:
+                        raise InvalidParameterError(output.error or "the request cannot be served", output.param)
                     raise GenerationError(output.error or "the engine could not complete this request")
                 if output.prompt_logprobs:
                     choice.prompt_logprobs += output.prompt_logprobs
                 choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
                 piece = Piece(choice.job.index, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
-                ended_by_token = output.finish_reason == "stop" and not request.include_stop_str_in_output
+                ended_by_token = output.finish_reason == "stop" and not output.ends_whole
+                ended_by_token = ended_by_token and not request.include_stop_str_in_output
                 last = len(output.token_ids) - 1
                 for i, token_id in enumerate(output.token_ids):
                     if ended_by_token and i == last:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, TokenOutput
+from server.lean_histogram import LeanHistogram
 
 ENGINE = "0"  # vLLM numbers its data-parallel engines; we run one
 RATE_WINDOW_SECONDS = 10.0
@@ -45,6 +46,7 @@ _PER_TOKEN = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 
 _LATENCY = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
 _ITERATION = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 _CHOICES = [1, 2, 5, 10, 20]
+_LAG = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
 
 
 def one_two_five(limit: int) -> list[int]:
@@ -82,6 +84,7 @@ class Metrics:
         self._requests: dict[str, _Request] = {}
         self._last = initial
         self._recent: deque[tuple[float, int, int]] = deque()
+        self._num_arrived = 0
         self._declare_load()
         self._declare_requests(info.max_model_len)
         self._declare_ours(info)
@@ -128,7 +131,13 @@ class Metrics:
             "vllm:request_params_max_tokens", "The max_tokens of each request.", tokens
         )
         self.ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT)
-        self.itl = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of a request.", _PER_TOKEN)
+        self.itl = LeanHistogram(
+            "vllm:inter_token_latency_seconds",
+            "Between tokens of a request.",
+            dict(zip(("model_name", "engine"), self._labels, strict=True)),
+            _PER_TOKEN,
+            self.registry,
+        )
         self.tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time per token after the first.", _PER_TOKEN
         )
@@ -151,7 +160,13 @@ class Metrics:
         self._info(
             "nvfp4_numerics_info",
             "Which arithmetic runs, and why.",
-            {"numerics": info.numerics, "reason": info.numerics_reason, "dtype": info.dtype, "kv_dtype": info.kv_dtype},
+            {
+                "numerics": info.numerics,
+                "reason": info.numerics_reason,
+                "dtype": info.dtype,
+                "kv_dtype": info.kv_dtype,
+                "device": info.device,
+            },
         )
         layers = Gauge(
             "nvfp4_layer_kernel_info",
@@ -168,6 +183,9 @@ class Metrics:
         self._gauge("nvfp4_kv_cache_bytes", "Bytes of the KV cache.").set(info.kv_bytes)
         self._gauge("nvfp4_kv_cache_blocks", "KV blocks that requests can use.").set(info.num_blocks - 1)
         self.used_blocks = self._gauge("nvfp4_kv_cache_used_blocks", "KV blocks that requests hold.")
+        self.loop_lag = self._histogram(
+            "nvfp4_event_loop_lag_seconds", "How late the server's event loop woke a timer.", _LAG
+        )
         rate = Gauge(
             "nvfp4_tokens_per_second",
             f"Tokens computed per second over the last {RATE_WINDOW_SECONDS:.0f} s.",
@@ -229,7 +247,7 @@ class Metrics:
     def on_output(self, output: TokenOutput) -> None:
         """Tokens of a request have arrived from the engine, whoever reads them and however slowly."""
         count = len(output.token_ids)
-        self.generation_tokens.inc(count)
+        self._num_arrived += count  # a counter's lock costs more than the addition: see render
         request = self._requests.get(output.request_id)
         if request is None or not count:
             return
@@ -239,8 +257,7 @@ class Metrics:
             self.prompt_tokens.inc(request.prompt_tokens)
             self.prompt_tokens_cached.inc(output.num_cached_tokens)
         else:
-            for _ in range(count):
-                self.itl.observe((now - request.last_token) / count)
+            self.itl.observe((now - request.last_token) / count, count)
         request.num_tokens += count
         request.last_token = now
 
@@ -293,6 +310,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition text of GET /metrics."""
+        self.generation_tokens.inc(self._num_arrived)
+        self._num_arrived = 0
         return generate_latest(self.registry)
 
     def _forget(self, now: float) -> None:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.config import hash_key
-from server.errors import error_body, error_response, json_response, status_response
+from server.errors import error_body, error_response, in_dialect, json_response, status_response
 from server.generation import ClientDisconnected
 from server.state import sane_request_id
 
@@ -61,7 +61,7 @@ class RequestContext:
             logger.exception("request %s failed", request_id)
             if status:
                 raise  # bytes have left; the server closes the connection
-            await error_response(RuntimeError())(scope, receive, send_with_id)
+            await error_response(RuntimeError(), scope["path"])(scope, receive, send_with_id)
         finally:
             level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
             seconds = time.monotonic() - started
@@ -82,7 +82,7 @@ class RequireKey:
             await self._app(scope, receive, send)
             return
         body = error_body("Unauthorized: this server needs an API key", "AuthenticationError", 401)
-        await json_response(body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+        await json_response(in_dialect(body, scope["path"]), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
     @staticmethod
     def _is_open(path: str) -> bool:
@@ -90,9 +90,11 @@ class RequireKey:
 
     def _accepts(self, scope: Scope) -> bool:
         scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = _header(scope, b"x-api-key") or ""  # how Anthropic's clients send it
         given = hash_key(key.strip().encode("latin-1"))
         matches = [hmac.compare_digest(given, known) for known in self._key_hashes]  # all of them: no early exit
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
 class LimitBody:
@@ -109,7 +111,7 @@ class LimitBody:
         message = f"the body is larger than {self._max_bytes} bytes"
         declared = _header(scope, b"content-length")
         if declared is not None and declared.isdigit() and int(declared[:20]) > self._max_bytes:
-            await status_response(413, message, {"connection": "close"})(scope, receive, send)
+            await status_response(413, message, {"connection": "close"}, scope["path"])(scope, receive, send)
             return
         received = 0
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -36,11 +39,68 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     503: _json("The engine is not running.", _ERROR),
 }
 
-_STREAM = {"schema": {"type": "string", "description": "Server-sent events, ended by data: [DONE]"}}
+
+def json_responses(description: str) -> dict[int | str, dict[str, Any]]:
+    """Of an endpoint that answers with a JSON object."""
+    return {200: _json(description, {"type": "object"}), **ERROR_RESPONSES}
+
+
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
+
+def anthropic_responses(description: str) -> dict[int | str, dict[str, Any]]:
+    """The same of an endpoint whose errors come in Anthropic's envelope."""
+    errors = {status: _json(each["description"], _ANTHROPIC_ERROR) for status, each in ERROR_RESPONSES.items()}
+    return {200: _json(description, {"type": "object"}), **errors}
+
+
+# One event, as its fields: how readers of OpenAPI take the schema of a stream.
+_EVENT = {
+    "schema": {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    }
+}
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream: true, server-sent events.",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": _STREAM},
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": _EVENT},
     },
     **ERROR_RESPONSES,
 }
+_NAMED_EVENTS = {
+    "description": "The answer; with stream: true, named server-sent events.",
+    "content": {
+        "application/json": {"schema": {"type": "object"}},
+        "text/event-stream": _EVENT,
+    },
+}
+RESPONSES_RESPONSES: dict[int | str, dict[str, Any]] = {**ERROR_RESPONSES, 200: _NAMED_EVENTS}
+MESSAGES_RESPONSES: dict[int | str, dict[str, Any]] = anthropic_responses("") | {200: _NAMED_EVENTS}
+TEXT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+HEALTH_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"description": "It runs."}, 503: ERROR_RESPONSES[503]}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document without the 422s that FastAPI declares and this server never sends."""
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        found.get("components", {}).get("schemas", {}).pop(name, None)
+    return found

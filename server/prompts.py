@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError
-from nvfp4_runtime.text.chat_template import render_to_ids
+from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, UnsupportedFormatError
+from nvfp4_runtime.text.chat_template import ChatTemplate, render_to_ids
 from nvfp4_runtime.text.processor import TextProcessor
-from server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+from nvfp4_runtime.text.tokenizer import Tokenizer
+from server.protocol.chat import ChatCompletionRequest, ChatMessage
+from server.protocol.embeddings import EmbeddingRequest
+from server.protocol.generation import GenerationRequest
+from server.tools.describe import calls_as_text, described
 
 MAX_TEMPLATE_STRING_CHARS = 1024
 # Switches that many clients send to any model. Turning off what a template does not have is no request.
@@ -25,14 +30,15 @@ class EncodedPrompt:
     token_ids: list[int]
 
 
-def encode_completion_prompts(request: CompletionRequest, text: TextProcessor) -> list[EncodedPrompt]:
-    """Every prompt of the request, in order. Special tokens written in text are read as such, as in vLLM."""
-    prompt: Any = request.prompt
+def encode_prompts(
+    prompt: Any, tokenizer: Tokenizer, *, add_special_tokens: bool, param: str = "prompt"
+) -> list[EncodedPrompt]:
+    """Every prompt of a `fields.Prompt`, in order. Special tokens written in text are read as such, as in vLLM."""
     items: list[str | list[int]] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     encoded = []
     for item in items:
         if isinstance(item, str):
-            token_ids = text.tokenizer.encode(item, add_special_tokens=request.add_special_tokens)
+            token_ids = _encode(item, tokenizer, param, add_special_tokens=add_special_tokens)
             encoded.append(EncodedPrompt(item, token_ids))
         else:
             # Decoding waits until echo needs it: ids may be out of range here.
@@ -40,9 +46,21 @@ def encode_completion_prompts(request: CompletionRequest, text: TextProcessor) -
     return encoded
 
 
+def num_chars(prompt: Any) -> int:
+    """Characters of text in a `fields.Prompt`: what it costs to encode."""
+    return len(prompt) if isinstance(prompt, str) else sum(len(item) for item in prompt if isinstance(item, str))
+
+
+def _encode(text: str, tokenizer: Tokenizer, param: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except InvalidParameterError as error:
+        raise InvalidParameterError(str(error), param) from error
+
+
 def encode_chat(request: ChatCompletionRequest, text: TextProcessor) -> EncodedPrompt:
     """Render and encode a chat. Raises InvalidParameterError for what the template or this server cannot take."""
-    template = text.chat_template
+    template = text.chat_template if request.chat_template is None else _own_template(request.chat_template, text)
     if template is None:
         raise InvalidParameterError(
             "this model has no chat template; use /v1/completions, or add a chat_template.jinja to the checkpoint",
@@ -50,10 +68,18 @@ def encode_chat(request: ChatCompletionRequest, text: TextProcessor) -> EncodedP
         )
     if request.documents is not None and "documents" not in template.variables:
         raise InvalidParameterError("this model's chat template does not use documents; leave them out", "documents")
+    messages = [_message(message, i) for i, message in enumerate(request.messages)]
+    tools = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
+    if "tool_calls" not in template.source:
+        messages = calls_as_text(messages)
+    if tools and "tools" not in template.variables:
+        messages = described(messages, tools) if request.choice != "none" else messages
+        tools = []
     rendered, token_ids = render_to_ids(
         template,
         text.tokenizer,
-        [_message(message, i) for i, message in enumerate(request.messages)],
+        messages,
+        tools=tools or None,
         documents=request.documents,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
@@ -63,7 +89,27 @@ def encode_chat(request: ChatCompletionRequest, text: TextProcessor) -> EncodedP
     return EncodedPrompt(rendered, token_ids)
 
 
-def fit(request: GenerationRequest, token_ids: list[int], max_tokens: int | None, max_model_len: int) -> list[int]:
+def bad_words_token_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The token sequences of each word, at the start of a text and after a blank, as vLLM has them.
+
+    The one after a blank counts only where it is another token of the same number: " word" beside "word".
+    """
+    found = []
+    for word in words:
+        bare = word.lstrip()
+        plain = _encode(bare, tokenizer, "bad_words", add_special_tokens=False)
+        if not plain:
+            raise InvalidParameterError(f"bad_words: {word!r:.64} has no tokens", "bad_words")
+        found.append(tuple(plain))
+        spaced = _encode(" " + bare, tokenizer, "bad_words", add_special_tokens=False)
+        if spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(tuple(spaced))
+    return found
+
+
+def fit(
+    request: GenerationRequest | EmbeddingRequest, token_ids: list[int], max_tokens: int | None, max_model_len: int
+) -> list[int]:
     """`token_ids`, cut as truncate_prompt_tokens asks; refused when empty or longer than the context."""
     keep = request.truncate_prompt_tokens
     if keep is not None:
@@ -74,7 +120,7 @@ def fit(request: GenerationRequest, token_ids: list[int], max_tokens: int | None
             )
         keep = max(1, max_model_len - (max_tokens or 1)) if keep == -1 else keep
         token_ids = token_ids[-keep:] if request.truncation_side == "left" else token_ids[:keep]
-    param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
+    param = request.prompt_field
     if not token_ids:
         raise InvalidParameterError("the prompt is empty; expected at least one token", param)
     if len(token_ids) >= max_model_len:
@@ -102,6 +148,19 @@ def output_budget(asked: int | None, default: int | None, num_prompt: int, max_m
             param,
         )
     return asked
+
+
+@lru_cache(maxsize=8)
+def _compile_template(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    return ChatTemplate(source, dict(special_tokens))
+
+
+def _own_template(source: str, text: TextProcessor) -> ChatTemplate:
+    """The template a request brings along (the server has said that it may)."""
+    try:
+        return _compile_template(source, tuple(text.tokenizer.special_tokens.items()))
+    except UnsupportedFormatError as error:
+        raise InvalidParameterError(str(error), "chat_template") from error
 
 
 def _message(message: ChatMessage, position: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
         ("model", f"{config.served_model_names[0]}: {info.architecture}, context {info.max_model_len} tokens"),
         ("", config.model_root or info.model),
         ("numerics", f"{info.numerics} ({info.numerics_reason}); activations {info.dtype}"),
+        ("device", info.device),
         ("backends", backend_line(info)),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
         *(("other ops" if i == 0 else "", line) for i, line in enumerate(op_lines(info))),

@@ -26,7 +26,9 @@ from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.config import ServerConfig, environment_flags, read_api_keys
+from server.reasoning.parsers import reasoning_style
 from server.screen import ProgressLine, ready_screen
+from server.tools.parsers import tool_style
 
 if TYPE_CHECKING:
     import uvicorn
@@ -73,16 +75,27 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         raise ConfigError("an empty name is no request's; give one, or leave the flag out", "--served-model-name")
     if not 0 <= args.simulate_step_seconds < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
+    tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
+    reasoning_style(args.reasoning_parser, None)
     if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
     if not 0 <= args.shutdown_timeout < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.shutdown_timeout}", "--shutdown-timeout")
+    if not 0 < args.response_store_ttl < math.inf:
+        raise ConfigError(f"expected seconds, more than 0, found {args.response_store_ttl}", "--response-store-ttl")
     return ServerConfig(
         served_model_names=tuple(names),
         model_root=model or "",
         api_key_hashes=read_api_keys(args.api_key_file) if args.api_key_file is not None else (),
         shutdown_timeout_seconds=args.shutdown_timeout,
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        trust_request_chat_template=args.trust_request_chat_template,
+        enable_tokenizer_info=args.enable_tokenizer_info_endpoint,
+        pooling=args.embedding_pooling,
+        stored_responses_bytes=args.response_store_memory,
+        stored_responses_seconds=args.response_store_ttl,
     )
 
 
@@ -102,7 +115,9 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         dtype=args.dtype,
         numerics=args.numerics,
         lm_head_dtype=args.lm_head_dtype,
+        device=args.device,
         backend=args.backend,
+        cuda_graphs=not args.no_cuda_graphs,
         threads=args.threads,
         seed=args.seed,
         cache=CacheConfig(
@@ -110,6 +125,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             memory_bytes=args.kv_cache_memory,
             kv_dtype=args.kv_cache_dtype,
             enable_prefix_caching=not args.no_prefix_caching,
+            gpu_memory_utilization=args.gpu_memory_utilization,
         ),
         scheduler=SchedulerConfig(
             max_num_seqs=args.max_num_seqs,

@@ -16,20 +16,23 @@ from nvfp4_runtime.engine.client import AsyncEngine
 from nvfp4_runtime.errors import ModelNotFoundError
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
+from server.form import Styles
 from server.metrics import Metrics
+from server.response_store import ResponseStore
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass
 class ServerState:
-    """Engine, text, configuration and metrics of one server. `draining`: it was told to stop."""
+    """Engine, text, configuration, metrics and kept responses of one server. `draining`: it was told to stop."""
 
     engine: AsyncEngine
     text: TextProcessor
     config: ServerConfig
     metrics: Metrics
     created: int
+    responses: ResponseStore
     draining: bool = False
 
     @classmethod
@@ -40,6 +43,11 @@ class ServerState:
     @property
     def model_name(self) -> str:
         return self.config.served_model_names[0]
+
+    @cached_property
+    def styles(self) -> Styles:
+        """How the model writes tool calls and reasoning."""
+        return Styles.of(self.text, self.config.tool_call_parser, self.config.reasoning_parser)
 
     @cached_property
     def fingerprint(self) -> str:

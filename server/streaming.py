@@ -19,6 +19,15 @@ logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
+def data_line(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def named_event(body: Mapping[str, Any]) -> bytes:
+    """An event that carries its type as its name too, as Anthropic's and the Responses API's do."""
+    return b"event: " + str(body["type"]).encode() + b"\n" + data_line(body)
+
+
 class ChunkWriter:
     """Writes the chunks of one answer. What never changes within an answer is serialised once."""
 
@@ -37,18 +46,51 @@ class ChunkWriter:
         return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
 
 
-class EventStream(Response):
-    """An SSE answer from a generator of ready-made chunks; this class adds the final [DONE].
+class SlowClientWatch:
+    """Notices a client that has not taken an event for `limit_seconds`.
 
-    The status leaves with the first chunk, so an error before it is an ordinary HTTP error. Later errors are an
-    error event, then [DONE]. When the client leaves, or takes nothing for `slow_client_seconds`, the generator is
-    closed and `close` called, which aborts its requests.
+    One timer a stream, re-armed when it fires: a timeout around every event would cost more than the event.
+
+    since    loop.time() when the event being sent was handed over; None while none waits
+    too_slow done when the client was too slow
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
+        self.since: float | None = None
+        self._limit = limit_seconds
+        self._loop = asyncio.get_running_loop()
+        self.too_slow: asyncio.Future[None] = self._loop.create_future()
+        self._timer = self._loop.call_later(limit_seconds, self._check)
+
+    def _check(self) -> None:
+        waited = 0.0 if self.since is None else self._loop.time() - self.since
+        if waited < self._limit:
+            self._timer = self._loop.call_later(self._limit - waited, self._check)
+        elif not self.too_slow.done():
+            self.too_slow.set_result(None)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        self.too_slow.cancel()
+
+
+class EventStream(Response):
+    """An SSE answer from a generator of ready-made chunks; this class adds `end`.
+
+    The status leaves with the first chunk, so an error before it is an ordinary HTTP error. Later errors are an event
+    made by `write_error` of an OpenAI error body, then `end`. When the client leaves, or takes nothing for
+    `slow_client_seconds`, the generator is closed and `close` called, which aborts its requests.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], close: Callable[[], None], slow_client_seconds: float
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        slow_client_seconds: float,
+        end: bytes = DONE,
+        write_error: Callable[[dict[str, Any]], bytes] = data_line,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         # Response declares a length of 0; a stream has none.
@@ -56,42 +98,44 @@ class EventStream(Response):
         self._chunks = chunks
         self._close = close
         self._slow_client_seconds = slow_client_seconds
+        self._end = end
+        self._write_error = write_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
-        watch = asyncio.create_task(client_gone(receive))
+        watch = SlowClientWatch(self._slow_client_seconds)
+        pump = asyncio.create_task(self._pump(send, watch))
+        gone = asyncio.create_task(client_gone(receive))
         try:
-            await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({pump, gone, watch.too_slow}, return_when=asyncio.FIRST_COMPLETED)
             if not pump.done():
                 raise ClientDisconnected
             pump.result()
         finally:
-            for task in (pump, watch):
+            watch.stop()
+            for task in (pump, gone):
                 task.cancel()
-            await asyncio.gather(pump, watch, return_exceptions=True)
+            await asyncio.gather(pump, gone, return_exceptions=True)
             await self._chunks.aclose()
             self._close()  # a generator that was never started has nothing to run when it is closed
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, watch: SlowClientWatch) -> None:
+        clock = asyncio.get_running_loop().time
         started = False
         try:
             async for chunk in self._chunks:
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     started = True
-                await self._send(send, chunk)
+                watch.since = clock()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                watch.since = None
+            rest = self._end
         except Exception as error:
             if not started or isinstance(error, (ClientDisconnected, OSError)):
                 raise
             status, body, _ = describe(error)
             if status == 500:
                 logger.exception("a stream failed")
-            await self._send(send, b"data: " + orjson.dumps(body) + b"\n\n")
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
-
-    async def _send(self, send: Send, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._slow_client_seconds):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError as error:
-            raise ClientDisconnected from error
+            rest = self._write_error(body) + self._end
+        watch.since = clock()
+        await send({"type": "http.response.body", "body": rest, "more_body": False})

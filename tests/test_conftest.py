@@ -61,6 +61,11 @@ def test_required_things_that_are_missing_fail_the_run(tmp_path: Path) -> None:
         ({"--require-backend": ["cpu"]}, {"refused": "--require-backend cpu", "not built": "--require-backend cpu"}),
         ({"--require-backend": ["reference"]}, {}),
         ({"--require-sanitizer": True}, {"plain": "--require-sanitizer"}),
+        ({"--require-interpreter": True}, {"no package": "--require-interpreter"}),
+        (
+            {"--require-backend": ["triton"]},
+            {"no device": "--require-backend triton", "no package": "--require-backend triton"},
+        ),
     ],
 )
 def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[str, str]) -> None:
@@ -70,9 +75,11 @@ def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[
         "refused": "backend cpu refuses LinearSpec(): D is 80",
         "not built": "extension not built: pip install .",
         "plain": "this process runs without a sanitizer",
+        "no device": "triton: no CUDA device",
+        "no package": "triton: triton is not installed: pip install it",
         "other": "for another reason",
     }
-    flags = ("--require-shared", "--require-model", "--require-sanitizer")
+    flags = ("--require-shared", "--require-model", "--require-sanitizer", "--require-interpreter")
     nothing: dict[str, Any] = {"--require-backend": []} | dict.fromkeys(flags, False)
     config: Any = SimpleNamespace(getoption=(nothing | asked).__getitem__)
     found = {name: forbidden_skip(reason, config) for name, reason in reasons.items()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +16,10 @@ from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
 from nvfp4_runtime.config import Dtype, EngineConfig
+from nvfp4_runtime.engine.device import describe, resolve_device
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
 from nvfp4_runtime.engine.plan import (
     check_limits,
     context_limit,
@@ -30,63 +32,49 @@ from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
 from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
+from nvfp4_runtime.kernels.transfer import finish_transfers
 from nvfp4_runtime.models import load_model
 from nvfp4_runtime.models.hf_config import parse_model_config
 from nvfp4_runtime.sampling.sampler import BatchSampler
+from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
+from nvfp4_runtime.structured.worker import GrammarTrial
+
+if TYPE_CHECKING:
+    from nvfp4_runtime.models.llama import Decoder
 
 logger = logging.getLogger(__name__)
-
-ProgressCallback = Callable[[str, float], None]
-
-
-class Phases:
-    """Seconds by phase of start-up, reported as they pass."""
-
-    def __init__(self, progress: ProgressCallback | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        if self._progress is not None:
-            self._progress(name, 0.0)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-        if self._progress is not None:
-            self._progress(name, 1.0)
 
 
 def build_engine(config: EngineConfig, progress: ProgressCallback | None = None) -> Engine:
     """Load `config.model` and everything around it. Raises ConfigError, CheckpointError, KernelError."""
     check_limits(config)
     phases = Phases(progress)
+    device = resolve_device(config.device, config.backend)
+    gpu = None
+    if device.type == "cuda":
+        from nvfp4_runtime.engine.gpu import Gpu  # here, so that a start on a CPU does not pay for it
+
+        gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
     max_len = resolve_max_model_len(config.scheduler, context_limit(parse_model_config(checkpoint.raw_config)))
     torch.set_num_threads(config.threads or physical_cores())
-    backends = available_backends(config.backend, config.threads)
+    backends = available_backends(config.backend, config.threads, "cpu" if gpu is None else "cuda")
     with phases.phase("weights"):
-        kernels = Kernels(backends, _resolve_dtype(config, checkpoint.raw_config), config.numerics)
+        dtype = _resolve_dtype(config, checkpoint.raw_config)
+        stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
+        kernels = Kernels(backends, dtype, config.numerics, stream, device)
         model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype)
-    with phases.phase("kv_cache"):
-        kv_dtype = model.kv_dtype
-        if kv_dtype == "fp8" and not all(spec.has_scales for spec in model.kv_specs):
-            logger.warning("the checkpoint has no scales for an FP8 KV cache; 1.0 is used: values beyond 448 saturate")
-        if kv_dtype == "nvfp4" and not all(spec.has_scales for spec in model.kv_specs):
-            logger.warning(
-                "the checkpoint has no scales for its KV cache; 1.0 is used: in an NVFP4 cache values beyond 2688 "
-                "saturate and blocks of 16 below 0.006 become zeros"
-            )
-        block_bytes = bytes_per_block(model.kv_specs, kv_dtype, config.cache.block_size)
-        num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
-        max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
-        kv = allocate(model.kv_specs, kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
-    runner = ModelRunner(model, kv, BatchSampler())
-    with phases.phase("warm_up"):
-        runner.warm_up()
+        num_uploaded, upload_seconds = finish_transfers(device)
+    if num_uploaded:
+        phases.carve("upload", upload_seconds, out_of="weights")
+    _warn_of_missing_scales(model)
+    if gpu is None:
+        placed = _on_cpu(config, model, max_len, phases)
+    else:
+        placed = gpu.place(config, model, max_len, phases, kernels)
     scheduler = Scheduler(
-        config.scheduler, BlockPool(num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
+        config.scheduler, BlockPool(placed.num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
     )
     numerics, numerics_reason = _numerics(kernels)
     if config.numerics not in ("auto", numerics):
@@ -99,14 +87,14 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         model=config.model,
         architecture=model.config.architecture,
         vocab_size=model.config.vocab_size,
-        max_model_len=max_len,
+        max_model_len=placed.max_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         block_size=config.cache.block_size,
-        num_blocks=num_blocks,
-        kv_dtype=kv_dtype,
-        kv_bytes=num_blocks * block_bytes,
+        num_blocks=placed.num_blocks,
+        kv_dtype=model.kv_dtype,
+        kv_bytes=placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
         dtype=kernels.dtype,
         numerics=numerics,
         numerics_reason=numerics_reason,
@@ -116,8 +104,35 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         startup_seconds=phases.seconds,
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
         enable_prefix_caching=config.cache.enable_prefix_caching,
+        device=describe(device),
     )
-    return Engine(scheduler, runner, info, config.seed)
+    vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
+    grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
+    return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars)
+
+
+def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) -> Placement:
+    with phases.phase("kv_cache"):
+        block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
+        num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
+        max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
+        kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
+    runner = ModelRunner(model, kv, BatchSampler())
+    with phases.phase("warm_up"):
+        runner.warm_up()
+    return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner))
+
+
+def _warn_of_missing_scales(model: Decoder) -> None:
+    if all(spec.has_scales for spec in model.kv_specs):
+        return
+    if model.kv_dtype == "fp8":
+        logger.warning("the checkpoint has no scales for an FP8 KV cache; 1.0 is used: values beyond 448 saturate")
+    if model.kv_dtype == "nvfp4":
+        logger.warning(
+            "the checkpoint has no scales for its KV cache; 1.0 is used: in an NVFP4 cache values beyond 2688 "
+            "saturate and blocks of 16 below 0.006 become zeros"
+        )
 
 
 def _resolve_dtype(config: EngineConfig, raw: dict[str, object]) -> Dtype:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from nvfp4_runtime.engine.messages import (
     EngineInfo,
     Failed,
     Outputs,
+    Pooling,
     Progress,
     Ready,
     Refused,
@@ -37,18 +39,25 @@ logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float], None]
 _SHUTDOWN_SECONDS = 10.0
+_DELIVERED_AT_ONCE = 64  # some 2 ms of writing: what a step of a thousand streams may delay everybody else by
 
 
 class TokenStream:
-    """The outputs of one request, in order; the last carries a finish_reason."""
+    """The outputs of one request, in order; the last carries a finish_reason.
+
+    A reader that lags gets what has gathered as one output: under load the server then writes fewer, larger events.
+    """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._queue: asyncio.Queue[TokenOutput | NVFP4Error] = asyncio.Queue()
+        self._waiting: deque[TokenOutput | NVFP4Error] = deque()
+        self._reader: asyncio.Future[None] | None = None
         self._ended = False
 
     def put(self, item: TokenOutput | NVFP4Error) -> None:
-        self._queue.put_nowait(item)
+        self._waiting.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]:
         return self
@@ -56,10 +65,18 @@ class TokenStream:
     async def __anext__(self) -> TokenOutput:
         if self._ended:
             raise StopAsyncIteration
-        item = await self._queue.get()
+        while not self._waiting:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        item = self._waiting.popleft()
         if isinstance(item, NVFP4Error):
             self._ended = True
             raise item
+        while (
+            self._waiting and not isinstance(later := self._waiting[0], NVFP4Error) and later.finish_reason != "error"
+        ):
+            item.absorb(later)
+            self._waiting.popleft()
         self._ended = item.finish_reason is not None
         return item
 
@@ -84,6 +101,7 @@ class AsyncEngine(Protocol):
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> TokenStream: ...
 
     def abort(self, request_id: str) -> None: ...
@@ -108,6 +126,7 @@ class EngineClient:
         self._streams: dict[str, TokenStream] = {}
         self._death: str | None = None
         self._closing = False
+        self._unsent = bytearray()
         self._on_step: list[Callable[[StepStats], None]] = []
         self._on_output: list[Callable[[TokenOutput], None]] = []
         self._on_finish: list[Callable[[TokenOutput], None]] = []
@@ -138,7 +157,7 @@ class EngineClient:
             raise
         client = cls(process, writer, info)
         for payload in rest:
-            client._dispatch(payload)
+            await client._dispatch(payload)
         client._reader_task = asyncio.create_task(client._read(reader, frames))
         return client
 
@@ -157,6 +176,7 @@ class EngineClient:
         self._closing = True
         if self.alive:
             self._send(Shutdown())
+            self._flush()
         self._writer.close()  # after what is buffered; a closed socket ends the engine whatever state it is in
         try:
             await asyncio.to_thread(self._process.wait, _SHUTDOWN_SECONDS)
@@ -177,6 +197,7 @@ class EngineClient:
         request_id: str,
         cache_salt: str = "",
         priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> TokenStream:
         """Admit a request or raise at once: RequestError (400), QueueFullError (429), EngineDeadError (503)."""
         self._require_alive()
@@ -186,7 +207,7 @@ class EngineClient:
         bound = self.info.max_num_seqs + self.info.max_queued_requests
         if len(self._streams) >= bound:
             raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
-        self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority))
+        self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority, pooling))
         stream = self._streams[request_id] = TokenStream(request_id)
         return stream
 
@@ -210,7 +231,15 @@ class EngineClient:
     # -- wire ----------------------------------------------------------------------------------------------------
 
     def _send(self, message: ToEngine) -> None:
-        self._writer.write(frame(message))
+        """What is sent in one turn of the event loop leaves in one write, which wakes the engine once."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += frame(message)
+
+    def _flush(self) -> None:
+        if self._unsent and not self._writer.is_closing():
+            self._writer.write(bytes(self._unsent))
+        self._unsent.clear()
 
     def _require_alive(self) -> None:
         if self._death is not None:
@@ -221,7 +250,7 @@ class EngineClient:
         try:
             while data := await reader.read(1 << 20):
                 for payload in frames.feed(data):
-                    self._dispatch(payload)
+                    await self._dispatch(payload)
         except ConnectionError as error:
             # an engine that stops with our last messages unread resets the connection: expected while closing
             level = logging.DEBUG if self._closing else logging.WARNING
@@ -232,11 +261,13 @@ class EngineClient:
         finally:  # whatever ended the reading: nobody may wait for tokens that will not come
             self._die("the engine was closed" if self._closing else reason)
 
-    def _dispatch(self, payload: bytes) -> None:
+    async def _dispatch(self, payload: bytes) -> None:
         match decode_from_engine(payload):
             case Outputs(outputs, stats):
                 self.stats = stats
-                for output in outputs:
+                for i, output in enumerate(outputs):
+                    if i and i % _DELIVERED_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # these streams write now; timers and new requests get their turn
                     self._deliver(output)
                 for callback in self._on_step:
                     callback(stats)

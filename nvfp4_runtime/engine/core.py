@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from nvfp4_runtime.engine.engine import Engine
+from nvfp4_runtime.engine.grammar_queue import GrammarQueue
 from nvfp4_runtime.engine.messages import (
     Abort,
     Failed,
@@ -43,12 +44,14 @@ class EngineCore:
         self._sock = sock
         self._frames = FrameBuffer()
         self._stop = False
+        self._compiling: GrammarQueue | None = None
 
     def run(self) -> int:
         """Serve until Shutdown or until the client is gone. Returns the process's exit code."""
         engine = self._load()
         if engine is None:
             return 2
+        self._compiling = GrammarQueue(engine.grammars) if engine.grammars is not None else None
         while not self._stop:
             ended = self._handle_messages(engine, wait=not engine.has_work)
             if ended:
@@ -89,8 +92,12 @@ class EngineCore:
         """Take what has arrived; with `wait`, until something does. Returns the outputs of aborted requests."""
         ended: list[TokenOutput] = []
         while not self._stop:
-            readable, _, _ = select.select([self._sock], [], [], None if wait else 0)
-            if not readable:
+            sources, patience = self._sources()
+            readable, _, _ = select.select(sources, [], [], patience if wait else 0)
+            self._admit_compiled(engine)
+            if self._sock not in readable:
+                if wait and not engine.has_work:
+                    continue
                 break
             data = self._sock.recv(1 << 20)
             if not data:
@@ -104,18 +111,40 @@ class EngineCore:
     def _handle(self, engine: Engine, payload: bytes, ended: list[TokenOutput]) -> None:
         match decode_to_engine(payload):
             case Submit() as submit:
-                try:
-                    engine.add(submit)
-                except (RequestError, CapacityError) as error:
-                    param = getattr(error, "param", None)
-                    self._send(Refused(submit.request_id, type(error).__name__, str(error), param))
+                if self._compiling is None or not self._compiling.takes(submit):
+                    self._admit(engine, submit)
             case Abort(request_ids):
-                outputs = (engine.abort(request_id) for request_id in request_ids)
+                outputs = (self._abort(engine, request_id) for request_id in request_ids)
                 ended.extend(output for output in outputs if output is not None)
             case Shutdown():
                 self._stop = True
             case Start():
                 raise AssertionError("Start was sent twice")
+
+    def _admit(self, engine: Engine, submit: Submit, failure: RequestError | None = None) -> None:
+        """Hand a request to the engine, or tell the client why not; `failure`: why not, if that is known already."""
+        try:
+            if failure is not None:
+                raise failure
+            engine.add(submit)
+        except (RequestError, CapacityError) as error:
+            param = getattr(error, "param", None)
+            self._send(Refused(submit.request_id, type(error).__name__, str(error), param))
+
+    def _admit_compiled(self, engine: Engine) -> None:
+        for submit, failure in self._compiling.ready() if self._compiling else ():
+            self._admit(engine, submit, failure)
+
+    def _abort(self, engine: Engine, request_id: str) -> TokenOutput | None:
+        if self._compiling is not None and self._compiling.drop(request_id):
+            return TokenOutput(request_id, [], finish_reason="abort")
+        return engine.abort(request_id)
+
+    def _sources(self) -> tuple[list[socket.socket | GrammarQueue], float | None]:
+        """What to listen to, and how long at most."""
+        if not self._compiling:
+            return [self._sock], None
+        return [self._sock, self._compiling], self._compiling.seconds_left()
 
     def _send(self, message: FromEngine) -> None:
         try:

@@ -12,6 +12,9 @@ from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.structured.compiler import GrammarCompiler
+from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.spec import StructuredSpec
 
 
 class Executor(Protocol):
@@ -25,6 +28,7 @@ class Executor(Protocol):
 def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
     """Refuse now what could never be served: called by whoever admits (client process, LLM, engine)."""
     params.validate(info.vocab_size)
+    _check_choice(params, info)
     if not prompt_token_ids:
         raise InvalidParameterError("the prompt holds no tokens; expected at least one", "prompt")
     lowest, highest = min(prompt_token_ids), max(prompt_token_ids)
@@ -44,10 +48,34 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info:
         )
 
 
+def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
+    """Refuse lists that leave no token to choose from the start."""
+    allowed = params.allowed_token_ids
+    if allowed is None:
+        return
+    left = set(allowed) - {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+    if params.min_tokens > 0:
+        left -= {*params.stop_token_ids, *info.eos_token_ids}
+    if not left:
+        raise InvalidParameterError(
+            "allowed_token_ids leaves no token to choose: bad_words, or min_tokens with the tokens that end an answer, "
+            "forbid all of them",
+            "allowed_token_ids",
+        )
+
+
 class Engine:
     """Requests in, tokens out."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, info: EngineInfo, seed: int = 0) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        info: EngineInfo,
+        seed: int = 0,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        self.grammars = grammars
         self.scheduler = scheduler
         self.executor = executor
         self.info = info
@@ -75,21 +103,32 @@ class Engine:
         if seed is None:
             seed = self._random.getrandbits(63)
         eos = tuple(self.info.eos_token_ids)
-        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len))
+        grammar = None if submit.params.structured is None else self._grammar(submit.params.structured)
+        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len, grammar))
+
+    def _grammar(self, spec: StructuredSpec) -> GrammarState:
+        """Compiles if nobody did before: whoever must not wait has `GrammarQueue` do it."""
+        if self.grammars is None:
+            raise spec.refused("cannot be had: this engine has no tokenizer to apply it to")
+        return self.grammars.state(spec)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         return self.scheduler.abort(request_id)
 
     def step(self) -> tuple[list[TokenOutput], StepStats]:
-        """Schedule, run and sample, commit."""
+        """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
-        schedule = self.scheduler.schedule()
-        results = self.executor.execute(schedule)
-        outputs = self.scheduler.commit(schedule, results)
+        outputs, num_prompt_tokens = self._turn()
         stats = self.scheduler.stats()
         self._num_steps += 1
         stats.num_steps = self._num_steps
         stats.step_seconds = time.perf_counter() - started
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
-        stats.step_prompt_tokens = schedule.num_prompt_tokens
+        stats.step_prompt_tokens = num_prompt_tokens
         return outputs, stats
+
+    def _turn(self) -> tuple[list[TokenOutput], int]:
+        """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
+        schedule = self.scheduler.schedule()
+        results = self.executor.execute(schedule)
+        return self.scheduler.commit(schedule, results), schedule.num_prompt_tokens

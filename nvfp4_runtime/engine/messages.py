@@ -6,10 +6,14 @@ Failed, then Outputs after each step and Refused for a request it cannot take.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.sampling.params import SamplingParams
+
+Pooling = Literal["mean", "last"]
 
 
 class Start(msgspec.Struct, tag=True):
@@ -20,7 +24,11 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches."""
+    """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
+
+    priority  lower goes first
+    pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -28,6 +36,7 @@ class Submit(msgspec.Struct, tag=True):
     arrival_seconds: float
     cache_salt: str = ""
     priority: int = 0
+    pooling: Pooling | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -63,6 +72,10 @@ class TokenOutput(msgspec.Struct):
 
     finish_reason  "stop" (EOS, stop_token_ids), "length", "abort", "error"; None while running
     stop_reason    the stop token's id when one of stop_token_ids ended it
+    error          with "error": why
+    param          with "error": the request's field at fault, where the request is
+    ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
+    embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
     """
 
     request_id: str
@@ -74,6 +87,24 @@ class TokenOutput(msgspec.Struct):
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
     error: str | None = None
+    ends_whole: bool = False
+    param: str | None = None
+    embedding: bytes | None = None
+
+    def absorb(self, later: TokenOutput) -> None:
+        """Become one output that says what this one and the next say. Not for a next that is an error: its reader
+        gets these tokens first."""
+        assert self.finish_reason is None
+        assert later.finish_reason != "error"
+        self.token_ids += later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = (self.prompt_logprobs or []) + later.prompt_logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.ends_whole, self.embedding = later.ends_whole, later.embedding
+        self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
+        self.times = later.times
 
 
 class StepStats(msgspec.Struct):
@@ -129,6 +160,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     startup_seconds: dict[str, float]
     backends: dict[str, dict[str, str]]
     enable_prefix_caching: bool
+    device: str = "cpu"
     pid: int = 0
 
 

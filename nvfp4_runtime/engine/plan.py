@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from nvfp4_runtime.errors import ConfigError
@@ -17,6 +18,29 @@ MIN_THREAD_LIMIT = 64
 # Without a flag, the KV cache takes at most this share of the memory that is free after loading, and this much.
 KV_SHARE_OF_FREE = 0.25
 KV_DEFAULT_LIMIT_BYTES = 4 << 30
+UTILIZATION = "--gpu-memory-utilization"
+
+
+@dataclass(frozen=True)
+class GpuBytes:
+    """A GPU's memory as it was measured.
+
+    total, at_start  all of it, and what was free before anything was loaded
+    loaded           free with the weights, and everything kernels keep, in place
+    step             what the largest step holds for a while
+    graphs           what captured launches will keep
+    """
+
+    total: int
+    at_start: int
+    loaded: int
+    step: int
+    graphs: int
+
+    @property
+    def free(self) -> int:
+        """For the KV cache, if all that is free were used."""
+        return self.loaded - self.step - self.graphs
 
 
 def check_limits(config: EngineConfig) -> None:
@@ -46,6 +70,11 @@ def check_limits(config: EngineConfig) -> None:
         raise ConfigError(
             "--num-kv-blocks and --kv-cache-memory both say how large the KV cache is; give one of them",
             "--num-kv-blocks",
+        )
+    if not 0 < config.cache.gpu_memory_utilization <= 1:
+        share = config.cache.gpu_memory_utilization
+        raise ConfigError(
+            f"{UTILIZATION} is {share}; expected a share of the memory, above 0 and at most 1", UTILIZATION
         )
 
 
@@ -87,31 +116,62 @@ def plan_blocks(cache: CacheConfig, scheduler: SchedulerConfig, max_len: int, bl
     """How many blocks to allocate, the null block included: the flags, else what could be used, within free memory."""
     free = available_memory_bytes()
     if cache.num_blocks is not None:
-        if cache.num_blocks * block_bytes > free:
-            raise ConfigError(
-                f"--num-kv-blocks {cache.num_blocks} take {cache.num_blocks * block_bytes / 2**30:.2f} GiB and "
-                f"{free / 2**30:.2f} GiB are free",
-                "--num-kv-blocks",
-            )
-        return cache.num_blocks
+        return _asked_blocks(cache.num_blocks, block_bytes, free)
     per_sequence = -(-max_len // cache.block_size)
     useful = 1 + scheduler.max_num_seqs * per_sequence
-    budget = cache.memory_bytes
-    if budget is None:
-        budget = min(int(free * KV_SHARE_OF_FREE), KV_DEFAULT_LIMIT_BYTES)
-    elif budget > free:
+    budget = min(int(free * KV_SHARE_OF_FREE), KV_DEFAULT_LIMIT_BYTES)
+    if cache.memory_bytes is not None:
+        budget = _asked_bytes(cache.memory_bytes, free)
+    return min(useful, _blocks_in(budget, block_bytes, "--kv-cache-memory"))
+
+
+def plan_gpu_blocks(cache: CacheConfig, gpu: GpuBytes, block_bytes: int) -> int:
+    """The same on a GPU: the flags, else what its share of the memory leaves beside weights, steps and graphs.
+
+    The share is of the whole memory, whoever uses it, as vLLM means it: what others hold already must fit beside it.
+    Blocks beyond what running requests need keep prefixes.
+    """
+    if cache.num_blocks is not None:
+        return _asked_blocks(cache.num_blocks, block_bytes, gpu.free)
+    if cache.memory_bytes is not None:
+        return _blocks_in(_asked_bytes(cache.memory_bytes, gpu.free), block_bytes, "--kv-cache-memory")
+    share = int(gpu.total * cache.gpu_memory_utilization)
+    if share > gpu.at_start:
         raise ConfigError(
-            f"--kv-cache-memory asks for {budget / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",
-            "--kv-cache-memory",
+            f"{UTILIZATION} {cache.gpu_memory_utilization} asks for {share / 2**30:.2f} of {gpu.total / 2**30:.2f} GiB "
+            f"and {gpu.at_start / 2**30:.2f} GiB were free at start; lower it, or end what else uses the GPU",
+            UTILIZATION,
         )
-    num_blocks = min(useful, budget // block_bytes)
-    if num_blocks < 2:
+    return _blocks_in(share - (gpu.at_start - gpu.free), block_bytes, UTILIZATION)
+
+
+def _asked_blocks(num_blocks: int, block_bytes: int, free: int) -> int:
+    if num_blocks * block_bytes > free:
         raise ConfigError(
-            f"{budget / 2**20:.1f} MiB of KV cache hold no block ({block_bytes / 2**20:.2f} MiB each); "
-            "give it more memory",
-            "--kv-cache-memory",
+            f"--num-kv-blocks {num_blocks} take {num_blocks * block_bytes / 2**30:.2f} GiB and "
+            f"{free / 2**30:.2f} GiB are free",
+            "--num-kv-blocks",
         )
     return num_blocks
+
+
+def _asked_bytes(num_bytes: int, free: int) -> int:
+    if num_bytes > free:
+        raise ConfigError(
+            f"--kv-cache-memory asks for {num_bytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",
+            "--kv-cache-memory",
+        )
+    return num_bytes
+
+
+def _blocks_in(num_bytes: int, block_bytes: int, flag: str) -> int:
+    if num_bytes < 2 * block_bytes:
+        raise ConfigError(
+            f"{max(num_bytes, 0) / 2**20:.1f} MiB of KV cache hold no block ({block_bytes / 2**20:.2f} MiB each); "
+            "give it more memory",
+            flag,
+        )
+    return num_bytes // block_bytes
 
 
 def fit_max_model_len(scheduler: SchedulerConfig, max_len: int, num_blocks: int, block_size: int) -> int:

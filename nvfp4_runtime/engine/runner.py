@@ -12,6 +12,8 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
+from nvfp4_runtime.engine.staging import StepLists
+from nvfp4_runtime.sampling.masks import Masks
 from nvfp4_runtime.sampling.sampler import BatchSampler, prompt_logprobs
 from nvfp4_runtime.sampling.state import Logprob
 
@@ -23,6 +25,10 @@ class Model(Protocol):
         """float32 logits [R, V] of `batch.logits_rows`."""
         ...
 
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """What enters the head: hidden states [R, hidden_size] of `batch.logits_rows`, after the final norm."""
+        ...
+
 
 class ModelRunner:
     """The executor over a real model. Holds the KV tensors and nothing about any request."""
@@ -32,12 +38,33 @@ class ModelRunner:
         self._kv = kv
         self._sampler = sampler
         self._block_size = kv[0].block_size
+        self._torch_device = kv[0].k.device
 
     @torch.inference_mode()
     def execute(self, schedule: Schedule) -> list[StepResult]:
-        """Run the model once over all entries, then sample for those that reached their last token."""
-        rows = [_logits_rows(entry) for entry in schedule.entries]
-        return self._results(schedule, rows, self.logits(schedule, rows))
+        """Run the model once over all entries, then sample for those that reached their last token.
+
+        Entries that only want hidden states (pooling) are a batch of their own.
+        """
+        if any(entry.request.pooling is not None for entry in schedule.entries):
+            return self._execute_apart(schedule)
+        rows = [wanted_rows(entry) for entry in schedule.entries]
+        masks = self._sampler.begin([entry.request.sampling for entry in schedule.entries if entry.samples])
+        return self._results(schedule, rows, self.logits(schedule, rows), masks)
+
+    def _execute_apart(self, schedule: Schedule) -> list[StepResult]:
+        results: dict[int, StepResult] = {}
+        for run, pooled in ((self.execute, False), (self._pool, True)):
+            chosen = [i for i, e in enumerate(schedule.entries) if (e.request.pooling is not None) is pooled]
+            part = Schedule(tuple(schedule.entries[i] for i in chosen))
+            results |= zip(chosen, run(part) if chosen else [], strict=True)
+        return [results[i] for i in range(len(schedule.entries))]
+
+    def _pool(self, schedule: Schedule) -> list[StepResult]:
+        rows = [range(0 if e.request.pooling == "mean" else e.count - 1, e.count) for e in schedule.entries]
+        hidden = self._model.hidden(self.prepare(schedule, rows)).float().cpu()
+        sums = [part.sum(dim=0) for part in torch.split(hidden, [len(wanted) for wanted in rows])]
+        return [StepResult(None, finite=bool(each.isfinite().all()), hidden_sum=each.numpy()) for each in sums]
 
     @torch.inference_mode()
     def logits(self, schedule: Schedule, rows: Sequence[range]) -> Tensor:
@@ -46,44 +73,33 @@ class ModelRunner:
 
     def prepare(self, schedule: Schedule, rows: Sequence[range]) -> ForwardBatch:
         """The tensors of one step. `rows[i]`: which of entry i's new tokens want logits, counted from its first."""
-        block_size = self._block_size
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        seq_lens: list[int] = []
-        cu_seqlens = [0]
-        logits_rows: list[int] = []
-        tables: list[list[int]] = []
-        for entry, wanted in zip(schedule.entries, rows, strict=True):
-            request, start, stop = entry.request, entry.start, entry.start + entry.count
-            logits_rows.extend(len(ids) + row for row in wanted)
-            ids.extend(request.tokens[start:stop])
-            positions.extend(range(start, stop))
-            blocks = request.block_ids
-            slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, stop))
-            seq_lens.append(stop)
-            cu_seqlens.append(len(ids))
-            tables.append(blocks[: -(-stop // block_size)])
-        width = max(len(table) for table in tables)
-        count = len(ids)
+        lists = StepLists.of(schedule, rows, self._block_size)
+        width, num_seqs, count = lists.width, len(lists.seq_lens), len(lists.input_ids)
         # two tensors, cut up: making one costs more than a view, and after a step's weights no cache line is warm
-        wide = torch.from_numpy(np.array(ids + positions + slots + logits_rows, dtype=np.int64))
-        blocks = [block for t in tables for block in (*t, *([0] * (width - len(t))))]
-        narrow = torch.from_numpy(np.array(seq_lens + cu_seqlens + blocks, dtype=np.int32))
-        input_ids, position, slot_mapping, logits_row = torch.split(wide, [count, count, count, len(logits_rows)])
-        lengths, bounds, table = torch.split(narrow, [len(seq_lens), len(cu_seqlens), width * len(tables)])
+        values = lists.input_ids + lists.positions + lists.slot_mapping + lists.logits_rows
+        wide = torch.from_numpy(np.array(values, dtype=np.int64))
+        values = lists.seq_lens + lists.cu_seqlens + lists.padded_tables(width)
+        narrow = torch.from_numpy(np.array(values, dtype=np.int32))
+        if self._torch_device.type != "cpu":
+            wide, narrow = wide.to(self._torch_device), narrow.to(self._torch_device)
+        input_ids, position, slots, logits_row = torch.split(wide, [count, count, count, len(lists.logits_rows)])
+        lengths, bounds, table = torch.split(narrow, [num_seqs, num_seqs + 1, width * num_seqs])
         return ForwardBatch(
             input_ids=input_ids,
             positions=position,
-            slot_mapping=slot_mapping,
-            block_tables=table.view(len(tables), width),
+            slot_mapping=slots,
+            block_tables=table.view(num_seqs, width),
             seq_lens=lengths,
             cu_seqlens_q=bounds,
             logits_rows=logits_row,
             kv=self._kv,
+            max_query_len=max(entry.count for entry in schedule.entries),
+            max_seq_len=max(lists.seq_lens),
         )
 
-    def _results(self, schedule: Schedule, rows: Sequence[range], logits: Tensor) -> list[StepResult]:
+    def _results(
+        self, schedule: Schedule, rows: Sequence[range], logits: Tensor, masks: Masks | None = None
+    ) -> list[StepResult]:
         offsets = [0]
         for wanted in rows:
             offsets.append(offsets[-1] + len(wanted))
@@ -91,7 +107,7 @@ class ModelRunner:
         last_rows = [offsets[i + 1] - 1 for i in sampling]
         picked = logits if last_rows == list(range(offsets[-1])) else logits[last_rows]
         states = [schedule.entries[i].request.sampling for i in sampling]
-        sampled = dict(zip(sampling, self._sampler.sample(picked, states), strict=True)) if sampling else {}
+        sampled = dict(zip(sampling, self._sampler.sample(picked, states, masks), strict=True)) if sampling else {}
         results = []
         for i, entry in enumerate(schedule.entries):
             scores, finite = None, True
@@ -100,7 +116,7 @@ class ModelRunner:
             if i in sampled:
                 choice = sampled[i]
                 logprob = None if choice.logprob is None else _to_wire(choice.logprob)
-                results.append(StepResult(choice.token_id, logprob, scores, choice.finite and finite))
+                results.append(StepResult(choice.token_id, logprob, scores, choice.finite and finite, choice.error))
             else:
                 results.append(StepResult(None, None, scores, finite))
         return results
@@ -110,19 +126,21 @@ class ModelRunner:
         """One token into the null block: thread pools start and lazy set-up happens before the first request."""
         self._model.forward(
             ForwardBatch(
-                input_ids=torch.zeros(1, dtype=torch.int64),
-                positions=torch.zeros(1, dtype=torch.int64),
-                slot_mapping=torch.tensor([NULL_SLOT]),
-                block_tables=torch.zeros(1, 1, dtype=torch.int32),
-                seq_lens=torch.ones(1, dtype=torch.int32),
-                cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
-                logits_rows=torch.zeros(1, dtype=torch.int64),
+                input_ids=torch.zeros(1, dtype=torch.int64, device=self._torch_device),
+                positions=torch.zeros(1, dtype=torch.int64, device=self._torch_device),
+                slot_mapping=torch.tensor([NULL_SLOT], device=self._torch_device),
+                block_tables=torch.zeros(1, 1, dtype=torch.int32, device=self._torch_device),
+                seq_lens=torch.ones(1, dtype=torch.int32, device=self._torch_device),
+                cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=self._torch_device),
+                logits_rows=torch.zeros(1, dtype=torch.int64, device=self._torch_device),
                 kv=self._kv,
+                max_query_len=1,
+                max_seq_len=1,
             )
         )
 
 
-def _logits_rows(entry: Scheduled) -> range:
+def wanted_rows(entry: Scheduled) -> range:
     """Which new tokens' logits are needed: the last if the entry samples; all that precede a prompt token if scored."""
     if entry.request.params.prompt_logprobs is None:
         return range(entry.count - 1, entry.count) if entry.samples else range(0)
@@ -137,7 +155,7 @@ def _prompt_scores(entry: Scheduled, logits: Tensor) -> tuple[list[TokenLogprob]
     k = request.params.prompt_logprobs
     if k is None or entry.start >= request.num_prompt_tokens:
         return None, True
-    targets = request.tokens[entry.start + 1 : min(entry.start + entry.count + 1, request.num_prompt_tokens)]
+    targets = request.tokens[entry.start + 1 : min(entry.stop + 1, request.num_prompt_tokens)]
     scores = [s for s in prompt_logprobs(logits[: len(targets)], targets, k) if s is not None]
     return [_to_wire(score) for score in scores], len(scores) == len(targets)
 

@@ -1,35 +1,52 @@
 """The scheduler: which requests get how many tokens and which blocks in the next step. Torch-free.
 
 Prefill and decode are not two modes: a request has `num_computed` catching up with its tokens, under one token budget
-per step. Out of blocks, the youngest running request gives its blocks back and is recomputed later. Anything accepted
-fits alone (the engine refuses the rest at submit), so the oldest request always gets on and everything ends.
+per step. Requests go by rank: lower priority values first, then by arrival. Out of blocks, the running request that
+ranks last gives its blocks back and is recomputed later. Anything accepted fits alone (the engine refuses the rest at
+submit), so the request that ranks first always gets on and everything ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nvfp4_runtime.cache.block_pool import BlockPool, chain_hash, salt_hash
 from nvfp4_runtime.config import SchedulerConfig
 from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
+if TYPE_CHECKING:
+    from nvfp4_runtime.engine.request import FloatRow
+
 
 @dataclass(frozen=True)
 class Scheduled:
-    """`count` tokens of `request` from `start` on. `samples`: the step reaches its last token and yields the next."""
+    """`count` tokens of `request` from `start` on.
+
+    samples  the step reaches the request's last token and yields the next
+    epoch    the request's, when this was scheduled
+    """
 
     request: Request
     start: int
     count: int
+    samples: bool = False
+    epoch: int = 0
 
     @property
-    def samples(self) -> bool:
-        return self.start + self.count == self.request.num_tokens
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def is_stale(self) -> bool:
+        """The request has ended or was preempted since."""
+        return self.epoch != self.request.epoch
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class Schedule:
     @property
     def num_prompt_tokens(self) -> int:
         """Prompt tokens among them (a preempted request's outputs, recomputed, do not count)."""
-        return sum(max(0, min(e.start + e.count, e.request.num_prompt_tokens) - e.start) for e in self.entries)
+        return sum(max(0, min(e.stop, e.request.num_prompt_tokens) - e.start) for e in self.entries)
 
 
 @dataclass(frozen=True)
@@ -55,12 +72,25 @@ class StepResult:
     token_id         the next token, or None if the entry does not sample
     prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
     finite           False: this row's logits were not numbers; the request ends with an error, others go on
+    error            why, where it was something else
+    hidden_sum       pooling: the sum of this entry's hidden states (mean), or the last token's (last)
     """
 
     token_id: int | None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     finite: bool = True
+    error: str | None = None
+    hidden_sum: FloatRow | None = None
+
+
+def _take(request: Request, count: int) -> Scheduled:
+    """The next `count` tokens of `request`, from now on counted as computed."""
+    start = request.num_computed
+    request.num_computed += count
+    samples = request.num_computed == request.num_tokens
+    request.num_pending += samples
+    return Scheduled(request, start, count, samples, request.epoch)
 
 
 @dataclass
@@ -72,12 +102,13 @@ class Scheduler:
     block_size: int
     enable_prefix_caching: bool = True
     hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
-    waiting: deque[Request] = field(default_factory=deque)
+    waiting: list[Request] = field(default_factory=list)  # both sorted by rank
     running: list[Request] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    _arrivals: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def has_work(self) -> bool:
@@ -86,7 +117,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         assert request.id not in self.requests, f"request id {request.id} is in use"
         self.requests[request.id] = request
-        self.waiting.append(request)
+        request.arrival = next(self._arrivals)
+        insort(self.waiting, request, key=_rank)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """End a request in any state and free its blocks. None if it is not here (any more)."""
@@ -96,13 +128,20 @@ class Scheduler:
     # -- schedule ------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Schedule:
-        """Give running requests their next tokens, then admit waiting ones into what is left of the budget."""
+        """Give running requests their next tokens, then admit waiting ones into what is left of the budget.
+
+        What is scheduled counts as computed, and what it samples as a token on its way, before it has run: the next
+        step may be scheduled while this one runs. `commit` reads the results, in order.
+        """
         entries: list[Scheduled] = []
         budget = self.config.max_num_batched_tokens
         preempted = False
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
+            if request.ends_with_pending:
+                index += 1
+                continue
             count = min(request.num_tokens - request.num_computed, budget)
             while not self._grow(request, count):
                 victim = self.running.pop()
@@ -111,7 +150,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                entries.append(Scheduled(request, request.num_computed, count))
+                entries.append(_take(request, count))
                 budget -= count
                 index += 1
         if not preempted:
@@ -133,10 +172,10 @@ class Scheduler:
             request.num_published = len(cached)
             request.status = Status.RUNNING
             self._note_admission(request, start)
-            self.waiting.popleft()
-            self.running.append(request)
+            self.waiting.pop(0)
+            insort(self.running, request, key=_rank)
             budget -= count
-            yield Scheduled(request, start, count)
+            yield _take(request, count)
 
     def _note_admission(self, request: Request, num_cached: int) -> None:
         if request.num_cached_tokens < 0:
@@ -163,19 +202,22 @@ class Scheduler:
         self._release(request)
         request.status = Status.WAITING
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_rank)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
         request.block_ids = []
         request.num_computed = 0
         request.num_published = 0
+        request.num_pending = 0  # a token on its way is not waited for: it will be sampled again
+        request.epoch += 1
 
     # -- prefix cache --------------------------------------------------------------------------------------------
 
     def _may_use_prefix(self, request: Request) -> bool:
-        # prompt_logprobs need the logits of every prompt position, so nothing of it may be skipped
-        return self.enable_prefix_caching and request.params.prompt_logprobs is None
+        # prompt_logprobs need the logits of every prompt position, a mean its hidden state: nothing may be skipped
+        needs_all = request.params.prompt_logprobs is not None or request.pooling == "mean"
+        return self.enable_prefix_caching and not needs_all
 
     def _find_prefix(self, request: Request) -> list[int]:
         if not self._may_use_prefix(request):
@@ -192,8 +234,8 @@ class Scheduler:
             hashes.append(chain_hash(self.hash_key, parent, request.tokens[start : start + self.block_size]))
         return hashes[:count]
 
-    def _publish(self, request: Request) -> None:
-        full = request.num_computed // self.block_size
+    def _publish(self, request: Request, num_computed: int) -> None:
+        full = num_computed // self.block_size
         if self.enable_prefix_caching and full > request.num_published:
             hashes = self._hashes(request, full)
             for i in range(request.num_published, full):
@@ -208,13 +250,15 @@ class Scheduler:
         outputs = []
         for entry, result in zip(schedule.entries, results, strict=True):
             request = entry.request
-            if request.status is not Status.RUNNING:  # aborted while the step ran
+            if entry.is_stale:  # while the step ran
                 continue
             if not result.finite:
-                outputs.append(self._finish(request, "error", error="the model's output was not finite"))
+                failed = self._finish(request, "error", error=result.error or _why_no_token(request))
+                spec = request.params.structured
+                failed.param = spec.field if result.error is not None and spec is not None else None
+                outputs.append(failed)
                 continue
-            request.num_computed = entry.start + entry.count
-            self._publish(request)
+            self._publish(request, entry.stop)
             output = self._advance(entry, result, now)
             if output is not None:
                 outputs.append(output)
@@ -222,9 +266,14 @@ class Scheduler:
 
     def _advance(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
         request = entry.request
+        if request.pooling is not None:
+            if result.hidden_sum is not None:
+                request.pool(result.hidden_sum, entry.start)
+            return self._finish(request, "stop", embedding=request.embedding) if entry.samples else None
         scored = self._new_scores(entry, result.prompt_logprobs)
         if result.token_id is None:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
+        request.num_pending -= 1
         request.append(result.token_id)
         if request.times.first_token == 0.0:
             request.times.first_token = now
@@ -238,6 +287,7 @@ class Scheduler:
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
             output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
+            output.ends_whole = request.ends_whole
         return output
 
     def _new_scores(self, entry: Scheduled, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob | None] | None:
@@ -250,7 +300,9 @@ class Scheduler:
         request.num_scored = max(request.num_scored, entry.start + len(logprobs) + 1)
         return [*first, *fresh]
 
-    def _finish(self, request: Request, reason: str, error: str | None = None) -> TokenOutput:
+    def _finish(
+        self, request: Request, reason: str, error: str | None = None, embedding: bytes | None = None
+    ) -> TokenOutput:
         if request.status is Status.RUNNING:
             self.running.remove(request)
         else:
@@ -266,6 +318,7 @@ class Scheduler:
             num_cached_tokens=max(request.num_cached_tokens, 0),
             times=request.times,
             error=error,
+            embedding=embedding,
         )
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -288,3 +341,16 @@ class Scheduler:
         assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
         alive = {request.id for request in self.running} | {request.id for request in self.waiting}
         assert alive == set(self.requests), "requests and queues disagree"
+
+
+def _why_no_token(request: Request) -> str:
+    params = request.params
+    if params.allowed_token_ids is None and not params.bad_words_token_ids:
+        return "the model's output was not finite"
+    return (
+        "no token is left to choose: the lists of allowed tokens and bad words forbid all, or the output is not finite"
+    )
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

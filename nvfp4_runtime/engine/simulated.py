@@ -8,7 +8,11 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.config import EngineConfig, SimulatedConfig
@@ -17,6 +21,11 @@ from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup, TokenLogprob
 from nvfp4_runtime.engine.plan import check_limits
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
+from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
+from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.worker import GrammarTrial
+
+HIDDEN_SIZE = 8
 
 
 class SimulatedExecutor:
@@ -33,31 +42,74 @@ class SimulatedExecutor:
 
     def _result(self, entry: Scheduled) -> StepResult:
         request = entry.request
+        if request.pooling is not None:
+            return StepResult(None, hidden_sum=self._hidden_sum(entry))
         scored = None
         if request.params.prompt_logprobs is not None:
             stop = min(entry.start + entry.count + 1, request.num_prompt_tokens)
-            scored = [self._logprob(token) for token in request.tokens[entry.start + 1 : stop]]
+            wanted = request.params.prompt_logprobs
+            scored = [self._logprob(token, wanted) for token in request.tokens[entry.start + 1 : stop]]
         if not entry.samples:
             return StepResult(None, prompt_logprobs=scored)
+        if request.sampling.grammar is not None:
+            return self._structured(request, request.sampling.grammar, scored)
         token = self.next_token(request)
-        logprob = None if request.params.logprobs is None else self._logprob(token)
-        return StepResult(token, logprob, scored)
+        count, ids = request.params.logprobs, request.params.logprob_token_ids
+        return StepResult(token, None if count is None else self._logprob(token, count, ids), scored)
 
     def next_token(self, request: Request) -> int:
+        """The hash's or script's token, or the next one that allowed_token_ids and bad words permit."""
+        params = request.params
+        token = self._preferred(request)
+        if params.allowed_token_ids is None and not params.bad_words_token_ids:
+            return token
+        allowed = sorted(params.allowed_token_ids or range(self.config.vocab_size))
+        forbidden = set(request.sampling.completing_bad_words)
+        start = bisect_left(allowed, token)
+        around = allowed[start:] + allowed[:start]
+        return next((other for other in around if other not in forbidden), token)
+
+    def _preferred(self, request: Request) -> int:
         """The script's token, else a hash of the tokens so far (and of the seed, when not greedy), never EOS."""
         config = self.config
         if config.script:
             return config.script[len(request.output_token_ids) % len(config.script)]
-        seed = 0 if request.params.temperature == 0 else request.sampling.seed
-        tail = request.tokens[-8:]
-        digest = hashlib.blake2b(
-            struct.pack(f"<qq{len(tail)}q", seed, request.num_tokens, *tail), digest_size=8
-        ).digest()
-        token = int.from_bytes(digest, "little") % config.vocab_size
+        token = self._hash(request) % config.vocab_size
         return (token + 1) % config.vocab_size if token == config.eos_token_id else token
 
-    def _logprob(self, token: int) -> TokenLogprob:
-        return TokenLogprob(token, -0.5, 1, [(token, -0.5)])
+    def _hash(self, request: Request) -> int:
+        seed = 0 if request.params.temperature == 0 else request.sampling.seed
+        tail = request.tokens[-8:]
+        packed = struct.pack(f"<qq{len(tail)}q", seed, len(request.tokens), *tail)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+    def _structured(self, request: Request, grammar: GrammarState, scored: list[TokenLogprob] | None) -> StepResult:
+        """The token that would come, if the grammar allows it; else one that it allows, by the same hash."""
+        wanted = self.next_token(request)
+        words = np.zeros(grammar.num_words, dtype=np.int32)
+        if grammar.applies:
+            grammar.fill(words)
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            if grammar.error is not None or not len(allowed):
+                return StepResult(None, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+            wanted = wanted if wanted in allowed else int(allowed[self._hash(request) % len(allowed)])
+        grammar.accept(wanted)
+        count, ids = request.params.logprobs, request.params.logprob_token_ids
+        return StepResult(wanted, None if count is None else self._logprob(wanted, count, ids), scored)
+
+    def _logprob(self, token: int, count: int, ids: Sequence[int] | None = None) -> TokenLogprob:
+        """The token first with -0.5, each next id (wrapping round) 1 less likely."""
+        size = self.config.vocab_size
+        shown = [(token + i) % size for i in range(min(count, size))] if ids is None else ids
+        return TokenLogprob(token, -0.5, 1, [(other, -0.5 - (other - token) % size) for other in shown])
+
+    def _hidden_sum(self, entry: Scheduled) -> npt.NDArray[np.float32]:
+        """A token's hidden state depends on its id alone; HIDDEN_SIZE values in [0, 1)."""
+        start, stop = entry.start, entry.start + entry.count
+        tokens = entry.request.tokens[start if entry.request.pooling == "mean" else stop - 1 : stop]
+        states = np.outer(np.array(tokens) + 1, np.arange(1, HIDDEN_SIZE + 1)) * 0.6180339887 % 1
+        pooled: npt.NDArray[np.float32] = states.sum(axis=0, dtype=np.float32)
+        return pooled
 
 
 def simulated_engine(config: EngineConfig) -> Engine:
@@ -92,4 +144,13 @@ def simulated_engine(config: EngineConfig) -> Engine:
         backends={},
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed)
+    vocabulary = _vocabulary(simulated)
+    grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
+    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, grammars)
+
+
+def _vocabulary(config: SimulatedConfig) -> Vocabulary:
+    """One token per byte, and special ones after them."""
+    tokens = tuple(bytes([i]) if i < 256 else f"<|{i}|>".encode() for i in range(config.vocab_size))
+    eos = () if config.eos_token_id is None else (config.eos_token_id,)
+    return Vocabulary(len(tokens), eos, tokens=tokens, special=tuple(range(256, len(tokens))))

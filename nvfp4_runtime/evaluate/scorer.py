@@ -98,7 +98,8 @@ class Scorer:
         request = Request(Submit("window", list(tokens), SamplingParams(), 0.0), 0, (), len(tokens) + 1)
         request.block_ids = self._blocks
         started = time.perf_counter()
-        logits = self._runner.logits(Schedule((Scheduled(request, start, stop - start),)), [range(stop - start)])
+        schedule = Schedule((Scheduled(request, start, stop - start),))
+        logits = self._runner.logits(schedule, [range(stop - start)]).cpu()
         self.seconds += time.perf_counter() - started
         rows = Rows.of_logits(logits, tokens[start + 1 : stop + 1])
         finite = np.isfinite(rows.top_prob)  # NaN and +Inf are faults; -Inf below the top is a probability of 0

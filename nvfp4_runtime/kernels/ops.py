@@ -140,6 +140,22 @@ class PagedAttentionSpec:
     kind: str = "paged_attention"
 
 
+@dataclass(frozen=True)
+class MLASpec:
+    """One decoding step of multi-head latent attention in its absorbed form, over the paged latent cache.
+
+    Queries and the cache are `dtype`, the result is `out_dtype`. Where either is bfloat16, a backend may round softmax
+    weights to bfloat16 before it multiplies them.
+    """
+
+    num_heads: int
+    kv_lora_rank: int
+    rope_dim: int
+    dtype: Dtype
+    out_dtype: Dtype
+    kind: str = "mla_decode"
+
+
 def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
     """Why no backend can keep this cache, or None."""
     if spec.kv_dtype == "nvfp4" and spec.head_dim % 16:
@@ -150,7 +166,9 @@ def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
     return None
 
 
-OpSpec = LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec
+OpSpec = (
+    LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec
+)
 
 
 class LinearKernel(Protocol):
@@ -214,6 +232,22 @@ class RopeKernel(Protocol):
 class AttentionKernel(Protocol):
     def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
         """q [T, Hq, D] -> [T, Hq * D]. Query i of sequence b sees positions (p_i - window, p_i]."""
+        ...
+
+
+class MLAKernel(Protocol):
+    def __call__(
+        self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float
+    ) -> Tensor:
+        """One query per sequence over its latent vectors, which are keys and values at once -> [B, H, kv_lora_rank].
+
+        q_nope        [B, H, kv_lora_rank]  W_UK already absorbed: a query against the latent vector itself
+        q_rope        [B, H, rope_dim]      rotated
+        cache         [num_blocks, block_size, kv_lora_rank + rope_dim]  latent vector, then its rotated key
+        block_tables  int32 [B, max_blocks]
+        seq_lens      int32 [B]             tokens visible; 0: the row is a filler and its result means nothing
+        Softmax over scale * (q_nope . c + q_rope . k_rope); the result, sums of c, awaits W_UV.
+        """
         ...
 
 
@@ -309,6 +343,8 @@ class Backend(Protocol):
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel: ...
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
+
+    def mla_decode(self, spec: MLASpec) -> MLAKernel: ...
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         """The whole decoder as one call, or why not, for a person to read."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from nvfp4_runtime.config import Dtype, Numerics
@@ -22,6 +24,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -30,11 +34,14 @@ from nvfp4_runtime.kernels.ops import (
     RopeKernel,
     RopeSpec,
 )
+from nvfp4_runtime.kernels.transfer import to_device
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 logger = logging.getLogger(__name__)
+
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("blackwell", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 def choose(spec: OpSpec, backends: Sequence[Backend]) -> tuple[Backend, dict[str, str]]:
@@ -47,22 +54,31 @@ def choose(spec: OpSpec, backends: Sequence[Backend]) -> tuple[Backend, dict[str
     raise NoBackendError(spec, refusals)
 
 
-def available_backends(name: str = "auto", threads: int | None = None) -> list[Backend]:
-    """Backends by preference. Asking for one by name gives a list of one: it runs there or start-up fails."""
+def available_backends(
+    name: str = "auto", threads: int | None = None, device: Literal["cpu", "cuda"] = "cpu"
+) -> list[Backend]:
+    """Backends by preference for tensors on `device`.
+
+    Asking for one by name gives a list of one: it runs there, or ConfigError says why it cannot.
+    """
+    from nvfp4_runtime.kernels.blackwell.backend import BlackwellBackend
     from nvfp4_runtime.kernels.cpu.backend import CPUBackend
     from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+    from nvfp4_runtime.kernels.triton.backend import TritonBackend
 
     makers: dict[str, Callable[[], Backend]] = {
+        "blackwell": BlackwellBackend,
+        "triton": TritonBackend,
         "cpu": lambda: CPUBackend(threads=threads),
-        "reference": lambda: ReferenceBackend(threads=threads),
+        "reference": lambda: ReferenceBackend(threads, torch.device(device)),
     }
     if name == "auto":
-        return [make() for make in makers.values()]
+        return [makers[known]() for known in PREFERENCE[device]]
     if name not in makers:
         raise ConfigError(f"unknown backend {name!r}; expected one of auto, {', '.join(makers)}", "--backend")
     backend = makers[name]()
-    if isinstance(backend, CPUBackend) and backend.missing is not None:
-        raise ConfigError(f"the cpu backend was asked for: {backend.missing}", "--backend")
+    if isinstance(backend, CPUBackend | TritonBackend | BlackwellBackend) and backend.missing is not None:
+        raise ConfigError(f"the {name} backend was asked for: {backend.missing}", "--backend")
     return [backend]
 
 
@@ -87,6 +103,7 @@ class Kernels:
     numerics  of NVFP4 layers; "auto" is what the first backend that runs them does fastest; see docs/numerics.md
     dtype     of activations that enter a multiplication by weights
     stream    of activations between ops (see kernels/ops.py)
+    device    where the kernels run: layers put what they hold beside weights there, by `place`
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
@@ -96,9 +113,14 @@ class Kernels:
     dtype: Dtype
     numerics: Numerics | Literal["auto"] = "auto"
     stream: Dtype = "float32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[tuple[str, ...], LinearKernel], LinearKernel] | None = None
     choices: list[Choice] = field(default_factory=list)
     _logged: set[OpSpec] = field(default_factory=set)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the kernels' device; itself where it is there already."""
+        return to_device(tensor, self.device)
 
     def resolved_numerics(self) -> tuple[Numerics, str]:
         """The arithmetic of NVFP4 layers, and why."""
@@ -111,15 +133,23 @@ class Kernels:
         return "w4a16", "auto: no backend runs NVFP4 layers"
 
     def linear(
-        self, group: str, weight: Weight, names: Sequence[str] = (), made_from: str | None = None
+        self,
+        group: str,
+        weight: Weight,
+        names: Sequence[str] = (),
+        made_from: str | None = None,
+        out_dtype: Dtype | None = None,
     ) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
 
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
         `made_from` is the format the checkpoint stores, where `weight` was quantised from it at load. Such a weight has
         no calibrated input_scale, so it runs W4A16 where W4A4 was asked for; the report says so.
+        `out_dtype` is the results' type, None: the stream's.
         """
         spec = self.linear_spec(group, weight, made_from)
+        if out_dtype is not None:
+            spec = dataclasses.replace(spec, out_dtype=out_dtype)
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
         self._record_weights(group, [weight], spec, backend, reason, made_from)
@@ -178,6 +208,9 @@ class Kernels:
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return self._record(spec).paged_attention(spec)
+
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        return self._record(spec).mla_decode(spec)
 
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
@@ -240,7 +273,7 @@ class Kernels:
         logger.info("layers run op by op (%s)", "; ".join(refusals))
         return None
 
-    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec) -> Backend:
+    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec) -> Backend:
         backend, reason = self._choose(spec)
         self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))
         return backend

@@ -41,8 +41,8 @@ class Attention:
             bias=config.qkv_bias,
         )
         self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, heads * dim, bias=config.o_bias)
-        self.q_norm = load_norm_weight(ckpt, f"{prefix}.q_norm", dim) if config.qk_norm else None
-        self.k_norm = load_norm_weight(ckpt, f"{prefix}.k_norm", dim) if config.qk_norm else None
+        self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim) if config.qk_norm else None
+        self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim) if config.qk_norm else None
         self.cos, self.sin = cos, sin
         self.eps = config.rms_norm_eps
         self.scale = dim**-0.5

@@ -15,8 +15,18 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
 FLAG = "--lm-head-dtype"
 
 
-def lm_head(ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, embedding: Tensor, dtype: HeadDtype) -> Linear:
-    """The layer from the last hidden state to logits [M, vocab].
+def lm_head(
+    ckpt: Checkpoint,
+    kernels: Kernels,
+    config: ModelConfig,
+    embedding: Tensor,
+    dtype: HeadDtype,
+    placed: Tensor | None = None,
+) -> Linear:
+    """The layer from the last hidden state to logits, float32 [M, vocab].
+
+    embedding  as the checkpoint stores it
+    placed     the same on the kernels' device, for a head that is this very tensor
 
     dtype  "auto": as stored. "fp8": E4M3 under a scale per row. "nvfp4": `max` recipe, never W4A4, since nothing
            calibrated its input. "bf16": a plain head of another type is rounded
@@ -27,7 +37,9 @@ def lm_head(ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, embedding: 
     stored = _stored(ckpt, config, embedding)
     weight = _converted(kernels, stored, dtype)
     made_from = None if weight.format == stored.format else stored.format
-    return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from)])
+    if placed is not None and isinstance(weight, DenseWeight) and weight.weight is embedding:
+        weight = DenseWeight(placed)  # one copy serves look-ups and logits
+    return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from, out_dtype="float32")])
 
 
 def _stored(ckpt: Checkpoint, config: ModelConfig, embedding: Tensor) -> Weight:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
 from nvfp4_runtime.kernels.ops import LinearKernel
 from nvfp4_runtime.kernels.registry import Kernels
@@ -83,12 +84,17 @@ class Linear:
 
 
 def linear_kernel(
-    kernels: Kernels, group: str, weight: Weight, names: Sequence[str], made_from: str | None = None
+    kernels: Kernels,
+    group: str,
+    weight: Weight,
+    names: Sequence[str],
+    made_from: str | None = None,
+    out_dtype: Dtype | None = None,
 ) -> LinearKernel:
     """`kernels.linear`, with the weight's pre_quant_scale applied to its input where it has one."""
-    kernel = kernels.linear(group, weight, names, made_from)
+    kernel = kernels.linear(group, weight, names, made_from, out_dtype)
     scale = weight.pre_quant_scale if isinstance(weight, NVFP4Weight) else None
-    return kernel if scale is None else PreScaled(kernel, scale)
+    return kernel if scale is None else PreScaled(kernel, kernels.place(scale))
 
 
 def load_weight(ckpt: Checkpoint, prefix: str, n: int, k: int, bias: bool) -> Weight:

@@ -14,7 +14,7 @@ class RMSNorm:
     """weight * x / sqrt(mean(x^2) + eps), with the residual sum in front. The weight is float32 [H], contiguous."""
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, prefix: str, hidden: int, eps: float) -> None:
-        self.weight = load_norm_weight(ckpt, prefix, hidden)
+        self.weight = load_norm_weight(ckpt, kernels, prefix, hidden)
         self.eps = eps
         self._kernel = kernels.rms_norm(hidden)
         self.op = NormOp(self._kernel, self.weight, eps)
@@ -24,6 +24,6 @@ class RMSNorm:
         return self._kernel(x, residual, self.weight, self.eps)
 
 
-def load_norm_weight(ckpt: Checkpoint, prefix: str, size: int) -> Tensor:
-    """`prefix.weight` as float32: exact whatever it is stored in."""
-    return ckpt.tensor(f"{prefix}.weight", (size,)).to(torch.float32).contiguous()
+def load_norm_weight(ckpt: Checkpoint, kernels: Kernels, prefix: str, size: int) -> Tensor:
+    """`prefix.weight` as float32 on the kernels' device: exact whatever it is stored in."""
+    return kernels.place(ckpt.tensor(f"{prefix}.weight", (size,)).to(torch.float32).contiguous())

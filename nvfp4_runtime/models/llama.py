@@ -43,20 +43,26 @@ class Decoder:
         self.kv_dtype = kv_dtype
         self.stream: torch.dtype = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
-        self.embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        cos, sin = rope_tables(config.rope, config.head_dim, self.max_positions)
+        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self.embedding = kernels.place(embedding)
+        tables = rope_tables(config.rope, config.head_dim, self.max_positions)
+        cos, sin = (kernels.place(table) for table in tables)
         self.layers = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
         self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
         ops = DecoderOps(self.embedding, [layer.ops() for layer in self.layers], self.norm.op)
         self.run_as_one = kernels.decoder(ops)
-        self.lm_head = lm_head(ckpt, kernels, config, self.embedding, lm_head_dtype)
+        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
-        return self.lm_head(self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch))
+        return self.lm_head(self.hidden(batch))
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
+        return self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch)
 
     def _op_by_op(self, batch: ForwardBatch) -> Tensor:
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)

@@ -1,7 +1,8 @@
-"""Edits of one row of logits before temperature: logit_bias, min_tokens, penalties. Rows are float32 numpy, [V].
+"""Edits of one row of logits before temperature: allowed tokens, bad words, logit_bias, min_tokens, penalties.
 
-Order, as vLLM has it: logit_bias, min_tokens, repetition penalty, frequency and presence penalty. Everything here
-touches only the tokens concerned, so a step costs the number of distinct tokens, never V.
+Order, as vLLM has it: allowed tokens, bad words, logit_bias, min_tokens, repetition penalty, frequency and presence
+penalty. Rows are float32 numpy, [V]. All but the list of allowed tokens touch only the tokens concerned, so that a step
+costs the number of distinct tokens, never V.
 """
 
 from __future__ import annotations
@@ -68,9 +69,17 @@ class LogitEdits:
         stops = {t for t in (*state.eos_token_ids, *params.stop_token_ids) if t < vocab_size}
         self._stop_ids = np.fromiter(sorted(stops), dtype=np.int64, count=len(stops))
         self._counts = TokenCounts(state.prompt_token_ids) if state.penalises else None
+        self._forbidden: npt.NDArray[np.bool_] | None = None  # [V], where only some tokens are allowed
+        if params.allowed_token_ids is not None:
+            self._forbidden = np.ones(vocab_size, dtype=np.bool_)
+            self._forbidden[list(params.allowed_token_ids)] = False
 
     def apply(self, row: FloatRow, state: SamplingState) -> None:
         """Edit `row` in place for the token that comes next."""
+        if self._forbidden is not None:
+            row[self._forbidden] = -np.inf
+        if state.params.bad_words_token_ids:
+            row[state.completing_bad_words] = -np.inf
         row[self._bias_ids] += self._bias
         if state.awaits_min_tokens:
             row[self._stop_ids] = -np.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,8 +11,8 @@ from nvfp4_runtime.sampling.logits import FloatRow, contenders
 from nvfp4_runtime.sampling.state import Logprob
 
 
-def token_logprob(row: FloatRow, token_id: int, k: int) -> Logprob:
-    """`token_id`'s log-probability and rank in `row`, with the `k` likeliest tokens.
+def token_logprob(row: FloatRow, token_id: int, k: int, others: Sequence[int] | None = None) -> Logprob:
+    """`token_id`'s log-probability and rank in `row`, with the `k` likeliest tokens, or with `others` in their place.
 
     row  float32 [V]  raw logits with a finite maximum, no NaN
     """
@@ -24,7 +25,7 @@ def token_logprob(row: FloatRow, token_id: int, k: int) -> Logprob:
     def logprob(x: np.float32) -> float:
         return float(x) - float(largest) - log_total  # in this order: huge logits would swallow log_total
 
-    top = [(t, logprob(row[t])) for t in likeliest(row, k)]
+    top = [(t, logprob(row[t])) for t in (likeliest(row, k) if others is None else others)]
     return Logprob(token_id, logprob(value), int(rank), top)
 
 

@@ -7,8 +7,10 @@ import math
 import msgspec
 
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.structured.spec import StructuredSpec
 
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_SEED = 2**63 - 1
 
 
@@ -18,6 +20,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature 0 is greedy. top_k 0 or -1 is off. seed None: drawn by the engine, so output differs per call.
     logprobs: how many alternatives to report beside the sampled token; None for no logprobs at all.
     prompt_logprobs: the same for each prompt token.
+    structured: the form the text must have.
+    logprob_token_ids: report these tokens beside the sampled one instead of the likeliest; needs logprobs.
+    allowed_token_ids: only these may be sampled; None for all.
+    bad_words_token_ids: the last token of each sequence is forbidden where the output ends with those before it.
     """
 
     temperature: float = 1.0
@@ -35,6 +41,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredSpec | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise InvalidParameterError naming the first field that has another type or is out of range."""
@@ -70,8 +80,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for token_id, bias in self.logit_bias.items():
             _check(-100 <= bias <= 100, "logit_bias", bias, "biases in [-100, 100]")
             _check_token(token_id, vocab_size, "logit_bias")
-        for token_id in self.stop_token_ids:
-            _check_token(token_id, vocab_size, "stop_token_ids")
+        if self.structured is not None:
+            self.structured.validate()
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            for token_id in getattr(self, name) or ():
+                _check_token(token_id, vocab_size, name)
+        self._validate_token_lists()
+
+    def _validate_token_lists(self) -> None:
+        allowed, scored = self.allowed_token_ids, self.logprob_token_ids
+        _check(allowed is None or len(allowed) > 0, "allowed_token_ids", "none", "at least one token id")
+        if scored is not None:
+            _check(self.logprobs is not None, "logprob_token_ids", "it alone", "given together with logprobs")
+            _check(
+                1 <= len(scored) <= MAX_LOGPROB_TOKEN_IDS,
+                "logprob_token_ids",
+                f"{len(scored)}",
+                f"1 to {MAX_LOGPROB_TOKEN_IDS} token ids",
+            )
+        for word in self.bad_words_token_ids:
+            _check(len(word) > 0, "bad_words", "one", "words of at least one token")
 
 
 def _check(ok: bool, param: str, found: object, expected: str) -> None:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.structured.matcher import GrammarState
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's place in the model's own distribution, before any bias, penalty, temperature or filter.
+    """A token's place in the model's own distribution, before any bias, penalty, temperature or filter, but over what
+    the request's grammar allows.
 
     logprob  natural logarithm of its probability; -inf where the logit is -inf
     rank     1 = most likely; equal logits rank by lower id first
-    top      the most likely (token_id, logprob), best first, same order as `rank`
+    top      the most likely (token_id, logprob), best first, same order as `rank`; or the tokens that were asked for
     """
 
     token_id: int
@@ -31,11 +33,13 @@ class Sampled:
     logprob   present when the request asked for logprobs and a token was chosen
     finite    False: no token can be chosen, because the row holds NaN or +Inf, or nothing in it is above -Inf.
               That request has to end with an error; the other rows of the batch are not touched by it.
+    error     why no token can be chosen, where it is not the numbers' fault
     """
 
     token_id: int
     logprob: Logprob | None = None
     finite: bool = True
+    error: str | None = None
 
 
 @dataclass(eq=False)
@@ -45,6 +49,7 @@ class SamplingState:
     seed              resolved seed, 64 bits, signed or not
     output_token_ids  live reference; the engine appends what was sampled and changes nothing before that.
                       Whoever replaces or shortens a list makes a new SamplingState.
+    grammar           the request's place in its grammar; the sampler advances it with every token it chooses
     """
 
     params: SamplingParams
@@ -52,13 +57,30 @@ class SamplingState:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: tuple[int, ...] = ()
+    grammar: GrammarState | None = None
     edits_logits: bool = field(init=False)
     penalises: bool = field(init=False)
 
     def __post_init__(self) -> None:
         p = self.params
         self.penalises = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        self.edits_logits = self.penalises or bool(p.logit_bias)
+        restricts = p.allowed_token_ids is not None or bool(p.bad_words_token_ids)
+        self.edits_logits = self.penalises or bool(p.logit_bias) or restricts
+
+    @property
+    def completing_bad_words(self) -> list[int]:
+        """Tokens that would complete one of params.bad_words_token_ids now."""
+        found = []
+        for word in self.params.bad_words_token_ids:
+            before = len(word) - 1
+            if before == 0 or tuple(self.output_token_ids[-before:]) == word[:-1]:
+                found.append(word[-1])
+        return found
+
+    @property
+    def is_constrained(self) -> bool:
+        """The grammar has a say in the next token."""
+        return self.grammar is not None and self.grammar.applies
 
     @property
     def awaits_min_tokens(self) -> bool:

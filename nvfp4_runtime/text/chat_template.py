@@ -61,6 +61,7 @@ class ChatTemplate:
 
     def __init__(self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
         named = {"default": sources} if isinstance(sources, str) else dict(sources)
+        self.sources = named
         self._special_tokens = dict(special_tokens or {})
         environment = _environment()
         self._templates: dict[str, jinja2.Template] = {}
@@ -76,6 +77,7 @@ class ChatTemplate:
             except jinja2.TemplateError as error:
                 raise UnsupportedFormatError(f"chat template {name!r} does not compile: {error}") from error
         self.variables = frozenset(variables)
+        self.source = "\n".join(named.values())
 
     @classmethod
     def load(cls, folder: str | Path, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate | None:

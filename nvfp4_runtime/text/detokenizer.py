@@ -9,7 +9,7 @@ from typing import Protocol
 from nvfp4_runtime.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-# A UTF-8 character has at most 4 bytes; byte-fallback tokens that do not make one by then never will.
+# A UTF-8 character has at most 4 bytes; tokens that do not make one by then never will.
 MAX_HELD_TOKENS = 4
 # Context before the first new token, so that decoders which look at the left neighbour (spaces) see one.
 CONTEXT_TOKENS = 6
@@ -23,9 +23,11 @@ class Decoder(Protocol):
 class ByteDecoder:
     """For byte-level tokenizers: tokens are bytes, so a UTF-8 decoder does it, exactly and in linear time."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, kept: frozenset[int] = frozenset()
+    ) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -40,17 +42,47 @@ class ByteDecoder:
 class WindowDecoder:
     """For every other tokenizer (sentencepiece, byte fallback, WordPiece): decode a short window twice, emit the rest.
 
-    The window starts with the last text emitted, so spaces between words come out as in a whole decode.
+    The window starts with the last text emitted, so spaces between words come out as in a whole decode. Byte-fallback
+    tokens do not go through the tokenizer: it spoils a whole run of them for one byte that makes no character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        spaces_between_special_tokens: bool = True,
+        kept: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._kept = kept if skip_special_tokens else frozenset()
         self._skip = skip_special_tokens
+        self._joins_specials = not (skip_special_tokens or spaces_between_special_tokens)
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         self._new = len(self._ids)  # ids before this index have been emitted
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        if token_id in self._kept:  # between two texts: the tokenizer would leave it out
+            shown = self.flush() + self._tokenizer.token_text(token_id)
+            self._ids, self._new = [], 0
+            return shown
+        if self._skip and token_id in self._tokenizer.special_ids:
+            return ""
+        byte = self._tokenizer.byte_of(token_id)
+        if byte is not None:
+            text = self._pending()
+            self._ids, self._new = [token_id], 1
+            return text + self._utf8.decode(bytes([byte]))
+        broken = self._utf8.decode(b"", final=True)  # an unfinished character stays so
+        return broken + self._push_text(token_id)
+
+    def _push_text(self, token_id: int) -> str:
+        follows_special = bool(self._ids) and self._ids[-1] in self._tokenizer.special_ids
         self._ids.append(token_id)
+        if self._joins_specials and follows_special and token_id in self._tokenizer.special_ids:
+            self._advance()
+            return self._tokenizer.token_text(token_id)
         text = self._pending()
         if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._new <= MAX_HELD_TOKENS):
             return ""
@@ -58,7 +90,7 @@ class WindowDecoder:
         return text
 
     def flush(self) -> str:
-        text = self._pending()
+        text = self._pending() + self._utf8.decode(b"", final=True)
         self._new = len(self._ids)
         return text
 
@@ -119,8 +151,10 @@ class Detokenizer:
     """One choice's text: decoder and stop scanner in a row.
 
     stop          stop strings; `stopped_by` names the one found
+    spaces_between_special_tokens  False: none, where the tokenizer's decoder writes one; has no effect on others
     min_tokens    stop strings that are complete within the first `min_tokens` tokens do not count
     prompt_ids    left context, for decoders that need it
+    kept_special_ids  special tokens that are shown although others are skipped
     """
 
     def __init__(
@@ -130,13 +164,17 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._decoder: Decoder = (
-            ByteDecoder(tokenizer, skip_special_tokens)
+            ByteDecoder(tokenizer, skip_special_tokens, kept_special_ids)
             if tokenizer.is_byte_level
-            else WindowDecoder(tokenizer, skip_special_tokens, prompt_ids)
+            else WindowDecoder(
+                tokenizer, skip_special_tokens, prompt_ids, spaces_between_special_tokens, kept_special_ids
+            )
         )
         self._scanner = StopScanner(stop, include_stop_str_in_output)
         self._min_tokens = min_tokens

@@ -57,8 +57,7 @@ class Tokenizer:
         raw.no_truncation()
         self._raw = raw
         # A second instance, because this switch is a property of the whole object and we encode in threads.
-        self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(raw.to_str())
-        self._plain.encode_special_tokens = True
+        self._plain = _without_special_tokens(raw)
         self.special_tokens = dict(special_tokens or {})
         self.vocab_size = raw.get_vocab_size(with_added_tokens=True)
         added = raw.get_added_tokens_decoder()
@@ -68,7 +67,11 @@ class Tokenizer:
         eos = self._id_of("eos_token")
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([eos] if eos is not None else [])]))
         self._add_bos = add_bos
-        self.is_byte_level = _decoder_type(raw) == "ByteLevel"
+        decoder_types = _decoder_types(raw)
+        self.is_byte_level = decoder_types == ["ByteLevel"]
+        self._added = frozenset(added)
+        spelled = {raw.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self._byte_tokens = spelled if "ByteFallback" in decoder_types else {}
         self._bytes: dict[int, bytes] = {}
         texts = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
@@ -166,6 +169,15 @@ class Tokenizer:
         text: str = self._raw.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def raw_token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it, such as "Ġworld"; "" for ids without one."""
+        token: str | None = self._raw.id_to_token(token_id) if token_id >= 0 else None
+        return token or ""
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that a byte-fallback token such as <0x0A> stands for; None for every other token."""
+        return self._byte_tokens.get(token_id)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; b"" for ids without a token (padding of the embedding)."""
         found = self._bytes.get(token_id)
@@ -177,17 +189,22 @@ class Tokenizer:
         """A token alone as text, for logprobs; parts of characters show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of the special tokens among `texts`."""
+        return frozenset(self._special[text][0] for text in texts if text in self._special)
+
     def _token_bytes(self, token_id: int) -> bytes:
         token: str | None = self._raw.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
         if not self.is_byte_level:
-            if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("▁", " ").encode()
+            byte = self.byte_of(token_id)
+            return token.replace("▁", " ").encode() if byte is None else bytes([byte])
+        if token_id in self._added:  # matched in text as it stands, so it is not spelled in the alphabet
+            return token.encode()
         try:
             return bytes(BYTE_LEVEL_ALPHABET[char] for char in token)
-        except KeyError:  # an added token with characters outside the alphabet, such as a space: literal text
+        except KeyError:  # a vocabulary entry outside the alphabet: literal text
             return token.encode()
 
     def _id_of(self, role: str) -> int | None:
@@ -250,12 +267,25 @@ def _token_ids(value: Any, path: Path) -> list[int]:
     return ids
 
 
-def _decoder_type(raw: tokenizers.Tokenizer) -> str | None:
+def _without_special_tokens(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that reads special tokens in text as ordinary characters."""
+    text = raw.to_str()
+    if isinstance(raw.model, tokenizers.models.Unigram):
+        # Its vocabulary holds the special tokens as well, and would find them in text: spell them as no text does.
+        state = json.loads(text)
+        special = {token["content"] for token in state["added_tokens"] if token["special"]}
+        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        vocab = state["model"]["vocab"]
+        vocab[:] = [["\U0010fffe" + piece if piece in special else piece, score] for piece, score in vocab]
+        text = json.dumps(state)
+    plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _decoder_types(raw: tokenizers.Tokenizer) -> list[str]:
     decoder = raw.decoder
     if decoder is None:
-        return None
+        return []
     state = json.loads(decoder.__getstate__())
-    if state.get("type") == "Sequence" and len(state["decoders"]) == 1:
-        state = state["decoders"][0]
-    kind: str | None = state.get("type")
-    return kind
+    return [part["type"] for part in (state["decoders"] if state["type"] == "Sequence" else [state])]

@@ -7,17 +7,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.errors import InvalidParameterError
+from server.beam_search import start_generation
 from server.errors import json_response
 from server.formatting import CompletionLogprobs, TokenNames, usage_of
-from server.generation import ChoiceState, Generation, Piece, make_jobs, off_loop, until_disconnect
+from server.generation import ChoiceState, Piece, make_jobs, off_loop, until_disconnect
 from server.openapi import GENERATION_RESPONSES
-from server.prompts import EncodedPrompt, encode_completion_prompts, fit, output_budget
-from server.protocol import CompletionRequest
+from server.prompts import EncodedPrompt, bad_words_token_ids, encode_prompts, fit, num_chars, output_budget
+from server.protocol.completions import CompletionRequest
 from server.state import Answer, ServerState
 from server.streaming import ChunkWriter, EventStream
 
@@ -57,22 +59,25 @@ class _Completion:
                 "prompt",
             )
         fitted, params = [], []
+        bad_words = bad_words_token_ids(body.bad_words, server.text.tokenizer)
         for prompt in prompts:
             ids = fit(body, prompt.token_ids, body.max_tokens, limit)
             asked = 1 if self.echo_only else body.max_tokens
             default = int(server.config.default_sampling.get("max_tokens", DEFAULT_MAX_TOKENS))
             budget = output_budget(asked, default, len(ids), limit, "max_tokens")
-            params.append(body.sampling_params(budget, server.config.default_sampling, self._prompt_logprobs()))
+            defaults = server.config.default_sampling
+            one = body.sampling_params(budget, defaults, self._prompt_logprobs(), bad_words)
+            params.append(msgspec.structs.replace(one, structured=body.structured_spec()))
             fitted.append(prompt if ids is prompt.token_ids and prompt.text else EncodedPrompt("", ids))
         jobs = make_jobs([prompt.token_ids for prompt in fitted], params, body.n)
-        self.generation = Generation(server.engine, server.text.tokenizer, server.metrics, body, answer.engine_id, jobs)
+        self.generation = start_generation(server, body, answer.engine_id, jobs)
         self.choices = [
             _Choice(fitted[i // body.n], state, None if body.logprobs is None else self._writer(body.logprobs))
             for i, state in enumerate(self.generation.choices)
         ]
 
     def _writer(self, num_top: int) -> CompletionLogprobs:
-        return CompletionLogprobs(self.names, num_top)
+        return CompletionLogprobs(self.names, None if self.body.logprob_token_ids is not None else num_top)
 
     def _prompt_logprobs(self) -> int | None:
         """What the engine computes: for prompt_logprobs, and for the prompt's part of echoed logprobs."""
@@ -184,8 +189,10 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     server = ServerState.of(request)
     answer = Answer.begin("cmpl", server, request, body)
     body.check(server.config.max_n)
-    size = len(body.prompt) if isinstance(body.prompt, str) else sum(len(p) for p in body.prompt if isinstance(p, str))
-    prompts = await off_loop(size, lambda: encode_completion_prompts(body, server.text))
+    prompts = await off_loop(
+        num_chars(body.prompt),
+        lambda: encode_prompts(body.prompt, server.text.tokenizer, add_special_tokens=body.add_special_tokens),
+    )
     completion = _Completion(server, body, answer, prompts)
     if body.stream:
         return EventStream(completion.stream(), completion.generation.close, server.config.slow_client_seconds)

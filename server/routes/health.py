@@ -1,4 +1,4 @@
-"""/health, /ping, /metrics, /version: for probes and operators."""
+"""/health, /ping, /load, /metrics, /version: for probes and operators."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from starlette.responses import Response
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import EngineDeadError
 from server.errors import error_response, json_response
+from server.openapi import HEALTH_RESPONSES, TEXT_RESPONSES, json_responses
 from server.state import ServerState
 
 router = APIRouter()
 
 
-@router.get("/health", response_class=Response)
-@router.get("/ping", response_class=Response)
+@router.get("/health", responses=HEALTH_RESPONSES, response_class=Response)
+@router.get("/ping", responses=HEALTH_RESPONSES, response_class=Response)
+@router.post("/ping", responses=HEALTH_RESPONSES, response_class=Response)
 async def health(request: Request) -> Response:
     """200 and empty while the engine runs, else 503 with the reason."""
     server = ServerState.of(request)
@@ -25,12 +27,20 @@ async def health(request: Request) -> Response:
     return Response(status_code=200)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", responses=TEXT_RESPONSES, response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(ServerState.of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/version", response_class=Response)
-async def version() -> Response:
-    return json_response({"version": __version__})
+@router.get("/load", responses=json_responses("How many."), response_class=Response)
+async def load(request: Request) -> Response:
+    """Requests in the engine, running or waiting, as of its last step."""
+    stats = ServerState.of(request).engine.stats
+    return json_response({"server_load": stats.num_running + stats.num_waiting})
+
+
+@router.get("/version", responses=json_responses("The version."), response_class=Response)
+async def version(request: Request) -> Response:
+    """The server's version, and the device its model runs on."""
+    return json_response({"version": __version__, "device": ServerState.of(request).engine.info.device})

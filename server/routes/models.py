@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.errors import json_response
+from server.openapi import json_responses
 from server.screen import has_weights
 from server.state import ServerState
 
@@ -62,7 +63,7 @@ def model_card(server: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models", response_class=Response)
+@router.get("/v1/models", responses=json_responses("The models."), response_class=Response)
 async def list_models(request: Request) -> Response:
     """The served names, all of one model."""
     server = ServerState.of(request)
@@ -71,7 +72,7 @@ async def list_models(request: Request) -> Response:
     )
 
 
-@router.get("/v1/models/{model_id:path}", response_class=Response)
+@router.get("/v1/models/{model_id:path}", responses=json_responses("The model."), response_class=Response)
 async def get_model(model_id: str, request: Request) -> Response:
     server = ServerState.of(request)
     return json_response(model_card(server, server.resolve_model(model_id)))

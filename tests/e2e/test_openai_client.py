@@ -114,8 +114,8 @@ def test_refusals_arrive_as_the_clients_exceptions(client: openai.OpenAI) -> Non
     with pytest.raises(openai.BadRequestError, match="maximum context length is 4096 tokens"):
         client.completions.create(model=MODEL, prompt=[1] * 5000)
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format={"type": "json_object"})
-    assert refused.value.param == "response_format"
+        client.completions.create(model=MODEL, prompt="Hi", suffix="!")
+    assert refused.value.param == "suffix"
     assert refused.value.request_id
 
 
@@ -181,3 +181,47 @@ async def test_disconnect_storm_leaves_nothing_behind(simulated: LiveServer) -> 
     assert ended(simulated, "error") == 0
     answer = httpx.post(f"{simulated.url}/v1/completions", json={"prompt": "still there?", "max_tokens": 5})
     assert answer.status_code == 200
+
+
+def test_response_streamed_equals_plain_and_is_gone_on_from(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "input": "Hi", "max_output_tokens": 30, "temperature": 0}
+    plain = client.responses.create(**options)
+    assert (plain.status, plain.usage and plain.usage.output_tokens) == ("incomplete", 30)
+    events = list(client.responses.create(**options, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == plain.output_text == client.responses.retrieve(plain.id).output_text
+    second = client.responses.create(**options, previous_response_id=plain.id)
+    assert second.usage is not None
+    assert plain.usage is not None
+    assert second.usage.input_tokens > plain.usage.input_tokens + 30
+    client.responses.delete(plain.id)
+    with pytest.raises(openai.NotFoundError, match="not found"):
+        client.responses.retrieve(plain.id)
+
+
+def test_background_response_is_cancelled(client: openai.OpenAI) -> None:
+    begun = client.responses.create(model=MODEL, input="Hi", background=True, max_output_tokens=3000)
+    assert begun.status == "in_progress"
+    assert client.responses.cancel(begun.id).status == "cancelled"
+
+
+def test_embeddings_are_the_same_in_both_encodings(client: openai.OpenAI) -> None:
+    coded = client.embeddings.create(model=MODEL, input=["Hello", "you"])  # the client asks for base64
+    plain = client.embeddings.create(model=MODEL, input=["Hello", "you"], encoding_format="float")
+    assert [entry.embedding for entry in coded.data] == [entry.embedding for entry in plain.data]
+    assert plain.usage.prompt_tokens == 8
+
+
+def test_beam_search_finds_what_greedy_finds_or_better(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 5, "logprobs": 1, "temperature": 0}
+
+    def total(choice: Any) -> float:
+        return sum(choice.logprobs.token_logprobs)
+
+    greedy = client.completions.create(**options).choices[0]
+    ours = {"use_beam_search": True, "return_token_ids": True}
+    beams = client.completions.create(**options, n=3, extra_body=ours).choices
+    assert len({tuple(choice.token_ids) for choice in beams}) == 3  # type: ignore[attr-defined]  # vLLM's field
+    assert total(greedy) <= total(beams[0])
+    assert [total(choice) for choice in beams] == sorted(map(total, beams), reverse=True)

@@ -44,7 +44,18 @@ def stream(server: LiveServer, max_tokens: int, started: threading.Event) -> tup
 
 def test_start_up_screen_says_what_runs_where(simulated: LiveServer) -> None:
     screen = simulated.output()
-    for label in ("model", "numerics", "backends", "layers", "weights", "KV cache", "limits", "start-up", "address"):
+    for label in (
+        "model",
+        "numerics",
+        "device",
+        "backends",
+        "layers",
+        "weights",
+        "KV cache",
+        "limits",
+        "start-up",
+        "address",
+    ):
         assert f"\n  {label} " in screen, screen
     assert "399 blocks of 16, 6384 tokens fit" in screen
     command = next(line for line in screen.splitlines() if line.strip().startswith("curl "))

@@ -32,6 +32,15 @@ def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Triton's kernels run on the GPU where there is one: then `-m gpu` is what selects them."""
+    if not torch.cuda.is_available():
+        return
+    for item in items:
+        if {"triton_backend", "place"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.gpu)
+
+
 def skip_if_refused(backend: Backend, spec: OpSpec) -> None:
     """Skip with the backend's own reason."""
     if (reason := backend.refuses(spec)) is not None:

@@ -213,6 +213,22 @@ def test_shutdown_timeout_that_is_no_time_is_refused(value: str, capsys: pytest.
     assert "[--shutdown-timeout]" in capsys.readouterr().err
 
 
+def test_flags_of_the_api_reach_the_server() -> None:
+    flags = ["--trust-request-chat-template", "--enable-tokenizer-info-endpoint", "--embedding-pooling", "mean"]
+    flags += ["--response-store-memory", "1MiB", "--response-store-ttl", "5"]
+    config, plain = server_config(serve_arguments(*flags), "m"), server_config(serve_arguments(), "m")
+    assert (config.trust_request_chat_template, plain.trust_request_chat_template) == (True, False)
+    assert (config.enable_tokenizer_info, plain.enable_tokenizer_info) == (True, False)
+    assert (config.pooling, plain.pooling) == ("mean", "last")
+    assert (config.stored_responses_bytes, config.stored_responses_seconds) == (1 << 20, 5.0)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_response_ttl_that_is_no_time_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--simulate", "--port", "0", f"--response-store-ttl={value}"]) == 1
+    assert "[--response-store-ttl]" in capsys.readouterr().err
+
+
 def test_zero_as_context_length_is_not_taken_for_the_default() -> None:
     config = engine_config(serve_arguments("--simulate", "--max-model-len", "0"), "")
     assert config.simulated is not None
@@ -236,6 +252,14 @@ def test_start_up_screen_fits_one_screen_and_names_kernels_with_reasons() -> Non
     assert "\n  other ops norm, rope: cpu\n            attention: reference  (cpu: D=80 is not built)\n" in screen
     assert "1024 tokens fit (4.0 requests of full length)" in screen
     assert "w4a16 (auto: what cpu runs fastest)" in screen
+    assert "\n  device    cpu\n" in screen
+
+
+def test_flags_of_the_device_reach_the_engine() -> None:
+    config = engine_config(serve_arguments("--device", "cuda", "--gpu-memory-utilization", "0.5"), "model")
+    assert (config.device, config.cuda_graphs, config.cache.gpu_memory_utilization) == ("cuda", True, 0.5)
+    config = engine_config(serve_arguments("--no-cuda-graphs"), "model")
+    assert (config.device, config.cuda_graphs, config.cache.gpu_memory_utilization) == ("auto", False, 0.9)
 
 
 def test_ops_that_one_backend_runs_share_a_line_and_a_backend_that_cannot_run_says_why() -> None:

@@ -328,3 +328,12 @@ async def test_too_long_prompt_is_refused_in_openais_words(serve: Serve) -> None
     words = "This model's maximum context length is 256 tokens"
     assert_error(await server.complete(prompt=[1] * 256), 400, "prompt", words)
     assert_error(await server.complete(prompt=[1] * 250, max_tokens=7), 400, "max_tokens", words, "7 > 256 - 250")
+
+
+async def test_stream_interval_sends_several_tokens_in_one_event_but_the_first_at_once(serve: Serve) -> None:
+    server = await serve()
+    body = {"max_tokens": 9, "return_token_ids": True, "stream": True, "stream_interval": 3}
+    sizes = [len(chunk["choices"][0]["token_ids"]) for chunk in events(await server.complete(**body))]
+    assert sizes == [1, 3, 3, 2]
+    plain = (await server.complete(max_tokens=2, stream_interval=3)).json()
+    assert plain["choices"][0]["text"] == ANSWER[:2]

@@ -8,9 +8,15 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from server.config import ServerConfig
-from server.protocol import ChatCompletionRequest, CompletionRequest
+from server.protocol.chat import ChatCompletionRequest
+from server.protocol.completions import CompletionRequest
+from server.protocol.embeddings import EmbeddingRequest
+from server.protocol.messages import CountTokensRequest, MessagesRequest
+from server.protocol.responses import ResponsesRequest
+from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.fakes import FakeEngine
 from tests.server.conftest import running_server
 
@@ -47,28 +53,46 @@ EXTRAS = [
 ]
 
 
-def bodies(model: type[CompletionRequest] | type[ChatCompletionRequest], **given_fields: Any) -> Any:
-    names = [*model.model_fields, *EXTRAS]
+def bodies(kind: type[BaseModel], /, **given_fields: Any) -> Any:
+    names = [*kind.model_fields, *EXTRAS]
     some = st.dictionaries(st.sampled_from(names), VALUES, max_size=4)
     return st.tuples(st.fixed_dictionaries(given_fields), some).map(lambda pair: pair[0] | pair[1])
 
 
-REQUESTS = st.tuples(
-    st.just("/v1/completions"),
-    bodies(CompletionRequest, prompt=st.text(max_size=9) | st.lists(st.integers(0, 258), max_size=5) | VALUES),
-) | st.tuples(st.just("/v1/chat/completions"), bodies(ChatCompletionRequest, messages=MESSAGES | VALUES))
+PROMPTS = st.text(max_size=9) | st.lists(st.integers(0, 258), max_size=5) | VALUES
+BLOCKS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "thinking"])}, optional={"text": VALUES}))
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=9) | BLOCKS}),
+    max_size=3,
+)
+ITEMS = st.lists(MESSAGES.map(lambda m: m[0] if m else {}) | st.dictionaries(st.text(max_size=5), VALUES), max_size=3)
+FEW = {"max_tokens": st.integers(-1, 20) | VALUES}
+REQUESTS = st.one_of(
+    st.tuples(st.just("/v1/completions"), bodies(CompletionRequest, prompt=PROMPTS)),
+    st.tuples(st.just("/v1/chat/completions"), bodies(ChatCompletionRequest, messages=MESSAGES | VALUES)),
+    st.tuples(st.just("/v1/responses"), bodies(ResponsesRequest, input=st.text(max_size=9) | ITEMS | VALUES)),
+    st.tuples(st.just("/v1/messages"), bodies(MessagesRequest, model=st.just("tiny"), messages=TURNS | VALUES, **FEW)),
+    st.tuples(st.just("/v1/messages/count_tokens"), bodies(CountTokensRequest, model=st.just("tiny"), messages=TURNS)),
+    st.tuples(st.just("/v1/embeddings"), bodies(EmbeddingRequest, input=PROMPTS)),
+    st.tuples(st.just("/tokenize"), bodies(TokenizeRequest, messages=MESSAGES | st.none())),
+    st.tuples(st.just("/detokenize"), bodies(DetokenizeRequest, tokens=st.lists(st.integers(-1, 300)) | VALUES)),
+    st.tuples(st.just("/invocations"), bodies(ChatCompletionRequest, messages=MESSAGES) | bodies(CompletionRequest)),
+)
 
 
 async def answer(path: str, body: Any) -> None:
     engine = FakeEngine()
     async with running_server(engine, ServerConfig(served_model_names=("tiny",))) as server:
         response = await server.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        await server.app.state.server.responses.close()  # what runs in the background
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
-        assert response.json()["error"]["code"] == response.status_code
+        error = response.json()["error"]
+        assert set(error) == ({"type", "message"} if "/messages" in path else {"message", "type", "param", "code"})
     elif response.headers["content-type"].startswith("text/event-stream"):
-        assert response.text.endswith("data: [DONE]\n\n")
-        assert '"error"' not in response.text
+        assert response.text.endswith("\n\n")
+        assert response.text.endswith("data: [DONE]\n\n") or path in ("/v1/responses", "/v1/messages")
+        assert '"type":"error"' not in response.text
     assert engine.running == 0
 
 

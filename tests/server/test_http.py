@@ -85,7 +85,11 @@ async def test_key_is_asked_for_on_every_route_but_health(serve: Serve) -> None:
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "/version", "/ping"} <= paths
     for path in [*paths, "/docs", "/openapi.json", "/nowhere"]:
         for method in ("GET", "POST"):
-            assert_error(await server.http.request(method, path), 401, None)
+            response = await server.http.request(method, path)
+            if path.startswith("/v1/messages"):
+                assert (response.status_code, response.json()["type"]) == (401, "error")
+            else:
+                assert_error(response, 401, None)
     assert (await server.http.get("/health")).status_code == 200
 
 
@@ -145,7 +149,7 @@ async def test_health_is_503_while_draining(serve: Serve) -> None:
 
 
 async def test_version(serve: Serve) -> None:
-    assert (await (await serve()).http.get("/version")).json() == {"version": __version__}
+    assert (await (await serve()).http.get("/version")).json() == {"version": __version__, "device": "cpu"}
 
 
 async def test_engine_death_before_the_first_token_is_a_503_after_it_an_error_event(serve: Serve) -> None:
@@ -183,10 +187,15 @@ async def test_error_of_one_request_is_a_500_that_says_what_happened(serve: Serv
 
 async def test_openapi_documents_bodies_and_refusals(serve: Serve) -> None:
     document = (await (await serve()).http.get("/openapi.json")).json()
-    for path in ("/v1/completions", "/v1/chat/completions"):
-        operation = document["paths"][path]["post"]
+    paths = document["paths"]
+    for path in ("completions", "chat/completions", "responses", "messages", "embeddings"):
+        operation = paths[f"/v1/{path}"]["post"]
         assert operation["requestBody"]["content"]["application/json"]["schema"]
         assert {"200", "400", "404", "429", "503"} <= set(operation["responses"])
+    statuses = {status for operations in paths.values() for each in operations.values() for status in each["responses"]}
+    assert "422" not in statuses
+    error = paths["/v1/messages"]["post"]["responses"]["400"]["content"]["application/json"]["schema"]
+    assert error["properties"]["type"] == {"const": "error"}
 
 
 async def test_app_closes_its_engine_when_it_ends(serve: Serve) -> None:

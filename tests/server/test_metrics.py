@@ -32,6 +32,7 @@ VLLM = {
 }  # fmt: skip
 OURS = {
     "nvfp4_weight_bytes", "nvfp4_kv_cache_bytes", "nvfp4_kv_cache_blocks", "nvfp4_kv_cache_used_blocks",
+    "nvfp4_event_loop_lag_seconds",
     "nvfp4_tokens_per_second", "nvfp4_layer_kernel_info", "nvfp4_numerics_info", "nvfp4_startup_seconds",
 }  # fmt: skip
 

@@ -21,20 +21,17 @@ def body_for(path: str, **fields: Any) -> dict[str, Any]:
 
 
 NOT_HONOURED = [
-    ("use_beam_search", True), ("length_penalty", 0.5), ("spaces_between_special_tokens", False),
-    ("allowed_token_ids", [1]), ("logprob_token_ids", [1]), ("bad_words", ["x"]),
-    ("response_format", {"type": "json_object"}), ("structured_outputs", {"regex": "a"}), ("session_id", "s"),
+    ("early_stopping", True), ("length_penalty", 0.5), ("logprob_token_ids", [1]), ("session_id", "s"),
     ("return_token_offsets", True), ("routed_experts_prompt_start", 3), ("kv_transfer_params", {"a": 1}),
     ("ec_transfer_params", {"a": 1}), ("vllm_xargs", {"a": 1}), ("repetition_detection", {"a": 1}),
-    ("thinking_token_budget", 5), ("stream_interval", 4), ("best_of", 3), ("best_of", True), ("functions", []),
+    ("thinking_token_budget", 5), ("best_of", 3), ("best_of", True), ("functions", []),
     ("function_call", "auto"), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
     ("guided_grammar", "root ::= x"), ("guided_decoding_backend", "auto"),
 ]  # fmt: skip
 NOT_HONOURED_COMPLETION = [("suffix", "end"), ("prompt_embeds", "AAAA")]
 NOT_HONOURED_CHAT = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("reasoning_effort", "low"),
-    ("include_reasoning", False), ("chat_template", "{{ x }}"), ("media_io_kwargs", {"a": 1}),
-    ("mm_processor_kwargs", {"a": 1}), ("return_prompt_text", True), ("return_assistant_tokens_mask", True),
+    ("reasoning_effort", "low"), ("chat_template", "{{ x }}"), ("media_io_kwargs", {"a": 1}),
+    ("mm_processor_kwargs", {"a": 1}), ("return_assistant_tokens_mask", True),
 ]  # fmt: skip
 
 
@@ -59,7 +56,7 @@ async def test_values_that_ask_for_nothing_pass(serve: Serve, path: str) -> None
     noops = {
         "use_beam_search": False, "length_penalty": 1.0, "spaces_between_special_tokens": True, "bad_words": [],
         "response_format": {"type": "text"}, "truncation_side": "left", "priority": 0, "user": "someone",
-        "best_of": 1,
+        "best_of": 1, "early_stopping": False, "return_prompt_text": False,
     }  # fmt: skip
     chat = {"tool_choice": "none", "parallel_tool_calls": True, "include_reasoning": True} if "chat" in path else {}
     assert (await server.post(path, body_for(path, **noops, **chat))).status_code == 200
@@ -74,8 +71,8 @@ async def test_unknown_fields_are_accepted(serve: Serve, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "instead"),
-    [("functions", [], "tools"), ("function_call", "auto", "tool_choice"), ("best_of", 2, "n answers"),
-     ("guided_json", {}, "structured_outputs"), ("guided_decoding_backend", "x", "structured_outputs")],
+    [("functions", [], "tools"), ("function_call", "auto", "tool_choice"), ("guided_json", {}, "structured_outputs"),
+     ("guided_decoding_backend", "x", "structured_outputs")],
 )  # fmt: skip
 async def test_field_of_the_past_is_refused_with_the_name_of_what_replaced_it(
     serve: Serve, field: str, value: Any, instead: str
@@ -110,7 +107,8 @@ OUT_OF_RANGE = [
     ("min_p", -0.1), ("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", -3),
     ("n", 0), ("n", -1), ("n", 129), ("n", 10**9), ("n", BIG), ("max_tokens", 0), ("max_tokens", -5),
     ("max_tokens", BIG), ("min_tokens", -1), ("min_tokens", 3), ("seed", 2**63), ("seed", -(2**63) - 1),
-    ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("priority", 1), ("truncate_prompt_tokens", 0),
+    ("stream_interval", 0), ("stream_interval", -1), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
+    ("truncate_prompt_tokens", 0),
     ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 10**6), ("truncation_side", "middle"),
     ("stop_token_ids", [-1]), ("stop_token_ids", [259]), ("stop_token_ids", [2**63]), ("stop_token_ids", [True]),
     ("stop_token_ids", ["x"]), ("logit_bias", {"259": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"x": 1}),
@@ -198,6 +196,15 @@ async def test_rules_between_fields(serve: Serve, path: str) -> None:
     await refused("stream_options", stream_options={"include_usage": True})
     await refused("prompt_logprobs", prompt_logprobs=1, stream=True)
     await refused("n", n=2, temperature=0)
+    await refused("best_of", n=2, best_of=3)
+    await refused("allowed_token_ids", allowed_token_ids=[])
+    await refused("allowed_token_ids", allowed_token_ids=[259])
+    await refused("allowed_token_ids", allowed_token_ids=[258], min_tokens=1)
+    await refused("allowed_token_ids", allowed_token_ids=[97, 98], bad_words=["a", "b"])
+    await refused("bad_words", bad_words=[""])
+    await refused("bad_words", bad_words=["  "])
+    await refused("bad_words", bad_words=["x"] * 65)
+    await refused("logprob_token_ids", logprob_token_ids=[1])
     if "chat" in path:
         await refused("tools", tools=[])
         await refused("tool_choice", tool_choice="auto")
@@ -222,7 +229,7 @@ async def test_huge_n_is_refused_before_any_work_that_grows_with_it(
     def unexpected(*arguments: Any) -> Any:
         raise AssertionError("n was not checked first")
 
-    for work in ("encode_completion_prompts", "make_jobs"):
+    for work in ("encode_prompts", "make_jobs"):
         monkeypatch.setattr(f"server.routes.completions.{work}", unexpected)
     assert_error(await server.complete(n=10**9), 400, "n")
     assert (await server.complete(n=1)).status_code == 500, "the work that n is checked before"

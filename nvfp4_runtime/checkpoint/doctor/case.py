@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_runtime.checkpoint.declared import declared_algos, excluded
+from nvfp4_runtime.checkpoint.doctor.expected import Expected
 from nvfp4_runtime.checkpoint.doctor.files import LooseShards, some
 from nvfp4_runtime.checkpoint.doctor.measure import Measured
 from nvfp4_runtime.checkpoint.doctor.report import Finding, Severity
@@ -35,6 +36,8 @@ class Case:
     layers         every module, measured
     loose          tensors of no module
     has_parent     whether layers were compared with a parent
+    expected       what the architecture's model reads; None for one that is not served here
+    refusal        why that model cannot do what config.json asks for
     """
 
     folder: Path
@@ -44,6 +47,8 @@ class Case:
     layers: Sequence[Measured]
     loose: Sequence[Loose]
     has_parent: bool
+    expected: Expected | None = None
+    refusal: str | None = None
 
     @cached_property
     def model_config(self) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 from nvfp4_runtime.checkpoint.detect import CONFIG, detect, read_config
 from nvfp4_runtime.checkpoint.doctor import describe
 from nvfp4_runtime.checkpoint.doctor.case import Case
-from nvfp4_runtime.checkpoint.doctor.checks import configs, groups, inputs, layout, parents, scales, tensors
+from nvfp4_runtime.checkpoint.doctor.checks import complete, configs, groups, inputs, layout, parents, scales, tensors
+from nvfp4_runtime.checkpoint.doctor.expected import Expect, Expected, nothing_expected
 from nvfp4_runtime.checkpoint.doctor.files import LooseShards
 from nvfp4_runtime.checkpoint.doctor.measure import is_plain, measure, work_bytes
 from nvfp4_runtime.checkpoint.doctor.parent import sqnr_db
@@ -18,11 +19,12 @@ from nvfp4_runtime.checkpoint.doctor.report import SCHEMA, SEVERITIES, Finding, 
 from nvfp4_runtime.checkpoint.doctor.statistics import Advance
 from nvfp4_runtime.checkpoint.shards import Shards
 from nvfp4_runtime.checkpoint.stored import loose, modules
-from nvfp4_runtime.errors import CheckpointError
+from nvfp4_runtime.errors import CheckpointError, UnsupportedFormatError
 
 CHECKS: tuple[Callable[[Case], Iterable[Finding]], ...] = (
     configs.config_missing,
     configs.unsupported,
+    complete.config_refused,
     configs.config_disagreement,
     configs.undeclared,
     configs.excluded_but_quantised,
@@ -30,7 +32,11 @@ CHECKS: tuple[Callable[[Case], Iterable[Finding]], ...] = (
     configs.declared_otherwise,
     configs.patterns_unevaluated,
     tensors.unreadable,
+    tensors.extra_values,
     tensors.decoder_layers,
+    complete.missing,
+    complete.shapes,
+    complete.unexpected,
     tensors.orphans,
     tensors.loose_parameters,
     tensors.tied_head,
@@ -77,17 +83,19 @@ def inspect(
     parent: str | Path | None = None,
     memories: Iterable[int] = describe.MEMORIES,
     progress: Progress = no_progress,
+    expect: Expect = nothing_expected,
 ) -> Report:
     """Examine the checkpoint folder `path`, and compare it with the plain model it was made of, `parent`.
 
     memories   sizes in bytes to say what fits into
     progress   progress(what, total bytes) gives a function that is told of every so many bytes more
+    expect     tells from config.json what the model reads (models/expected.py); left out, layers are judged by others
 
     Raises CheckpointError when files are unreadable: missing, truncated, no JSON, or contradicting themselves.
     """
     began = time.monotonic()
     folder = Path(path).expanduser()
-    case = examine(folder, open_parent(parent), progress)
+    case = examine(folder, open_parent(parent), progress, expect)
     return report(case, Path(parent).expanduser() if parent is not None else None, tuple(memories), began)
 
 
@@ -95,18 +103,25 @@ def open_parent(parent: str | Path | None) -> Shards | None:
     """The parent's tensors; CheckpointError when it is no plain model."""
     if parent is None:
         return None
-    shards = LooseShards(Path(parent).expanduser())
+    folder = Path(parent).expanduser()
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist: there is no such folder"
+        raise CheckpointError(f"--parent {parent} {what}; give the folder of the BF16, FP16 or FP32 model")
+    shards = LooseShards(folder)
     if not any(is_plain(layer) and layer.k > 1 for layer in modules(shards)):
         raise CheckpointError(f"--parent {parent} holds no plain matrix; expected the BF16, FP16 or FP32 model")
     return shards
 
 
-def examine(folder: Path, parent: Shards | None, progress: Progress = no_progress) -> Case:
+def examine(
+    folder: Path, parent: Shards | None, progress: Progress = no_progress, expect: Expect = nothing_expected
+) -> Case:
     """Open `folder`, and count everything in it."""
     config = _config(folder)
     quant = detect(folder, config)
     shards = LooseShards(folder)
     layers = list(modules(shards))
+    wanted, refusal = _expected(config, expect)
     advance = progress("reading", work_bytes(layers, parent))
     return Case(
         folder=folder,
@@ -116,6 +131,8 @@ def examine(folder: Path, parent: Shards | None, progress: Progress = no_progres
         layers=measure(shards, layers, parent, advance),
         loose=list(loose(shards)),
         has_parent=parent is not None,
+        expected=wanted,
+        refusal=refusal,
     )
 
 
@@ -155,6 +172,14 @@ def report(case: Case, parent: Path | None, memories: tuple[int, ...], began: fl
         repair=None,
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _expected(config: dict[str, Any], expect: Expect) -> tuple[Expected | None, str | None]:
+    """What the model reads, or why it cannot be built."""
+    try:
+        return expect(config), None
+    except UnsupportedFormatError as error:
+        return None, str(error)
 
 
 def _config(folder: Path) -> dict[str, Any]:

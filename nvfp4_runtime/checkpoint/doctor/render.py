@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from nvfp4_runtime.checkpoint.doctor import describe
 from nvfp4_runtime.checkpoint.doctor.report import Finding, Group, Repair, Report, Scales, Severity
+from nvfp4_runtime.errors import printable
 
 _COLOURS: dict[Severity, str] = {"error": "31;1", "warning": "33;1", "info": "36"}
 _WIDTH = 118
@@ -16,7 +19,11 @@ _GIB = 1 << 30
 
 
 def render(report: Report, colour: bool = False, every_layer: bool = False) -> str:
-    """The whole report; `colour` adds ANSI colours to severities, `every_layer` ungroups the table."""
+    """The whole report; `colour` adds ANSI colours to severities, `every_layer` ungroups the table.
+
+    Control characters in names and values of the files are escaped.
+    """
+    report = _escaped(report)
     rows = describe.ungrouped(report.layers) if every_layer else report.groups
     lines = [*_heading(report), "", *_table(rows), "", *_totals(report)]
     if report.parent is not None:
@@ -27,6 +34,21 @@ def render(report: Report, colour: bool = False, every_layer: bool = False) -> s
         lines += ["", *_repair(report.repair, colour)]
     lines += ["", _verdict(report, colour)]
     return "\n".join(lines)
+
+
+def _escaped(value: Any) -> Any:
+    """The same report with every text in it safe to print."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, tuple):
+        return tuple(map(_escaped, value))
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _escaped(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    return value
 
 
 def _heading(report: Report) -> list[str]:
@@ -135,6 +157,8 @@ def _verdict(report: Report, colour: bool) -> str:
         text = f"{which}sound"
         return f"{text} (looked at in {report.seconds:.1f} s)"
     text = f"{which}not sound: {counts['error']} error(s), {counts['warning']} warning(s)"
+    if report.repair is not None:
+        text += f"; it is kept in {report.repair.out}, and what remains is listed above: do not take it for a sound one"
     severity: Severity = "error" if counts["error"] else "warning"
     return f"{_paint(text, severity, colour)} (looked at in {report.seconds:.1f} s)"
 

@@ -17,6 +17,7 @@ from nvfp4_runtime.checkpoint.doctor.case import Case
 from nvfp4_runtime.checkpoint.doctor.checks import inputs
 from nvfp4_runtime.checkpoint.doctor.declare import declared
 from nvfp4_runtime.checkpoint.doctor.decode import matrix, read_any, same_bytes
+from nvfp4_runtime.checkpoint.doctor.expected import Expect, nothing_expected
 from nvfp4_runtime.checkpoint.doctor.inspect import (
     Progress,
     examine,
@@ -47,17 +48,19 @@ def inspect_and_repair(
     parent: str | Path | None = None,
     memories: Iterable[int] = describe.MEMORIES,
     progress: Progress = no_progress,
+    expect: Expect = nothing_expected,
 ) -> Report:
     """Inspect `path`, write a copy with every sure cure applied to the new folder `out`, and inspect that.
 
-    The report is of the original; its `repair` says what changed and what is still wrong with the copy. Weights keep
-    their values to the bit unless a change says otherwise, and that is verified on the copy.
+    The report is of the original; its `repair` says what changed and what is still wrong with the copy, which keeps its
+    name all the same. Weights keep their values to the bit unless a change says otherwise, and that is verified on the
+    copy.
     Raises ConfigError when `out` is not empty, CheckpointError when files are unreadable.
     """
     began = time.monotonic()
     folder, target = Path(path).expanduser(), Path(out).expanduser()
     original = open_parent(parent)
-    case = examine(folder, original, progress)
+    case = examine(folder, original, progress, expect)
     found = findings(case)
     made = plan(case, original)
     config, record, changes = declared(case, found, _all_have_input(case, made))
@@ -70,7 +73,7 @@ def inspect_and_repair(
         if record is not None:
             write_json(temporary / HF_QUANT, record)
         _verify(case.shards, Shards(temporary), made)
-    copy = examine(target, original, progress)
+    copy = examine(target, original, progress, expect)
     remaining = [*_lost_for_good(case, found), *made.refused, *findings(copy)]
     written = report(case, Path(parent).expanduser() if parent is not None else None, tuple(memories), began)
     done = Repair(str(target), tuple(changes), tuple(f for f in remaining if f.severity != "info"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.doctor.case import Case, about
-from nvfp4_runtime.checkpoint.doctor.checks import groups, inputs, layout, scales
+from nvfp4_runtime.checkpoint.doctor.checks import complete, groups, inputs, layout, scales
 from nvfp4_runtime.checkpoint.doctor.decode import read_any, swap_nibbles
 from nvfp4_runtime.checkpoint.doctor.measure import Measured
 from nvfp4_runtime.checkpoint.doctor.report import Change
@@ -39,7 +39,10 @@ def plan(case: Case, parent: Shards | None) -> Plan:
         if not treated & {layer.name for layer in group} and (folded := _fold(case, group)) is not None:
             made.treatments.append(folded)
     made.treatments += _fill_inputs(case)
+    lost = set(complete.lost_weights(case))  # their scales stay: the weight may be found again
     for item in case.loose:
+        if item.info.name.rpartition(".")[0] in lost:
+            continue
         if item.kind == "orphan" and not item.info.name.endswith(("bias", "_double_scale")):
             made.dropped.add(item.info.name)
             made.changes.append(Change("orphan-tensor", item.info.name, "left out: it scales nothing", True))

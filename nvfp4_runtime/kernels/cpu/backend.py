@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from nvfp4_runtime.config import Numerics
-from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.errors import ConfigError, KernelError
 from nvfp4_runtime.kernels.cpu.checks import MOST, StepMemo
 from nvfp4_runtime.kernels.cpu.cores import physical_cores as physical_cores
 from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
@@ -32,6 +32,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -53,6 +55,7 @@ except ImportError as e:
     _missing = str(e)
 
 NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
+_NO_MLA = "no native kernel for multi-head latent attention"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
 FP8_SCALE_STEP = 64  # csrc/types.h: kPlainChunk
 
@@ -93,6 +96,8 @@ class CPUBackend:
     def refuses(self, spec: OpSpec) -> str | None:
         if self._context is None:
             return "extension not built"
+        if isinstance(spec, MLASpec):
+            return _NO_MLA
         if isinstance(spec, QuantizeSpec):
             return None
         if spec.dtype not in ("bfloat16", "float32"):
@@ -155,6 +160,9 @@ class CPUBackend:
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return NativePagedAttention(self._context, self._memo, spec)
 
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        raise KernelError(_NO_MLA)
+
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
             return "extension not built"
@@ -199,6 +207,7 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
         return {"hidden": spec.hidden}
     if isinstance(spec, ActivationSpec):
         return {"twice the width": 2 * spec.width}
+    assert not isinstance(spec, MLASpec)  # refused before anybody asks
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     heads = {"the number of heads": spec.num_heads, "of KV heads": spec.num_kv_heads, "head_dim": spec.head_dim}
     return heads | {"the width of q, k and v": width}

@@ -19,6 +19,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    MLAKernel,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
@@ -30,10 +32,12 @@ from nvfp4_runtime.kernels.ops import (
 )
 from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
 from nvfp4_runtime.kernels.reference.linear import reference_linear
+from nvfp4_runtime.kernels.reference.mla import ReferenceMLA
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
 from nvfp4_runtime.kernels.reference.rope_and_cache import ReferenceRope
 from nvfp4_runtime.kernels.reference.silu_mul import silu_mul
+from nvfp4_runtime.kernels.upload import upload
 from nvfp4_runtime.nvfp4 import block_scales, fp8
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
@@ -43,6 +47,7 @@ class ReferenceBackend:
     """Runs every op on any device PyTorch runs on.
 
     threads  PyTorch's threads for the whole process; None leaves them as they are
+    device   where weights are kept; None: where they are
 
     Not `row_invariant`: the math library may sum in another order when M changes, so a row's last bit can depend on
     the rows beside it.
@@ -52,7 +57,8 @@ class ReferenceBackend:
     fastest_numerics: Numerics = "w4a16"  # W4A4 adds the quantisation of activations to the same products
     row_invariant = False
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, device: torch.device | None = None) -> None:
+        self.device = device
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -68,10 +74,10 @@ class ReferenceBackend:
         return None
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
-        return reference_linear(weight, spec)
+        return reference_linear(self._placed(weight), spec)
 
     def grouped_linear(self, weights: Sequence[Weight], spec: GroupedLinearSpec) -> GroupedLinearKernel:
-        return ReferenceGroupedLinear(weights, spec)
+        return ReferenceGroupedLinear([self._placed(weight) for weight in weights], spec)
 
     def quantize(
         self,
@@ -103,6 +109,12 @@ class ReferenceBackend:
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel:
         return ReferencePagedAttention(spec)
+
+    def _placed(self, weight: Weight) -> Weight:
+        return weight if self.device is None else upload(weight, self.device)
+
+    def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        return ReferenceMLA(spec)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "the plain kernels are called one by one"

@@ -18,6 +18,7 @@ from nvfp4_runtime.checkpoint.doctor.inspect import inspect
 from nvfp4_runtime.checkpoint.doctor.render import render
 from nvfp4_runtime.checkpoint.doctor.repair import inspect_and_repair
 from nvfp4_runtime.errors import CheckpointError
+from nvfp4_runtime.models.expected import expected
 from tests.checkpoint.doctor.patients import sound
 
 JUNK = (None, 0, -1, 1.5, "x", [], {}, True, 10**30, ["a"], {"a": 1}, [1])
@@ -84,7 +85,11 @@ def test_a_damaged_folder_gives_a_report_or_a_clear_error(tmp_path, experts):
         damage(rng.choice([file for file in files if file.suffix == wanted]), rng)
         with_parent = parent if rng.random() < 0.5 else None
         try:
-            report = inspect_and_repair(folder, out, with_parent) if i % 3 == 0 else inspect(folder, with_parent)
+            report = (
+                inspect_and_repair(folder, out, with_parent, expect=expected)
+                if i % 3 == 0
+                else inspect(folder, with_parent, expect=expected)
+            )
         except CheckpointError as error:
             refusals.append(str(error))
         else:

@@ -180,12 +180,20 @@ def test_orphans_missing_layers_and_heads_are_found(tmp_path):
     assert found(report, "head-missing").severity == "error"
     assert found(report, "layer-missing").layers == ("layers.2",)
     assert found(report, "layer-unexpected").layers == ("layers.7",)
-    orphans = found(report, "orphan-tensor")
-    assert orphans.severity == "warning"
-    assert set(orphans.layers) == {f"{UP}.{leaf}" for leaf in ("weight_scale", "weight_scale_2", "input_scale")}
+    assert found(report, "tensor-missing").layers == (UP,)
+    assert found(report, "tensor-missing").severity == "error"
     repaired = inspect_and_repair(folder, tmp_path / "out")
-    assert "orphan-tensor" not in [f.id for f in repaired.repair.remaining]
-    assert f"{UP}.weight_scale" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert "tensor-missing" in [f.id for f in repaired.repair.remaining]
+    assert f"{UP}.weight_scale" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_an_input_scale_of_nothing_is_an_orphan_and_left_out_of_the_copy(tmp_path):
+    folder, _ = sound(tmp_path)
+    edit(folder, lambda tensors: tensors.update({"model.ghost.input_scale": torch.tensor(0.1)}))
+    assert found(inspect(folder), "orphan-tensor").severity == "warning"
+    repaired = inspect_and_repair(folder, tmp_path / "out")
+    assert repaired.sound
+    assert "model.ghost.input_scale" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
 def test_a_tensor_of_no_known_spelling_is_mentioned(tmp_path):

@@ -47,10 +47,12 @@ def factors_folded(case: Case) -> Iterable[Finding]:
 def not_in_parent(case: Case) -> Iterable[Finding]:
     if not case.has_parent:
         return
+    compared = any(m.comparison is not None for m in case.layers)
     yield from about(
         "parent-lacks-layer",
-        "info",
+        "info" if compared else "warning",
         [m for m in case.layers if m.stored.block is not None and m.stored.problem is None and m.comparison is None],
-        "could not be compared: the parent lacks a plain matrix of that name and shape, or they lie [in, out]",
-        "check that this is the parent",
+        "could not be compared: the parent lacks a plain matrix of that name and shape, or they lie [in, out]"
+        + ("" if compared else "; none could, so the parent says nothing: it is quantised itself, or another model"),
+        "check that this is the parent" + ("" if compared else ", the BF16, FP16 or FP32 model it was made of"),
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from nvfp4_runtime.checkpoint.doctor.case import Case, about, expert_group
+from nvfp4_runtime.checkpoint.doctor.checks.complete import lost_weights
 from nvfp4_runtime.checkpoint.doctor.checks.layout import padded_scale
 from nvfp4_runtime.checkpoint.doctor.decode import read_any, same_bytes
 from nvfp4_runtime.checkpoint.doctor.files import some
+from nvfp4_runtime.checkpoint.doctor.measure import Measured
 from nvfp4_runtime.checkpoint.doctor.report import Finding
+from nvfp4_runtime.checkpoint.shards import PLAIN
 from nvfp4_runtime.errors import MissingTensorError
 
-_LAYER = re.compile(r"(?:model|backbone|transformer)\.(?:language_model\.)?layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:model|backbone|transformer)\.(?:language_model\.)?layers\.(\d{1,9})\.")
 
 
 def unreadable(case: Case) -> Iterable[Finding]:
@@ -37,8 +41,46 @@ def unreadable(case: Case) -> Iterable[Finding]:
         )
 
 
+def extra_values(case: Case) -> Iterable[Finding]:
+    """Scales and biases that the loader refuses for their size or type, beside a weight that is as it should be."""
+    by_reason: dict[str, list[str]] = {}
+    for layer in case.layers:
+        if layer.stored.problem is None and not layer.stored.experts:
+            for what in _refused(case, layer):
+                by_reason.setdefault(what, []).append(layer.name)
+    for what, names in by_reason.items():
+        yield from about(
+            "layer-unreadable",
+            "error",
+            names,
+            f"cannot be read: {what}",
+            "fetch or export the checkpoint again; --repair quantises them again with --parent",
+        )
+
+
+def _refused(case: Case, layer: Measured) -> Iterator[str]:
+    """What `parts.read_one` raises for the tensors of one matrix."""
+    stored = layer.stored
+    for role in ("tensor_scale", "input_scale", "pre_quant_scale", "bias", "scale"):
+        info = case.shards.info(stored.tensors.get(role, ""))
+        if info is None:
+            continue
+        leaf = info.name.rpartition(".")[2]
+        if info.dtype not in PLAIN:
+            yield f"{leaf} is {info}, expected {' or '.join(PLAIN)}"
+        elif role in ("tensor_scale", "input_scale") and math.prod(info.shape) != 1:
+            yield f"{leaf} is {info}, expected one value, [] or [1]"
+        elif role == "pre_quant_scale" and info.shape != (stored.k,):
+            yield f"{leaf} is {info}, expected {[stored.k]}"
+        elif role == "bias" and info.shape != (stored.n,):
+            yield f"{leaf} is {info}, expected {[stored.n]}"
+
+
 def orphans(case: Case) -> Iterable[Finding]:
-    names = [item.info.name for item in case.loose if item.kind == "orphan"]
+    lost = set(lost_weights(case))  # a finding of their own
+    names = [
+        item.info.name for item in case.loose if item.kind == "orphan" and item.info.name.rpartition(".")[0] not in lost
+    ]
     yield from about(
         "orphan-tensor",
         "warning",
@@ -78,9 +120,10 @@ def decoder_layers(case: Case) -> Iterable[Finding]:
     allowed = wanted + (predictors if type(predictors) is int else 0)
     yield from about(
         "layer-unexpected",
-        "warning",
+        "warning" if case.expected is None else "error",
         [f"layers.{i}" for i in sorted(present) if i >= allowed],
-        f"lie beyond the {wanted} that config.json counts: nothing reads them",
+        f"lie beyond the {wanted} that config.json counts: nothing reads them"
+        + ("" if case.expected is None else ", and the server refuses the checkpoint"),
         "check num_hidden_layers in config.json",
     )
 

@@ -1,0 +1,1 @@
+"""What the HTTP layer costs: `python -m loadtest.bench_http`."""

@@ -1,0 +1,1 @@
+"""Request models in vLLM's dialect, one module per endpoint."""

@@ -1,0 +1,71 @@
+"""Types of request fields that several endpoints share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
+
+from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.sampling.params import MAX_LOGPROBS
+
+logger = logging.getLogger(__name__)
+
+MAX_STRING_CHARS = 512
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, found a boolean")
+    return value
+
+
+def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    """str, [str], [int] or [[int]]; checked in one pass, since a prompt may hold a million ids."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        kinds = set(map(type, value))
+        if kinds in ({str}, {int}):
+            return value
+        if kinds == {list} and all(set(map(type, ids)) == {int} for ids in value):
+            return value
+        if not value or kinds == {list}:
+            raise ValueError("expected at least one prompt, and at least one integer token id in each list")
+    raise ValueError("expected a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), le=2**63 - 1)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
+ShortStr = Annotated[str, Field(max_length=MAX_STRING_CHARS)]
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 1, "items": {"type": "integer"}}},
+    ]
+}
+Prompt = Annotated[Any, PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+
+
+def note_unknown(where: str, part: BaseModel, known: Iterable[str] = ()) -> None:
+    for name in set(part.model_extra or ()) - set(known):
+        logger.debug("ignoring the unknown request field %s%.64r", where, name)
+
+
+def check_num_logprobs(name: str, value: int | None) -> None:
+    """Here rather than by SamplingParams, which has one count where requests have several."""
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise InvalidParameterError(f"{name} must be an integer in [0, {MAX_LOGPROBS}], got {value}", name)
+
+
+def token_biases(biases: dict[str, float]) -> dict[int, float]:
+    found = {}
+    for key, bias in biases.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 20):
+            raise InvalidParameterError(f"logit_bias keys must be token ids, found {key!r}", "logit_bias")
+        found[int(key)] = bias
+    return found

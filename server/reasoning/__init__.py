@@ -1,0 +1,1 @@
+"""Reasoning: which part of what a model writes is thought, and which is the answer."""
