@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nvfp4_runtime import __version__
-from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
-from server.commands import evaluate, inspect, quantize
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
+from server.commands import evaluate, flags, inspect, quantize
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
 EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
+EXIT_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done or drained, 1 configuration error, 2 load error, 3 engine death."""
+    """Exit code: 0 done or drained, 1 configuration error, 2 load error or a file that fails, 3 engine death."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, serve = _parser()
@@ -29,13 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = getattr(logging, str(getattr(args, "log_level", "warning")).upper())
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
         run: Callable[[argparse.Namespace], int] = args.run
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()  # whoever reads it may have gone: found out here, not while the interpreter ends
+        return code
     except NVFP4Error as error:
         flag = getattr(error, "flag", None)
         # Error texts name the flag where that helps; repeat it only if this one does not.
         hint = f" [{flag}]" if flag and flag not in str(error) else ""
-        print(f"nvfp4: {error}{hint}", file=sys.stderr)
+        print(f"nvfp4: {printable(str(error))}{hint}", file=sys.stderr)
         return exit_code(error)
+    except BrokenPipeError:
+        # The reader has seen enough, as `| head` has. What is still buffered goes nowhere, or it would be tried again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        logging.getLogger(__name__).debug("where it came from", exc_info=True)
+        print(f"nvfp4: {printable(flags.describe(error))}", file=sys.stderr)
+        return EXIT_LOAD
     except KeyboardInterrupt:
         return 130
 
@@ -78,7 +90,13 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="local model folder; left out: the default model, SmolLM2-135M")
+    add(
+        "model",
+        nargs="?",
+        type=flags.path,
+        metavar="MODEL",
+        help="local model folder; left out: the default model, SmolLM2-135M",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     add("--served-model-name", action="append", metavar="NAME", help="name in requests and answers; may repeat")
@@ -100,10 +118,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-queued-requests", type=int, default=1024, help="more are refused with 429 (default: %(default)s)")
     add(
         "--kv-cache-dtype",
-        type=lambda name: {"bf16": "bfloat16"}.get(name, name),
-        choices=("auto", "bfloat16", "float32", "fp8", "nvfp4"),
+        type=flags.kv_dtype,
         default="auto",
-        metavar="{auto,bf16,fp8,nvfp4,float32}",
+        metavar=f"{{{','.join(flags.KV_DTYPES)}}}",
         help="how keys and values are kept; auto: as the checkpoint declares, else bf16",
     )
     add(
@@ -122,7 +139,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-kv-blocks", type=int, help="blocks of the KV cache, instead of a size")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
     add("--seed", type=int, default=0, help="of requests that give none (default: %(default)s)")
-    add("--api-key-file", metavar="FILE", help="keys that clients need, one per line")
+    add("--api-key-file", type=flags.path, metavar="FILE", help="keys that clients need, one per line")
     add("--allow-download", action="store_true", help="MODEL may be a Hugging Face hub id")
     add("--generation-config", choices=("auto", "none"), default="auto", help="take the model's sampling defaults")
     add(
@@ -176,10 +193,11 @@ def parse_bytes(text: str) -> int:
 
 def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
     """Environment variables as flags before those of the command line (`given`), which therefore win."""
-    from server.config import environment_flags
+    from server.config import environment_flags, warn_of_unknown
 
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "run")}
-    flags: list[str] = []
+    warn_of_unknown(actions)
+    found: list[str] = []
     for name, value in environment_flags(actions).items():
         action = actions[name]
         if not action.option_strings:
@@ -189,10 +207,10 @@ def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Nam
         if action.nargs == 0:
             if value.lower() not in ("0", "1", "false", "true"):
                 raise ConfigError(f"NVFP4_{name.upper()} must be 0 or 1, found {value!r}", action.option_strings[0])
-            flags += [action.option_strings[0]] if value.lower() in ("1", "true") else []
+            found += [action.option_strings[0]] if value.lower() in ("1", "true") else []
         else:
-            flags += [f"{action.option_strings[0]}={value}"]
-    return flags
+            found += [f"{action.option_strings[0]}={value}"]
+    return found
 
 
 def _serve(args: argparse.Namespace) -> int:

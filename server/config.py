@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +12,8 @@ from pathlib import Path
 
 from nvfp4_runtime.engine.messages import Pooling
 from nvfp4_runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT_PREFIX = "NVFP4_"
 
@@ -67,6 +71,20 @@ def read_api_keys(path: str | Path) -> tuple[bytes, ...]:
     if not keys:
         raise ConfigError(f"the API key file {path} holds no key; expected one per line", "--api-key-file")
     return keys
+
+
+# Ours beside the flags: they choose native code, at run time and at build time.
+NOT_FLAGS = ("NVFP4_ISA", "NVFP4_SANITIZE")
+
+
+def warn_of_unknown(names: Iterable[str]) -> None:
+    """Say which NVFP4_ variables of the environment set nothing, and what may have been meant."""
+    known = [ENVIRONMENT_PREFIX + name.upper() for name in names]
+    for variable in os.environ:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in (*known, *NOT_FLAGS):
+            close = difflib.get_close_matches(variable, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            logger.warning("the environment variable %s sets no flag of serve%s", variable, hint)
 
 
 def environment_flags(names: Iterable[str]) -> dict[str, str]:

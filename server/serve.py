@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -57,6 +58,7 @@ def serve(args: argparse.Namespace) -> int:
     started = time.monotonic()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we say ourselves when we start and stop
     model = args.model or environment_flags(["model"]).get("model")
+    model = None if model is None else os.path.expanduser(model)
     config = server_config(args, model)
     sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
     if not args.simulate:
@@ -69,6 +71,10 @@ def serve(args: argparse.Namespace) -> int:
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     names = args.served_model_name or ["simulated"]
+    if not all(name.strip() for name in names):
+        raise ConfigError("an empty name is no request's; give one, or leave the flag out", "--served-model-name")
+    if not 0 <= args.simulate_step_seconds < math.inf:
+        raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
     tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
     reasoning_style(args.reasoning_parser, None)
     if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
@@ -220,6 +226,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
+    except UnicodeError as error:
+        raise ConfigError(f"the host {host!r} is no name or address: {error}", "--host") from error
     except OSError as error:
         hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", "--port") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -96,9 +97,10 @@ class ShardWriter:
         file, offset, spec = self._places[name]
         found = TensorSpec(name, _dtype_name(tensor.dtype), tuple(tensor.shape))
         assert found == spec, f"announced {spec}, got {found}"
-        file.seek(offset)
-        file.write(tensor_bytes(tensor))
-        file.flush()  # what was written survives a kill of this process
+        with naming(file.name):
+            file.seek(offset)
+            file.write(tensor_bytes(tensor))
+            file.flush()  # what was written survives a kill of this process
         self._missing.remove(name)
 
     def read(self, name: str) -> Tensor:
@@ -124,20 +126,25 @@ class ShardWriter:
                 return file
             file.close()
         file = path.open("w+b")
-        file.write(start)
+        with naming(path):
+            file.write(start)
+            file.flush()
         return file
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            for file in self._files:
+                with contextlib.suppress(OSError):  # a full disk again; the first error is on its way
+                    file.close()
+            return
         for file in self._files:
-            if kind is None:
+            with naming(file.name):
                 file.flush()
                 os.fsync(file.fileno())
-            file.close()
-        if kind is not None:
-            return
+                file.close()
         assert not self._missing, f"announced but never written: {sorted(self._missing)[:8]}"
         if len(self._files) > 1:
             index = {
@@ -153,7 +160,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -162,8 +170,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises ConfigError when `out` exists and is not an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; choose another or remove it", "OUT")
+    out = free_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(out), dir=out.parent))
     try:
@@ -172,6 +179,45 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def free_place(out: Path) -> Path:
+    """Where the folder `out` will stand: symbolic links followed, which stay and lead to the new folder.
+
+    Raises ConfigError when something is there that is not an empty folder, and when the links lead in a circle.
+    """
+    place = Path(os.path.realpath(out))
+    if place.is_symlink():
+        raise ConfigError(f"{out} is a symbolic link that leads in a circle; choose another or remove it", "OUT")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another or remove it", "OUT")
+    return place
+
+
+def check_place(out: Path, source: Path | None) -> Path:
+    """`free_place`, and a trial that a folder can be made there: asked before hours of work, not after.
+
+    source  the folder that is read, where it is a user's; a result inside it would be taken for a part of it
+
+    Raises ConfigError, and OSError where the system lets nothing be written there.
+    """
+    place = free_place(out)
+    if source is not None and place.is_relative_to(origin := Path(os.path.realpath(source))):
+        raise ConfigError(f"{out} lies inside {source}, which is read; choose a place outside {origin}", "OUT")
+    above = next(folder for folder in place.parents if folder.exists())
+    os.rmdir(tempfile.mkdtemp(prefix=temporary_prefix(place), dir=above))
+    return place
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of writing, such as a full disk's, name `path`: the system itself does that only when opening."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from nvfp4_runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+# Far more threads than CPUs end in crashes of what starts them (OpenMP's), so they are refused.
+THREADS_PER_CPU = 4
+MIN_THREAD_LIMIT = 64
 
 # Without a flag, the KV cache takes at most this share of the memory that is free after loading, and this much.
 KV_SHARE_OF_FREE = 0.25
@@ -52,6 +57,20 @@ def check_limits(config: EngineConfig) -> None:
     for flag, value, least in counts:
         if value is not None and value < least:
             raise ConfigError(f"{flag} is {value}; expected at least {least}", flag)
+    most = max(MIN_THREAD_LIMIT, THREADS_PER_CPU * (os.cpu_count() or 1))
+    if config.threads is not None and config.threads > most:
+        raise ConfigError(
+            f"--threads is {config.threads}; expected at most {most} on this machine, which has {os.cpu_count()} CPUs: "
+            "more threads than CPUs only wait for each other",
+            "--threads",
+        )
+    if not -(2**63) <= config.seed < 2**63:
+        raise ConfigError(f"--seed is {config.seed}; expected a 64-bit signed integer", "--seed")
+    if config.cache.num_blocks is not None and config.cache.memory_bytes is not None:
+        raise ConfigError(
+            "--num-kv-blocks and --kv-cache-memory both say how large the KV cache is; give one of them",
+            "--num-kv-blocks",
+        )
     if not 0 < config.cache.gpu_memory_utilization <= 1:
         share = config.cache.gpu_memory_utilization
         raise ConfigError(

@@ -179,6 +179,8 @@ def _windows(raw: Raw, family: Family, num_layers: int) -> tuple[int | None, ...
         size = size if _flag(raw, "use_sliding_window") else None
         if types is None:
             first = raw.get("max_window_layers", 28)  # the class's default in transformers
+            if type(first) is not int or first < 0:
+                raise _unsupported("max_window_layers", first, "a count of layers, 0 or more")
             types = ["full_attention" if size is None or i < first else "sliding_attention" for i in range(num_layers)]
         if size is None and "sliding_attention" in types:
             raise _unsupported("use_sliding_window", False, "true and a sliding_window, since layer_types has some")

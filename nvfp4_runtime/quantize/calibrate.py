@@ -5,23 +5,37 @@ The plain model runs through our own layers and kernels, a layer at a time (laye
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nvfp4_runtime.errors import CheckpointError
+from nvfp4_runtime.errors import CheckpointError, ConfigError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.nvfp4.codec import E4M3_MAX, SCALE_2_DENOMINATOR
-from nvfp4_runtime.quantize.layerwise import SITES, LayerRun, Overlay, Walk, largest_input, site_modules, windows
+from nvfp4_runtime.quantize.layerwise import (
+    SITES,
+    WINDOW,
+    LayerRun,
+    Overlay,
+    Walk,
+    largest_input,
+    site_modules,
+    windows,
+)
+
+logger = logging.getLogger(__name__)
+
+LEAST_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Scales measured over `num_tokens` tokens.
 
-    input_scales  module -> amax / 2688 of its input
+    input_scales  module -> amax / 2688 of its input; 1 where that was zero over the whole text
     kv_scales     attention module -> (k_scale, v_scale), amax / 448, keys after rope as they are cached
     """
 
@@ -48,10 +62,21 @@ def calibrate(folder: str | Path, texts: Sequence[str], *, backend: str = "auto"
         for site in SITES:
             modules = site_modules(layer_id, site)
             amax = largest_input(run.to(site), modules)
-            input_scales |= dict.fromkeys(modules, amax / SCALE_2_DENOMINATOR)
+            input_scales |= dict.fromkeys(modules, input_scale_of(amax, modules))
         run.end()
         kv_scales[f"model.layers.{layer_id}.self_attn"] = cache_scales(run.kv_amax)
     return Calibration(input_scales, kv_scales, walk.num_tokens)
+
+
+def input_scale_of(amax: float, modules: Sequence[str]) -> float:
+    """amax / 2688; 1 for an input that was zero over the whole text, as behind a pruned layer.
+
+    Every scale is right for zeros. With 1 the block scales alone carry whatever another text may bring, up to 2688.
+    """
+    if amax == 0:
+        logger.warning("the input of %s is zero over the whole text; its input scale is set to 1", ", ".join(modules))
+        return 1.0
+    return amax / SCALE_2_DENOMINATOR
 
 
 def cache_scales(amax: tuple[float, float]) -> tuple[float, float]:
@@ -61,11 +86,52 @@ def cache_scales(amax: tuple[float, float]) -> tuple[float, float]:
 
 
 def tokenize(folder: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text by the folder's tokenizer.json."""
+    """Token ids of each text, all of them, by the folder's tokenizer.json.
+
+    The file may ask for truncation and padding, which are meant for batches of a model's users: neither applies here.
+    Raises CheckpointError when there is no readable tokenizer.json.
+    """
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json, which calibration needs")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(
+            f"{path} is not a readable tokenizer, which calibration needs: {error}; fetch the file again, or leave "
+            "--calib out"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return [list(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts if text]
+
+
+def check_text(folder: Path, texts: Sequence[str], wanted_windows: int | None = None) -> None:
+    """Raise ConfigError when `texts` hold too little to measure anything on; warn when it is less than a window.
+
+    wanted_windows  what the caller asked for; a text that has fewer is used as it is, with a warning
+    """
+    found = windows(tokenize(folder, texts))
+    num_tokens = sum(map(len, found))
+    if num_tokens < LEAST_TOKENS or not any(text.strip() for text in texts):
+        blank = " and only white space" if num_tokens >= LEAST_TOKENS else ""
+        raise ConfigError(
+            f"the calibration text has {num_tokens} token(s){blank}; expected at least {LEAST_TOKENS} of what the model "
+            f"will read in use, better a hundred windows of {WINDOW}: give a longer text",
+            "--calib",
+        )
+    if num_tokens < WINDOW:
+        logger.warning(
+            "the calibration text has %d tokens, less than a window of %d: what is measured on it says little",
+            num_tokens,
+            WINDOW,
+        )
+    if wanted_windows is not None and len(found) < wanted_windows:
+        logger.warning(
+            "the calibration text has %d window(s) of %d tokens, fewer than the %d asked for (--calib-windows)",
+            len(found),
+            WINDOW,
+            wanted_windows,
+        )

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.checkpoint.shards import TensorInfo
 from nvfp4_runtime.checkpoint.writer import MAX_SHARD_BYTES
 from nvfp4_runtime.config import Numerics
-from nvfp4_runtime.errors import CheckpointError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod, tensor_scale
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 from nvfp4_runtime.quantize import awq
-from nvfp4_runtime.quantize.calibrate import cache_scales, tokenize
+from nvfp4_runtime.quantize.calibrate import cache_scales, input_scale_of, tokenize
 from nvfp4_runtime.quantize.gptq import gptq, inverse_factor
 from nvfp4_runtime.quantize.layerwise import (
     SITES,
@@ -39,7 +39,7 @@ from nvfp4_runtime.quantize.plan import Plan, make_plan
 from nvfp4_runtime.quantize.ptq import Job, Output, QuantizeReport, Source
 from nvfp4_runtime.quantize.recipes import CalibratedMethod
 from nvfp4_runtime.quantize.resume import text_digest
-from nvfp4_runtime.quantize.weights import fp8_per_tensor, nvfp4, write_fp8, write_nvfp4
+from nvfp4_runtime.quantize.weights import fp8_per_tensor, largest, nvfp4, write_fp8, write_nvfp4
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class Layer:
         self.groups = {
             site: [g for g in job.plan.groups if set(g.modules) & set(site_modules(layer_id, site))] for site in SITES
         }
+        self.infos: dict[str, TensorInfo] = {m: i for gs in self.groups.values() for g in gs for m, i in g.members}
         self.names = [name for groups in self.groups.values() for group in groups for name in job.names(group)]
         self.prefix = f"model.layers.{layer_id}"
         # what AWQ multiplies: columns by input, rows by output; None until folded
@@ -151,8 +152,10 @@ class Layer:
         return sum(info.nbytes for groups in self.groups.values() for group in groups for _, info in group.members)
 
     def _plain(self, module: str) -> Tensor:
-        """The module's weight in float32, folded as far as it has been."""
-        weight = self.walk.ckpt.tensor(f"{module}.weight").to(torch.float32)
+        """The module's weight in float32, folded as far as it has been. CheckpointError where it is not finite."""
+        stored = self.walk.ckpt.tensor(f"{module}.weight")
+        largest(self.walk.kernels, stored, self.infos[module])
+        weight = stored.to(torch.float32)
         if module in self.columns:
             weight = weight * self.columns[module]
         if module in self.rows:
@@ -165,10 +168,7 @@ class Layer:
 
     def _make_site(self, site: str, inputs: list[Tensor]) -> None:
         modules = site_modules(self.layer_id, site)
-        amax = largest_input(inputs, modules)
-        if amax == 0:
-            raise CheckpointError(f"the input of {', '.join(modules)} is zero over the whole text; give a longer one")
-        input_scale = amax / codec.SCALE_2_DENOMINATOR
+        input_scale = input_scale_of(largest_input(inputs, modules), modules)
         for group in self.groups[site]:
             parts = [self._plain(module) for module in group.modules]
             if group.stored == "fp8":

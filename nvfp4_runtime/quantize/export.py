@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.checkpoint.detect import CONFIG, HF_QUANT
-from nvfp4_runtime.checkpoint.writer import TensorSpec, write_json
+from nvfp4_runtime.checkpoint.writer import TensorSpec, naming, write_json
 from nvfp4_runtime.nvfp4.codec import BLOCK
 
 if TYPE_CHECKING:
@@ -108,4 +108,5 @@ def copy_companions(source: Path, out: Path) -> None:
     """Copy the files of `COMPANIONS` that exist."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            with naming(out / name):
+                shutil.copyfile(source / name, out / name)

@@ -86,7 +86,8 @@ class Walk:
     """The hidden states of a calibration text before the next layer."""
 
     def __init__(self, ckpt: Overlay, kernels: Kernels, sequences: Sequence[list[int]]) -> None:
-        """Raises ConfigError without sequences, UnsupportedFormatError for a model without DecoderLayers."""
+        """Raises ConfigError without sequences, UnsupportedFormatError for a model without DecoderLayers,
+        CheckpointError for tokens that the model does not have."""
         architecture = parse_architecture(ckpt.raw_config)
         if ARCHITECTURES.get(architecture) != "llama":
             raise UnsupportedFormatError(
@@ -97,6 +98,11 @@ class Walk:
             raise ConfigError("the calibration text has no tokens", "--calib")
         self.ckpt, self.kernels = ckpt, kernels
         self.config = config = parse_model_config(ckpt.raw_config)
+        if (highest := max(map(max, sequences))) >= config.vocab_size:
+            raise CheckpointError(
+                f"the calibration text has the token {highest}, and {ckpt.path} has {config.vocab_size} of them: its "
+                "tokenizer.json belongs to another model"
+            )
         self._rope = rope_tables(config.rope, config.head_dim, WINDOW)
         steps = deal(sequences)
         num_blocks = 1 + max(sum(-(-len(ids) // BLOCK_SIZE) for ids in step) for step in steps)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from nvfp4_runtime.checkpoint.writer import MAX_SHARD_BYTES, new_folder, temporary_prefix
+from nvfp4_runtime.checkpoint.writer import MAX_SHARD_BYTES, check_place, new_folder, temporary_prefix
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.nvfp4.block_scales import BLOCK_METHODS, BlockMethod
@@ -20,6 +20,8 @@ from nvfp4_runtime.quantize.recipes import CALIBRATED_METHODS
 
 logger = logging.getLogger(__name__)
 
+CALIB_WINDOWS = 128
+DEFAULT_NAMES = ("default", "default-bf16")  # one and the same: only the plain parent can be quantised
 METHODS = (*BLOCK_METHODS, *CALIBRATED_METHODS)
 
 
@@ -33,8 +35,8 @@ def quantize_folder(
     exclude: Sequence[str] = (),
     fp8: Sequence[str] = (),
     bits_budget: float | None = None,
-    calib_windows: int = 128,
-    numerics: Numerics = "w4a16",
+    calib_windows: int | None = None,
+    numerics: Numerics | None = None,
     backend: str = "auto",
     progress: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -43,11 +45,12 @@ def quantize_folder(
 
     With `calib_texts` the result is NVFP4: it has an input_scale per layer and serves as W4A4 or W4A16, and with
     `fp8_kv` also FP8 KV scales. Without, it is W4A16_NVFP4, because an input_scale cannot be guessed.
-    src  a folder, a .gguf file, or "default" for the embedded default model; the last two are converted to BF16 first
+    src  a folder, a .gguf file, or "default" ("default-bf16") for the embedded default model's BF16 parent; the last
+         two are converted to BF16 first
     fp8  fnmatch patterns of modules to store as FP8; needs `calib_texts`, since ModelOpt's FP8 has an input_scale
     bits_budget    bits per quantised weight: the layers that cost most KL become FP8 or stay plain
-    calib_windows  windows of 512 tokens that gptq and awq use at most; input scales alone are measured on all
-    numerics       what gptq and awq compensate for: "w4a16" weights alone, "w4a4" quantised activations as well
+    calib_windows  windows of 512 tokens that gptq and awq use at most (128); input scales alone are measured on all
+    numerics       what gptq and awq compensate for: "w4a16" (default) weights alone, "w4a4" quantised activations too
 
     Raises ConfigError, CheckpointError.
     """
@@ -62,12 +65,27 @@ def quantize_folder(
             "a bits budget measures layers on a calibration text and chooses FP8 itself: give --calib and no --fp8",
             "--bits-budget",
         )
-    if calib_windows < 1:
+    if calib_windows is not None and calib_windows < 1:
         raise ConfigError(f"at least 1 window is needed, found {calib_windows}", "--calib-windows")
+    for flag, value in (("--calib-windows", calib_windows), ("--numerics", numerics)):
+        if value is not None and method not in CALIBRATED_METHODS:
+            raise ConfigError(
+                f"{flag} is for the methods {', '.join(CALIBRATED_METHODS)}; {method} has no use for it: leave it out",
+                flag,
+            )
+    if bits_budget is not None:
+        from nvfp4_runtime.quantize.sensitivity import check_budget
+
+        check_budget(bits_budget)
     if calib_texts is None and fp8:
         raise ConfigError("FP8 layers have a measured input_scale, which needs a calibration text", "--calib")
-    out = Path(out)
+    # Before any work, as nothing that is wrong here gets right by computing
+    out = check_place(Path(out), None if str(src) in DEFAULT_NAMES else Path(src))
     with plain_source(src, out, progress) as folder:
+        if calib_texts is not None:
+            from nvfp4_runtime.quantize.calibrate import check_text
+
+            check_text(folder, calib_texts, calib_windows)
         plan = None
         if bits_budget is not None:
             plan = budget_plan(folder, calib_texts, exclude, bits_budget, backend=backend, progress=progress)
@@ -78,12 +96,12 @@ def quantize_folder(
                 folder,
                 out,
                 calib_texts,
-                Options(method, numerics=numerics),
+                Options(method, numerics=numerics or "w4a16"),
                 fp8_kv=fp8_kv,
                 exclude=exclude,
                 fp8=fp8,
                 plan=plan,
-                max_windows=calib_windows,
+                max_windows=calib_windows or CALIB_WINDOWS,
                 backend=backend,
                 progress=progress,
                 max_shard_bytes=max_shard_bytes,
@@ -134,7 +152,7 @@ def plain_source(src: str | Path, out: Path, progress: bool) -> Iterator[Path]:
 
     What is converted stays after an interruption, as the partial result does, so that the next run can go on.
     """
-    if str(src) == "default":
+    if str(src) in DEFAULT_NAMES:
         from nvfp4_runtime.quantize.default_model import default_bf16
 
         yield default_bf16(progress)

@@ -92,6 +92,8 @@ def why_plain(info: TensorInfo, exclude: Sequence[str]) -> str | None:
         return "kept plain by the recipe"
     if is_excluded(module, exclude):
         return "excluded by the caller"
+    if not info.shape[0] or not info.shape[1]:
+        return f"not two-dimensional in fact: {info.shape[0]} x {info.shape[1]} holds no weight"
     if info.shape[1] % BLOCK:
         return f"input features ({info.shape[1]}) no multiple of {BLOCK}"
     return None

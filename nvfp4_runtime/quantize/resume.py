@@ -19,7 +19,14 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.shards import Shards
-from nvfp4_runtime.checkpoint.writer import ShardWriter, TensorSpec, temporary_prefix, tensor_bytes
+from nvfp4_runtime.checkpoint.writer import (
+    ShardWriter,
+    TensorSpec,
+    free_place,
+    naming,
+    temporary_prefix,
+    tensor_bytes,
+)
 from nvfp4_runtime.errors import ConfigError, NVFP4Error
 
 logger = logging.getLogger(__name__)
@@ -40,8 +47,9 @@ class Partial:
         self._journal = journal
 
     def record(self, name: str, crc: int) -> None:
-        self._journal.write(json.dumps({"tensor": name, "crc32": crc}) + "\n")
-        self._journal.flush()
+        with naming(self.folder / JOURNAL):
+            self._journal.write(json.dumps({"tensor": name, "crc32": crc}) + "\n")
+            self._journal.flush()
 
 
 class JournalledWriter:
@@ -87,11 +95,13 @@ def resumable_folder(out: Path, recipe: dict[str, Any], source: dict[str, Any]) 
     Raises ConfigError when `out` exists and is not an empty folder, when another run is making it, and when the partial
     folder there belongs to another recipe or source.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; choose another or remove it", "OUT")
+    out = free_place(out)
     folder = partial_folder(out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder, and {out} is to be made in a folder of that name; remove it", "OUT")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / JOURNAL).open("a+", encoding="utf-8") as journal:
+    # Bytes that are not UTF-8 are no journal's, nor is what they stand in: both show as lines that say nothing.
+    with (folder / JOURNAL).open("a+", encoding="utf-8", errors="replace") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -105,8 +115,9 @@ def resumable_folder(out: Path, recipe: dict[str, Any], source: dict[str, Any]) 
         except BaseException:
             logger.warning("interrupted: what is finished stays in %s; the same command goes on from there", folder)
             raise
-        (folder / JOURNAL).unlink()
+        # In this order: a folder that holds a journal is in the making, until it stands in its place.
         folder.rename(out)
+        (out / JOURNAL).unlink()
 
 
 def partial_folder(out: Path) -> Path:
@@ -132,8 +143,9 @@ def _open_journal(journal: TextIO, folder: Path, wanted: dict[str, Any]) -> dict
         if any(lines):
             raise ConfigError(f"{folder / JOURNAL} does not begin as a journal does; remove {folder}", "OUT")
         journal.truncate(0)
-        journal.write(json.dumps(wanted) + "\n")
-        journal.flush()
+        with naming(folder / JOURNAL):
+            journal.write(json.dumps(wanted) + "\n")
+            journal.flush()
         return {}
     if changed := [key for key in wanted if lines[0].get(key) != json.loads(json.dumps(wanted[key]))]:
         raise ConfigError(
@@ -142,7 +154,7 @@ def _open_journal(journal: TextIO, folder: Path, wanted: dict[str, Any]) -> dict
             "give the options and the source of that run, or remove the folder to start anew",
             "OUT",
         )
-    return {line["tensor"]: line["crc32"] for line in lines[1:] if line}
+    return {line["tensor"]: line["crc32"] for line in lines[1:] if line.keys() == {"tensor", "crc32"}}
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -155,11 +167,34 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any], changed: list[str]) -> str:
+    """What differs, in a few words each: a number or a name as it is, of lists and tables only what differs in them."""
     parts = []
     for key in changed:
         old, new = found.get(key), json.loads(json.dumps(wanted[key]))
         old = old if isinstance(old, dict) else {}
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                parts.append(f"{name}: {str(old.get(name))[:60]} there, {str(new.get(name))[:60]} now")
-    return "; ".join(parts[:4])
+                parts.append(_difference_of(name, old.get(name), new.get(name)))
+    return "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")
+
+
+def _difference_of(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        return _difference_of(f"{name} of {keys[0]}", old.get(keys[0]), new.get(keys[0])) + more
+    if isinstance(old, list) and isinstance(new, list) and all(isinstance(each, str) for each in old + new):
+        lists = (("only there", [x for x in old if x not in new]), ("only now", [x for x in new if x not in old]))
+        return f"{name}: " + ", ".join(f"{_some(each)} {where}" for where, each in lists if each)
+    return f"{name}: {_short(old)} there, {_short(new)} now"
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _short(value: Any) -> str:
+    """A number or a name; what is longer by its size, since half a table tells nothing."""
+    if isinstance(value, dict | list):
+        return f"{len(value)} entries"
+    return "none" if value is None else str(value)[:100]

@@ -20,11 +20,10 @@ from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.norm import RMSNorm
 from nvfp4_runtime.nvfp4.block_scales import tensor_scale
-from nvfp4_runtime.nvfp4.weight import DenseWeight
 from nvfp4_runtime.quantize.calibrate import tokenize
 from nvfp4_runtime.quantize.layerwise import SITES, LayerRun, Overlay, Step, Walk, site_modules, windows
 from nvfp4_runtime.quantize.plan import Format, Group, Plan
-from nvfp4_runtime.quantize.weights import bits_per_weight, fp8_per_tensor, nvfp4
+from nvfp4_runtime.quantize.weights import bits_per_weight, fp8_per_tensor, largest, nvfp4
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +67,30 @@ def measure(
     return {key: Sensitivity(kl, kl * ratios[key]) for key, kl in divergences.items()}
 
 
+def check_budget(budget: float) -> None:
+    """Raise ConfigError unless the budget is from NVFP4's own 4.5 bits per weight to less than plain weights' 16."""
+    least, most = bits_per_weight("nvfp4"), bits_per_weight("plain")
+    if budget >= most:
+        raise ConfigError(
+            f"{budget:g} bits per weight hold the plain weights ({most:g}): nothing needs quantising; expected fewer",
+            "--bits-budget",
+        )
+    if not budget >= least:  # NaN is neither
+        raise ConfigError(
+            f"{budget:g} bits per weight are fewer than NVFP4 itself takes ({least:g}); expected {least:g} or more, "
+            f"and fewer than {most:g}",
+            "--bits-budget",
+        )
+
+
 def spend(plan: Plan, sensitivities: Mapping[str, Sensitivity], budget: float) -> dict[str, Format | None]:
     """Fused-group key -> format (None: plain), at most `budget` bits per weight over what the plan quantises.
 
     Greedy: the step (NVFP4 to FP8, or to plain; FP8 to plain) that saves most KL per bit is taken while it fits.
-    Raises ConfigError when the budget is below NVFP4's own 4.5 bits.
+    Raises ConfigError as `check_budget`.
     """
+    check_budget(budget)
     least = bits_per_weight("nvfp4")
-    if budget < least:
-        raise ConfigError(f"{budget} bits per weight are fewer than NVFP4 itself takes ({least})", "--bits-budget")
     sizes = {group.key: group.num_weights for group in plan.groups}
     left = (budget - least) * sum(sizes.values())
     chosen: dict[str, Format | None] = dict.fromkeys(sizes, "nvfp4")
@@ -113,11 +127,13 @@ def _groups_of(plan: Plan, layer_id: int) -> list[Group]:
 def _quantise(walk: Walk, group: Group) -> float:
     """Put the group into the overlay as NVFP4; returns FP8's squared error as a share of NVFP4's."""
     weights = [walk.ckpt.tensor(info.name) for _, info in group.members]
-    scale_2 = tensor_scale(torch.stack([walk.kernels.largest(DenseWeight(w)) for w in weights]).max(), "mse")
+    infos = [info for _, info in group.members]
+    amax = [largest(walk.kernels, weight, info) for weight, info in zip(weights, infos, strict=True)]
+    scale_2 = tensor_scale(torch.stack(amax).max(), "mse")
     fp4_error = fp8_error = 0.0
-    for module, weight in zip(group.modules, weights, strict=True):
+    for module, weight, own in zip(group.modules, weights, amax, strict=True):
         made = nvfp4(walk.kernels, weight, scale_2, "mse")
-        codes, scale = fp8_per_tensor(weight, walk.kernels.largest(DenseWeight(weight)))
+        codes, scale = fp8_per_tensor(weight, own)
         exact = weight.to(torch.float32)
         fp4_error += float((made.dequantize() - exact).square().sum())
         fp8_error += float((codes.to(torch.float32) * scale - exact).square().sum())

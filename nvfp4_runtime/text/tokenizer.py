@@ -101,8 +101,7 @@ class Tokenizer:
         special = special_tokens_of(read_json(folder / "special_tokens_map.json")) | special_tokens_of(config)
         eos: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = read_json(folder / name).get("eos_token_id")
-            eos += [value] if isinstance(value, int) else [i for i in value or [] if isinstance(i, int)]
+            eos += _token_ids(read_json(folder / name).get("eos_token_id"), folder / name)
         add_bos = config.get("add_bos_token")
         return cls(raw, special, eos_token_ids=eos, add_bos=add_bos if isinstance(add_bos, bool) else None)
 
@@ -251,9 +250,21 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UnsupportedFormatError(f"{path} is not readable JSON: {error}") from error
+    except RecursionError as error:
+        raise UnsupportedFormatError(f"{path} nests deeper than any real one; fetch the file again") from error
     if not isinstance(value, dict):
         raise UnsupportedFormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _token_ids(value: Any, path: Path) -> list[int]:
+    """What a file at `path` declares as eos_token_id: nothing, one id, or several."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise UnsupportedFormatError(
+            f"{path}: eos_token_id: expected a token id, a list of them or null, found {value!r:.64}; correct the file"
+        )
+    return ids
 
 
 def _without_special_tokens(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvfp4_runtime.errors import ConfigError
+from server.commands import flags
 
 if TYPE_CHECKING:
     from nvfp4_runtime.config import Numerics
@@ -18,18 +19,22 @@ _MODEL = "local model folder, or `default` (SmolLM2-135M in NVFP4), or `default-
 def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser("eval", help="measure perplexity, and the distance to a teacher")
     add = parser.add_argument
-    add("model", metavar="MODEL", help=_MODEL)
-    add("--text", required=True, metavar="FILE", help="UTF-8 text to predict")
-    add("--teacher", metavar="MODEL", help="the model it was made from: gives KL divergence and top-1 agreement")
+    add("model", type=flags.path, metavar="MODEL", help=_MODEL)
+    add("--text", type=flags.path, required=True, metavar="FILE", help="UTF-8 text to predict")
+    add(
+        "--teacher",
+        type=flags.path,
+        metavar="MODEL",
+        help="the model it was made from: gives KL divergence and top-1 agreement",
+    )
     add("--numerics", default="auto", metavar="LIST", help=f"one row for each of these: {', '.join(NUMERICS)}")
     add("--windows", type=int, metavar="N", help="how many windows of the text (default: 16, or as many as it has)")
     add("--window", type=int, default=1024, metavar="TOKENS", help="tokens in a window (default: %(default)s)")
     add(
         "--kv-cache-dtype",
-        type=lambda name: {"bf16": "bfloat16"}.get(name, name),
-        choices=("auto", "bfloat16", "float32", "fp8", "nvfp4"),
+        type=flags.kv_dtype,
         default="auto",
-        metavar="{auto,bf16,fp8,nvfp4,float32}",
+        metavar=f"{{{','.join(flags.KV_DTYPES)}}}",
         help="how MODEL keeps keys and values; the teacher's are as its checkpoint declares",
     )
     add("--lm-head-dtype", choices=("auto", "bf16", "fp8", "nvfp4"), default="auto", help="quantise MODEL's plain head")
@@ -38,7 +43,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--threads", type=int, help="compute threads (default: the machine's cores)")
     add("--worst", type=int, default=10, metavar="N", help="positions to show that differ most (default: %(default)s)")
     add("--two-pass", action="store_true", default=None, help="never load teacher and MODEL together (by size)")
-    add("--scratch", metavar="DIR", help="where two passes keep the teacher's answers (default: the system's)")
+    add(
+        "--scratch",
+        type=flags.path,
+        metavar="DIR",
+        help="where two passes keep the teacher's answers (default: the system's)",
+    )
     add("--json", action="store_true", help="for programs")
     parser.set_defaults(run=run)
 
@@ -47,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
     numerics = parse_numerics(args.numerics)
     if args.worst < 0:
         raise ConfigError(f"expected a count of positions, found {args.worst}", "--worst")
+    for flag, value in (("--two-pass", args.two_pass), ("--scratch", args.scratch)):
+        if value is not None and args.teacher is None:
+            raise ConfigError(f"{flag} is about a teacher's answers, and there is no --teacher; leave it out", flag)
     from nvfp4_runtime.evaluate.evaluate import evaluate
     from nvfp4_runtime.evaluate.report import render, to_json
     from nvfp4_runtime.evaluate.scorer import Side, find_model

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from nvfp4_runtime.errors import ConfigError
+from server.commands import flags
 
 METHODS = ("max", "mse", "4over6", "awq", "gptq", "awq+gptq")  # quantize/pipeline.py's; a test compares
 _ABOUT = """\
@@ -29,16 +30,21 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("src", metavar="SRC", help="BF16, FP16 or FP32 Hugging Face folder, a .gguf file, or `default`")
-    add("out", metavar="OUT", help="folder to make; must not exist")
+    add(
+        "src",
+        type=flags.path,
+        metavar="SRC",
+        help="BF16, FP16 or FP32 Hugging Face folder, a .gguf file, or `default` (also `default-bf16`: the default "
+        "model's plain parent)",
+    )
+    add("out", type=flags.path, metavar="OUT", help="folder to make; must not exist, or be empty")
     add("--method", choices=METHODS, default="mse", help="see below (default: %(default)s)")
-    add("--calib", metavar="FILE", help="text to measure activations on; gives W4A4 input scales")
-    add("--calib-windows", type=int, default=128, metavar="N", help="windows of 512 tokens gptq and awq use at most")
+    add("--calib", type=flags.path, metavar="FILE", help="text to measure activations on; gives W4A4 input scales")
+    add("--calib-windows", type=int, metavar="N", help="windows of 512 tokens gptq and awq use at most (default: 128)")
     add(
         "--numerics",
         choices=("w4a16", "w4a4"),
-        default="w4a16",
-        help="what gptq and awq compensate for: weights alone, or quantised activations as well",
+        help="what gptq and awq compensate for: weights alone (w4a16, the default), or quantised activations as well",
     )
     add("--fp8-kv", action="store_true", help="also measure FP8 scales for the KV cache")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules plain; may repeat")
