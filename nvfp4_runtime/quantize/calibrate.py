@@ -118,8 +118,8 @@ def check_text(folder: Path, texts: Sequence[str], wanted_windows: int | None = 
     if num_tokens < LEAST_TOKENS or not any(text.strip() for text in texts):
         blank = " and only white space" if num_tokens >= LEAST_TOKENS else ""
         raise ConfigError(
-            f"the calibration text has {num_tokens} token(s){blank}; expected at least {LEAST_TOKENS} of what the model "
-            f"will read in use, better a hundred windows of {WINDOW}: give a longer text",
+            f"the calibration text has {num_tokens} token(s){blank}; expected at least {LEAST_TOKENS} of what the "
+            f"model will read in use, better a hundred windows of {WINDOW}: give a longer text",
             "--calib",
         )
     if num_tokens < WINDOW:
