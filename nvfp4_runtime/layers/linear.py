@@ -40,6 +40,7 @@ class Linear:
     def __init__(self, kernels: Sequence[LinearKernel]) -> None:
         self.kernels = tuple(kernels)
         self._only = self.kernels[0] if len(self.kernels) == 1 else None
+        self._takes_quantized = self.takes_quantized
 
     @classmethod
     def fused(
@@ -87,9 +88,8 @@ class Linear:
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """x [M, K] -> [M, N]; quantised rows only where `takes_quantized`."""
         if isinstance(x, QuantizedRows):
-            kernel = self.takes_quantized
-            assert kernel is not None
-            return kernel.multiply_quantized(x)
+            assert self._takes_quantized is not None
+            return self._takes_quantized.multiply_quantized(x)
         if self._only is not None:
             return self._only(x)
         return torch.cat([kernel(x) for kernel in self.kernels], dim=-1)
