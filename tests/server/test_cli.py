@@ -75,7 +75,15 @@ def test_errors_are_one_line_that_names_the_flag(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     "arguments",
-    [["serve", "--port", "x"], ["serve", "--numerics", "w8a8"], ["serve", "--nope"], ["nope"], [], ["quantize", "a"]],
+    [
+        ["serve", "--port", "x"],
+        ["serve", "--seed", str(10**23)],
+        ["serve", "--numerics", "w8a8"],
+        ["serve", "--nope"],
+        ["nope"],
+        [],
+        ["quantize", "a"],
+    ],
 )
 def test_wrong_flags_are_configuration_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
