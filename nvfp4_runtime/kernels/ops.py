@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.config import Dtype, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
+from nvfp4_runtime.nvfp4.layouts import TILE_ROWS
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 
 WeightFormat = Literal["nvfp4", "fp8", "mxfp4", "bf16", "fp16", "fp32"]
@@ -171,6 +172,27 @@ OpSpec = (
 )
 
 
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Activations [T, K] as codec.quantize_activation defines them.
+
+    packed    uint8 [T, K/2]       even k in the low nibble
+    scales    e4m3 [T, K/16]       row-major; or
+              e4m3 [T' * K'/16]    swizzled 128x4 (nvfp4/layouts.py), T' and K'/16 padded with zeros
+    swizzled  which of the two
+    """
+
+    packed: Tensor
+    scales: Tensor
+    swizzled: bool
+
+    @property
+    def num_programs(self) -> int:
+        """Rows a kernel visits: all stored ones and, swizzled, those of the padding."""
+        rows = self.packed.shape[0]
+        return -(-rows // TILE_ROWS) * TILE_ROWS if self.swizzled else rows
+
+
 class LinearKernel(Protocol):
     """Owns one weight in its backend's private layout."""
 
@@ -179,6 +201,35 @@ class LinearKernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] contiguous -> [M, N]."""
         ...
+
+
+@runtime_checkable
+class TakesQuantizedRows(Protocol):
+    """A linear kernel whose input may come quantised from the op before it, with the same result to the bit.
+
+    quantized_input_scale  fp32 [] on the kernel's device: rows are quantised under it, scales swizzled. None: this one
+                           quantises its input itself.
+    """
+
+    quantized_input_scale: Tensor | None
+
+    def multiply_quantized(self, rows: QuantizedRows) -> Tensor: ...
+
+
+@runtime_checkable
+class QuantizingNorm(Protocol):
+    """A norm that can write its result quantised; see `TritonRMSNorm.quantize`."""
+
+    def quantize(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, input_scale: Tensor, swizzled: bool
+    ) -> tuple[QuantizedRows, Tensor]: ...
+
+
+@runtime_checkable
+class QuantizingActivation(Protocol):
+    """A silu_mul that can write its result quantised."""
+
+    def quantize(self, gate_up: Tensor, input_scale: Tensor, swizzled: bool) -> QuantizedRows: ...
 
 
 class GroupedLinearKernel(Protocol):

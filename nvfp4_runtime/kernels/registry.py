@@ -273,6 +273,12 @@ class Kernels:
         logger.info("layers run op by op (%s)", "; ".join(refusals))
         return None
 
+    def record_fusion(self, producer: str, group: str) -> None:
+        """The op `producer` writes the input of the linears `group` quantised: a line of its own in the report."""
+        backend = next(c.backend for c in reversed(self.choices) if c.group == producer)
+        reason = "writes its result as NVFP4, scales swizzled"
+        self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
+
     def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec) -> Backend:
         backend, reason = self._choose(spec)
         self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))

@@ -7,7 +7,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import KVDtype, ModelConfig
-from nvfp4_runtime.kernels.ops import PagedAttentionSpec, RopeSpec
+from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.layers.norm import load_norm_weight
@@ -55,7 +55,7 @@ class Attention:
             PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype)
         )
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
         kv = batch.kv[self.layer_id]
         qkv = self.qkv_proj(x)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
-from nvfp4_runtime.kernels.ops import LinearKernel
+from nvfp4_runtime.kernels.ops import LinearKernel, QuantizedRows, TakesQuantizedRows
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight, can_fuse, fuse
 
@@ -76,8 +76,20 @@ class Linear:
         """The one kernel, or None where there are several."""
         return self._only
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [M, K] -> [M, N]."""
+    @property
+    def takes_quantized(self) -> TakesQuantizedRows | None:
+        """The kernel, where the op before it may write its input quantised; None where it needs plain rows."""
+        kernel: object = self._only
+        if isinstance(kernel, TakesQuantizedRows) and kernel.quantized_input_scale is not None:
+            return kernel
+        return None
+
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+        """x [M, K] -> [M, N]; quantised rows only where `takes_quantized`."""
+        if isinstance(x, QuantizedRows):
+            kernel = self.takes_quantized
+            assert kernel is not None
+            return kernel.multiply_quantized(x)
         if self._only is not None:
             return self._only(x)
         return torch.cat([kernel(x) for kernel in self.kernels], dim=-1)

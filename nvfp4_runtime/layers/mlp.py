@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import ModelConfig
+from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
 
@@ -26,7 +29,16 @@ class MLP:
         )
         self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=config.mlp_bias)
         self.silu_mul = kernels.silu_mul(inner)
+        self._quantizes: QuantizingActivation | None = None
+        self._quantized_under: Tensor | None = None
+        taker, kernel = self.down_proj.takes_quantized, cast(object, self.silu_mul)
+        if taker is not None and isinstance(kernel, QuantizingActivation):
+            self._quantizes, self._quantized_under = kernel, taker.quantized_input_scale
+            kernels.record_fusion("silu_mul", "down_proj")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.down_proj(self.silu_mul(self.gate_up_proj(x)))
+        gate_up = self.gate_up_proj(x)
+        if self._quantizes is not None and self._quantized_under is not None:
+            return self.down_proj(self._quantizes.quantize(gate_up, self._quantized_under, True))
+        return self.down_proj(self.silu_mul(gate_up))

@@ -92,13 +92,15 @@ class DecoderLayer:
         self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
         self.post_attention_norm = RMSNorm(ckpt, kernels, f"{prefix}.post_attention_layernorm", hidden, eps)
         self.mlp = MLP(ckpt, kernels, config, f"{prefix}.mlp")
+        self.input_norm.feed(self.attention.qkv_proj, kernels, "qkv_proj")
+        self.post_attention_norm.feed(self.mlp.gate_up_proj, kernels, "gate_up_proj")
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(x, residual), both [T, hidden] -> the same for the next layer."""
-        x, residual = self.input_norm(x, residual)
-        x = self.attention(x, batch)
-        x, residual = self.post_attention_norm(x, residual)
-        return self.mlp(x), residual
+        normed, residual = self.input_norm.fed(x, residual)
+        x = self.attention(normed, batch)
+        normed, residual = self.post_attention_norm.fed(x, residual)
+        return self.mlp(normed), residual
 
     def ops(self) -> DecoderLayerOps:
         """The same layer for a backend that runs all of them as one call."""

@@ -28,6 +28,8 @@ from nvfp4_runtime.quantize.layerwise import (
 
 logger = logging.getLogger(__name__)
 
+LEAST_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -107,18 +109,24 @@ def tokenize(folder: Path, texts: Sequence[str]) -> list[list[int]]:
 
 
 def check_text(folder: Path, texts: Sequence[str], wanted_windows: int | None = None) -> None:
-    """Raise ConfigError when `texts` hold less than one window of tokens: too little to measure anything on.
+    """Raise ConfigError when `texts` hold too little to measure anything on; warn when it is less than a window.
 
     wanted_windows  what the caller asked for; a text that has fewer is used as it is, with a warning
     """
     found = windows(tokenize(folder, texts))
     num_tokens = sum(map(len, found))
-    if num_tokens < WINDOW or not any(text.strip() for text in texts):
-        what = f"{num_tokens} token{'s' * (num_tokens != 1)}" + " and only white space" * (num_tokens >= WINDOW)
+    if num_tokens < LEAST_TOKENS or not any(text.strip() for text in texts):
+        blank = " and only white space" if num_tokens >= LEAST_TOKENS else ""
         raise ConfigError(
-            f"the calibration text has {what}; expected at least one window of {WINDOW} tokens of what the model will "
-            "read in use, better a hundred: give a longer text",
+            f"the calibration text has {num_tokens} token(s){blank}; expected at least {LEAST_TOKENS} of what the "
+            f"model will read in use, better a hundred windows of {WINDOW}: give a longer text",
             "--calib",
+        )
+    if num_tokens < WINDOW:
+        logger.warning(
+            "the calibration text has %d tokens, less than a window of %d: what is measured on it says little",
+            num_tokens,
+            WINDOW,
         )
     if wanted_windows is not None and len(found) < wanted_windows:
         logger.warning(

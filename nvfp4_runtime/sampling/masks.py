@@ -93,7 +93,8 @@ class Masks:
 class MaskWorker:
     """One thread that makes masks while the model computes; the library drops the interpreter lock, as the kernels do.
 
-    Tried and worse at batch 1: to begin when a token is chosen, and to make masks in the engine's own thread.
+    Tried, and no better beyond the noise of the machine: to begin as soon as a token is chosen, and to make masks in
+    the engine's own thread.
     """
 
     def __init__(self) -> None:

@@ -115,3 +115,17 @@ def test_the_tokenizers_end_token_ends_generations_too(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 9, "content": "<|im_end|>"}]}))
     assert eos_token_ids(tmp_path, [2]) == [2, 9]
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (EngineConfig("m", threads=100_000), "--threads"),
+        (EngineConfig("m", seed=10**23), "--seed"),
+        (EngineConfig("m", cache=CacheConfig(num_blocks=8, memory_bytes=1 << 20)), "--num-kv-blocks"),
+    ],
+)
+def test_counts_no_machine_works_with_are_refused(config: EngineConfig, flag: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_limits(config)
+    assert refused.value.flag == flag

@@ -297,3 +297,38 @@ def test_every_cache_type_has_its_word_and_bf16_two(word: str, kv_dtype: str) ->
 def test_an_unknown_cache_type_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="nvfp4"):
         serve_arguments("m", "--kv-cache-dtype", "int4")
+
+
+def test_errors_of_the_system_are_one_line_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    for arguments in (
+        ["quantize", "default", str(tmp_path / "file" / "out")],
+        ["quantize", "default", str(tmp_path / ("n" * 300))],
+        ["inspect", str(tmp_path / ("n" * 300))],
+        ["eval", str(tmp_path / ("n" * 300)), "--text", str(tmp_path / "file")],
+    ):
+        assert main(arguments) == 2, arguments
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert len(printed) == 1, printed
+        assert printed[0].startswith("nvfp4: "), printed
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
+    script = "import sys; from server.cli import main; sys.exit(main(['version']))"
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "{sys.executable}" -c "{script}" | true'], capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag"),
+    [
+        (["--served-model-name", " "], "--served-model-name"),
+        (["--simulate", "--simulate-step-seconds", "-1"], "--simulate-step-seconds"),
+        (["--host", "bad..host"], "--host"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused(flags: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", *flags]) == 1
+    assert flag in capsys.readouterr().err

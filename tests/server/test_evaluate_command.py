@@ -58,7 +58,7 @@ def test_table_goes_to_stdout_and_progress_to_stderr(
         (["--window", "5000"], "too few for one window of 5000"),
         (["--worst", "-1"], "expected a count"),
         (["--teacher", "/nowhere"], "there is no model folder /nowhere"),
-        (["--kv-cache-dtype", "int8"], "invalid choice"),
+        (["--kv-cache-dtype", "int8"], "expected auto, bf16, fp8"),
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_1(

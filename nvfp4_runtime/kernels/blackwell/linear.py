@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.kernels.blackwell.scaled_mm import K_STEP, ROW_STEP, TILE_ROWS, Operand, multiply
-from nvfp4_runtime.kernels.ops import LinearSpec
+from nvfp4_runtime.kernels.ops import LinearSpec, QuantizedRows
 from nvfp4_runtime.kernels.transfer import to_device
 from nvfp4_runtime.nvfp4.layouts import swizzle_scales
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight
@@ -108,6 +108,8 @@ class BlackwellLinear:
         bias = None if weight.bias is None else weight.bias.to(device, torch.float32)
         self._few = None if make_few is None else make_few(operand, multipliers, bias)
         self._few_limit, self._quantizer = few_limit, quantizer
+        # rows that come quantised have no columns of padding
+        self.quantized_input_scale = self._input_scale if weight.k % K_STEP == 0 else None
         self.weight_bytes = operand.codes.nbytes + operand.scales.nbytes + weight.weight_scale_2.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -118,6 +120,18 @@ class BlackwellLinear:
         if self._few is not None and m <= self._few_limit:
             return self._few(self._quantizer(x, None))
         return self._large(self._quantizer(x, self._input_scale if self._large.splits else None))
+
+    def multiply_quantized(self, rows: QuantizedRows) -> Tensor:
+        """See `TakesQuantizedRows`: what __call__ gives for the rows before they were quantised."""
+        assert rows.swizzled
+        assert self.quantized_input_scale is not None
+        m = rows.packed.shape[0]
+        if m == 0:
+            return torch.empty(0, self.n, dtype=self.out_dtype, device=rows.packed.device)
+        scales = rows.scales.view(torch.uint8)
+        if self._few is not None and m <= self._few_limit:
+            return self._few(Operand(rows.packed, scales, None))
+        return self._large(Operand(rows.packed, scales, self._input_scale if self._large.splits else None))
 
 
 def _up(value: int, step: int) -> int:

@@ -263,6 +263,6 @@ def _compilation(
         num_stages=gpu.stages,
         expect=("mma", "cp.async", *(("cvt.rn.f16x2.e4m3x2",) if gpu.e4m3 and kv == "fp8" else ())),
         targets=targets,
-        max_stack=16,
+        max_stack=32,
         unaligned=("num_seqs", "table_width"),
     )

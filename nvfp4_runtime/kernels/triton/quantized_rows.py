@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from nvfp4_runtime.kernels.ops import QuantizedRows as QuantizedRows
 from nvfp4_runtime.kernels.triton.numbers import quantize_blocks
 from nvfp4_runtime.nvfp4.codec import BLOCK, check_k
-from nvfp4_runtime.nvfp4.layouts import TILE_ROWS, swizzled_shape
-
-
-@dataclass(frozen=True)
-class QuantizedRows:
-    """Activations [T, K] as codec.quantize_activation defines them.
-
-    packed    uint8 [T, K/2]       even k in the low nibble
-    scales    e4m3 [T, K/16]       row-major; or
-              e4m3 [T' * K'/16]    swizzled 128x4 (nvfp4/layouts.py), T' and K'/16 padded with zeros
-    swizzled  which of the two
-    """
-
-    packed: Tensor
-    scales: Tensor
-    swizzled: bool
-
-    @property
-    def num_programs(self) -> int:
-        """Rows a kernel visits: all stored ones and, swizzled, those of the padding."""
-        rows = self.packed.shape[0]
-        return -(-rows // TILE_ROWS) * TILE_ROWS if self.swizzled else rows
+from nvfp4_runtime.nvfp4.layouts import swizzled_shape
 
 
 def allocate_rows(rows: int, k: int, swizzled: bool, device: torch.device) -> QuantizedRows:

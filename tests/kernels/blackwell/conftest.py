@@ -12,7 +12,7 @@ import torch
 from nvfp4_runtime.kernels.blackwell.capability import CAPABILITIES, capability
 from nvfp4_runtime.kernels.triton.backend import NO_DEVICE
 
-NEEDS_TRITON = ("test_quantize.py", "test_few_tokens.py", "test_linear.py", "test_device.py")
+NEEDS_TRITON = ("test_quantize.py", "test_few_tokens.py", "test_linear.py", "test_device.py", "test_fused.py")
 
 
 class Place(NamedTuple):
