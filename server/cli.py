@@ -98,7 +98,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="local model folder; left out: the default model, SmolLM2-135M",
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
+    add("--port", type=flags.whole, default=8000, help="0 takes any free port (default: %(default)s)")
     add("--served-model-name", action="append", metavar="NAME", help="name in requests and answers; may repeat")
     add("--numerics", choices=("auto", "w4a16", "w4a8", "w4a4"), default="auto", help="arithmetic of NVFP4 layers")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="type of activations")
@@ -111,11 +111,13 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
     add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
     add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")
-    add("--threads", type=int, help="compute threads (default: the machine's cores)")
-    add("--max-model-len", type=int, help="tokens of prompt and answer together (default: the model's)")
-    add("--max-num-seqs", type=int, default=64, help="requests in one step (default: %(default)s)")
-    add("--max-num-batched-tokens", type=int, default=1024, help="tokens in one step (default: %(default)s)")
-    add("--max-queued-requests", type=int, default=1024, help="more are refused with 429 (default: %(default)s)")
+    add("--threads", type=flags.whole, help="compute threads (default: the machine's cores)")
+    add("--max-model-len", type=flags.whole, help="tokens of prompt and answer together (default: the model's)")
+    add("--max-num-seqs", type=flags.whole, default=64, help="requests in one step (default: %(default)s)")
+    add("--max-num-batched-tokens", type=flags.whole, default=1024, help="tokens in one step (default: %(default)s)")
+    add(
+        "--max-queued-requests", type=flags.whole, default=1024, help="more are refused with 429 (default: %(default)s)"
+    )
     add(
         "--kv-cache-dtype",
         type=flags.kv_dtype,
@@ -136,9 +138,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of a GPU's whole memory, for weights, steps and KV cache together (default: %(default)s)",
     )
-    add("--num-kv-blocks", type=int, help="blocks of the KV cache, instead of a size")
+    add("--num-kv-blocks", type=flags.whole, help="blocks of the KV cache, instead of a size")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
-    add("--seed", type=int, default=0, help="of requests that give none (default: %(default)s)")
+    add("--seed", type=flags.whole, default=0, help="of requests that give none (default: %(default)s)")
     add("--api-key-file", type=flags.path, metavar="FILE", help="keys that clients need, one per line")
     add("--allow-download", action="store_true", help="MODEL may be a Hugging Face hub id")
     add("--generation-config", choices=("auto", "none"), default="auto", help="take the model's sampling defaults")

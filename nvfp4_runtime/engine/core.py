@@ -73,6 +73,11 @@ class EngineCore:
         except NVFP4Error as error:
             self._send(Failed(type(error).__name__, str(error), getattr(error, "flag", None)))
             return None
+        except OSError as error:  # a file of the model that the system does not give us
+            logger.debug("where it came from", exc_info=True)
+            where = "" if error.filename is None else f": {error.filename}"
+            self._send(Failed("CheckpointError", f"{error.strerror or error}{where}; look at its owner and mode"))
+            return None
         gc.freeze()  # what was loaded stays; the collector need not walk it again in every step
         gc.enable()
         engine.info.pid = os.getpid()

@@ -31,6 +31,17 @@ def kv_dtype(text: str) -> str:
     return "bfloat16" if text == "bf16" else text
 
 
+def whole(text: str) -> int:
+    """A whole number of at most 64 bits, which is what engine and kernels count with."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 1 << 64
+    if not -(1 << 63) <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, found {text[:40]!r}")
+    return number
+
+
 def path(text: str) -> str:
     """A path with a leading ~ expanded: shells do that for words, not after = and not in the environment."""
     return os.path.expanduser(text)

@@ -142,3 +142,10 @@ def test_what_the_decoder_cannot_do_is_refused_by_field_and_value(change: dict[s
 def test_sliding_layers_without_a_window_are_refused() -> None:
     with pytest.raises(UnsupportedFormatError, match="use_sliding_window is False"):
         parse_model_config({**QWEN2, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4})
+
+
+@pytest.mark.parametrize("value", ["3", [3], None, True, 1.5, -1])
+def test_a_count_of_full_layers_that_is_none_is_refused(value: object) -> None:
+    raw = QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": value}
+    with pytest.raises(UnsupportedFormatError, match="max_window_layers"):
+        parse_model_config(raw)

@@ -15,7 +15,7 @@ from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores, supported_isas
 from server.cli import _parser, exit_code, main, parse_bytes
-from server.config import hash_key, read_api_keys
+from server.config import hash_key, read_api_keys, warn_of_unknown
 from server.screen import backend_line, layer_lines, op_lines, ready_screen
 from server.serve import (
     _make_server,
@@ -75,7 +75,15 @@ def test_errors_are_one_line_that_names_the_flag(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     "arguments",
-    [["serve", "--port", "x"], ["serve", "--numerics", "w8a8"], ["serve", "--nope"], ["nope"], [], ["quantize", "a"]],
+    [
+        ["serve", "--port", "x"],
+        ["serve", "--seed", str(10**23)],
+        ["serve", "--numerics", "w8a8"],
+        ["serve", "--nope"],
+        ["nope"],
+        [],
+        ["quantize", "a"],
+    ],
 )
 def test_wrong_flags_are_configuration_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
@@ -324,3 +332,19 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
 def test_wishes_that_cannot_be_are_refused(flags: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--port", "0", *flags]) == 1
     assert flag in capsys.readouterr().err
+
+
+def test_a_misspelt_environment_variable_is_said_with_what_was_meant(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NVFP4_MAX_NUM_SEQ", "3")
+    monkeypatch.setenv("NVFP4_ISA", "avx2")
+    warn_of_unknown(["max_num_seqs", "model"])
+    (record,) = caplog.records
+    assert "NVFP4_MAX_NUM_SEQ sets no flag of serve; did you mean NVFP4_MAX_NUM_SEQS?" in record.getMessage()
+
+
+@pytest.mark.parametrize("flag", [["--two-pass"], ["--scratch", "/tmp"]])
+def test_flags_about_a_teacher_need_one(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "m", "--text", "t", *flag]) == 1
+    assert "there is no --teacher" in capsys.readouterr().err

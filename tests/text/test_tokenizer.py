@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nvfp4_runtime.errors import InvalidParameterError, UnsupportedFormatError
 from nvfp4_runtime.text.chat_template import ChatTemplate, render_to_ids
 from nvfp4_runtime.text.simulated import SPECIAL_TOKENS, byte_tokenizer, chatml_template
-from nvfp4_runtime.text.tokenizer import BYTE_LEVEL_ALPHABET, LONG_TEXT_CHARS, Tokenizer
+from nvfp4_runtime.text.tokenizer import BYTE_LEVEL_ALPHABET, LONG_TEXT_CHARS, Tokenizer, read_json
 from tests.text.conftest import make_sentencepiece, make_strip_special, make_wordlevel
 
 BYTES = byte_tokenizer()
@@ -189,3 +189,18 @@ def test_token_bytes_of_every_kind_of_tokenizer() -> None:
     assert make_wordlevel().token_text(2) == "##ing"
     assert BYTES.token_bytes(0xC3) == b"\xc3"
     assert BYTES.token_text(0xC3) == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_files_nested_without_end_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UnsupportedFormatError, match=f"{name}.*nests deeper"):
+        read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["1.5", "true", '"2"', "[1, null]", "{}"])
+def test_end_tokens_that_are_no_ids_are_refused(smollm: Path, tmp_path: Path, value: str) -> None:
+    shutil.copy(smollm / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(UnsupportedFormatError, match=r"config\.json: eos_token_id: expected a token id"):
+        Tokenizer.load(tmp_path)
