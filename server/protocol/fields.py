@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS
@@ -14,6 +14,17 @@ from nvfp4_runtime.sampling.params import MAX_LOGPROBS
 logger = logging.getLogger(__name__)
 
 MAX_STRING_CHARS = 512
+
+
+class RequestBody(BaseModel):
+    """A body of JSON. null means the default, everywhere; unknown fields are kept for whoever looks at them."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 def _not_bool(value: Any) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
-from server.protocol.fields import Int, Number, ShortStr, check_num_logprobs, note_unknown, token_biases
+from server.protocol.fields import Int, Number, RequestBody, ShortStr, check_num_logprobs, note_unknown, token_biases
 from server.protocol.not_honoured import NOT_HONOURED, REPLACED
 from server.structured import StructuredFields
 
@@ -37,10 +37,9 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(StructuredFields, BaseModel):
+class GenerationRequest(StructuredFields, RequestBody):
     """What completions and chat have in common. null means the default, everywhere."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
     prompt_field: ClassVar[str] = "prompt"  # what errors about the prompt name
 
     model: ShortStr | None = None
@@ -61,10 +60,10 @@ class GenerationRequest(StructuredFields, BaseModel):
     frequency_penalty: Number = 0.0
     logit_bias: dict[ShortStr, Number] | None = None
     allowed_token_ids: list[Int] | None = None
-    bad_words: list[str] = []
+    bad_words: list[str] = Field([])
     seed: Int | None = None
-    stop: str | list[str] = []
-    stop_token_ids: list[Int] = []
+    stop: str | list[str] = Field([])
+    stop_token_ids: list[Int] = Field([])
     include_stop_str_in_output: bool = False
     min_tokens: Int = 0
     ignore_eos: bool = False
@@ -81,11 +80,6 @@ class GenerationRequest(StructuredFields, BaseModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: ShortStr | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @property
     def stop_strings(self) -> list[str]:

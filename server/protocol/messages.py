@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, ShortStr, note_unknown
+from server.protocol.fields import Int, Number, RequestBody, ShortStr, note_unknown
 
 # Known fields that are not honoured, with the values that ask for nothing. null always does.
 _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
@@ -39,19 +39,12 @@ class Metadata(BaseModel):
     user_id: ShortStr | None = None
 
 
-class CountTokensRequest(BaseModel):
+class CountTokensRequest(RequestBody):
     """A conversation. `model` is Anthropic's, so it must be given."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: ShortStr
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: str | list[dict[str, Any]] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     def check(self) -> None:
         """Refuse known fields that are not honoured. Raises InvalidParameterError naming the field."""
@@ -79,7 +72,7 @@ class CountTokensRequest(BaseModel):
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: Int
-    stop_sequences: list[str] = []
+    stop_sequences: list[str] = Field([])
     stream: bool = False
     temperature: Number | None = None
     top_p: Number | None = None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, ShortStr, note_unknown
+from server.protocol.fields import Int, Number, RequestBody, ShortStr, note_unknown
 
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
@@ -48,10 +48,8 @@ _PASSED_ON = (
 _ITEM_ROLES = ("system", "developer", "user", "assistant")
 
 
-class ResponsesRequest(BaseModel):
+class ResponsesRequest(RequestBody):
     """OpenAI's fields, and vLLM's sampling fields. null means the default, everywhere."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: ShortStr | None = None
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -64,8 +62,8 @@ class ResponsesRequest(BaseModel):
     temperature: Number | None = None
     top_p: Number | None = None
     top_logprobs: Int | None = None
-    include: list[ShortStr] = []
-    metadata: dict[ShortStr, ShortStr] = {}
+    include: list[ShortStr] = Field([])
+    metadata: dict[ShortStr, ShortStr] = Field({})
     user: ShortStr | None = None
     top_k: Int | None = None
     min_p: Number | None = None
@@ -81,7 +79,7 @@ class ResponsesRequest(BaseModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     priority: Int | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
-    text: dict[str, Any] = {}
+    text: dict[str, Any] = Field({})
 
     @property
     def text_format(self) -> dict[str, Any]:
@@ -92,11 +90,6 @@ class ResponsesRequest(BaseModel):
         if not isinstance(given, dict):
             raise InvalidParameterError(f"text.format must be an object, found {given!r:.64}", "text")
         return given
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     def check(self) -> None:
         """Refuse what is not honoured and what does not go together. Raises InvalidParameterError naming the field."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, ShortStr, note_unknown
+from server.protocol.fields import Int, RequestBody, ShortStr, note_unknown
 from server.tools.request import MAX_TOOLS, Tool
 
 _CHAT_FIELDS = (
@@ -21,13 +21,11 @@ _CHAT_FIELDS = (
 )
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(RequestBody):
     """A prompt, or a chat in the fields of chat completions; null means the default, everywhere.
 
     add_special_tokens  true for a prompt, false for a chat, where it is left out
     """
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: ShortStr | None = None
     prompt: str | None = None
@@ -40,11 +38,6 @@ class TokenizeRequest(BaseModel):
     chat_template_kwargs: dict[ShortStr, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     def check(self) -> None:
         note_unknown("", self)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from server.tools.cutter import Cutter
 from server.tools.events import Content, Event, Reasoning
+from server.tools.stepping import SteppingParser
 
 THINK, THINK_END = "<think>", "</think>"
 
 
-class ThinkTags:
+class ThinkTags(SteppingParser):
     """`is_open`: the text begins inside the reasoning, because the prompt ended with the opening tag or the model
     always thinks. Otherwise it is reasoning only if the tag comes first.
     """
@@ -16,17 +16,13 @@ class ThinkTags:
     markers = (THINK, THINK_END)
 
     def __init__(self, is_open: bool) -> None:
-        self._cutter = Cutter()
+        super().__init__()
         self._is_open = is_open
         self._lead: list[str] = []  # blanks before the first word
         self._state = self._begin
 
-    def push(self, text: str) -> list[Event]:
-        self._cutter.feed(text)
-        events: list[Event] = []
-        while self._state(events):
-            pass
-        return events
+    def _step(self, events: list[Event]) -> bool:
+        return self._state(events)
 
     def finish(self) -> list[Event]:
         thinking = self._state == self._reasoning or (self._state == self._begin and self._is_open)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from server.tools.cutter import Cutter
 from server.tools.events import CallArguments, CallBegin, Content, Event
 from server.tools.json_calls import CallReader
+from server.tools.stepping import SteppingParser
 
 _PYTHON_TAG = "<|python_tag|>"
 
 
-class Llama3Json:
+class Llama3Json(SteppingParser):
     """The whole answer is one call or several with `;` between, or it is content. <|python_tag|> may come first."""
 
     def __init__(self) -> None:
-        self._cutter = Cutter()
+        super().__init__()
         self._lead: list[str] = []  # blanks and the tag: content if no call follows
         self._reader: CallReader | None = None
         self._is_content = False
         self._any_call = False
 
-    def push(self, text: str) -> list[Event]:
-        self._cutter.feed(text)
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
-
     def _step(self, events: list[Event]) -> bool:
-        """Take what can be taken; whether there may be more."""
         if self._reader is not None:
             return self._read(self._reader, events)
         if self._is_content:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from server.tools.cutter import Cutter
-from server.tools.events import CallArguments, CallBegin, Content, Event
+from server.tools.events import CallBegin, Content, Event
 from server.tools.json_calls import MAX_NAME_CHARS, ValueEnd
+from server.tools.stepping import SteppingParser
 
 _CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
 _CALLS_END = "<｜tool▁calls▁end｜>"
@@ -13,23 +13,19 @@ _CALL_END = "<｜tool▁call▁end｜>"
 _SEPARATOR = "<｜tool▁sep｜>"
 
 
-class DeepSeekTools:
+class DeepSeekTools(SteppingParser):
     """Both versions; the word before the separator tells which: V3 has "function" there."""
 
     markers = (_CALLS_BEGIN, _CALLS_END, _CALL_BEGIN, _CALL_END, _SEPARATOR)
 
     def __init__(self) -> None:
-        self._cutter = Cutter()
+        super().__init__()
         self._state = self._content
         self._held: list[str] = []
         self._value = ValueEnd()
 
-    def push(self, text: str) -> list[Event]:
-        self._cutter.feed(text)
-        events: list[Event] = []
-        while self._state(events):
-            pass
-        return events
+    def _step(self, events: list[Event]) -> bool:
+        return self._state(events)
 
     def finish(self) -> list[Event]:
         return [Content(self._cutter.rest())] if self._state == self._content else []
@@ -94,12 +90,7 @@ class DeepSeekTools:
         return found is not None
 
     def _arguments(self, events: list[Event]) -> bool:
-        text = self._cutter.rest()
-        if not text:
-            return False
-        end, ended = self._value.find(text, 0)
-        events.append(CallArguments(text[:end]))
-        self._cutter.feed(text[end:])
+        ended = self._take_value(self._value, events)
         if ended:
             self._state = self._skip_call
         return ended

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from server.tools.cutter import Cutter
-from server.tools.events import CallArguments, CallBegin, Content, Event
+from server.tools.events import CallBegin, Content, Event
 from server.tools.json_calls import MAX_NAME_CHARS, CallReader, ValueEnd
+from server.tools.stepping import SteppingParser
 
 _TAG = "[TOOL_CALLS]"
 _ARGS = "[ARGS]"
 _ID = "[CALL_ID]"
 
 
-class MistralTools:
+class MistralTools(SteppingParser):
     def __init__(self) -> None:
-        self._cutter = Cutter()
+        super().__init__()
         self._state = self._content
         self._reader = CallReader()
         self._value = ValueEnd()
         self._name: list[str] = []
 
-    def push(self, text: str) -> list[Event]:
-        self._cutter.feed(text)
-        events: list[Event] = []
-        while self._state(events):
-            pass
-        return events
+    def _step(self, events: list[Event]) -> bool:
+        return self._state(events)
 
     def finish(self) -> list[Event]:
         if self._state == self._array:
@@ -96,12 +92,7 @@ class MistralTools:
         return found is not None
 
     def _arguments(self, events: list[Event]) -> bool:
-        text = self._cutter.rest()
-        if not text:
-            return False
-        end, ended = self._value.find(text, 0)
-        events.append(CallArguments(text[:end]))
-        self._cutter.feed(text[end:])
+        ended = self._take_value(self._value, events)
         if ended:
             self._state = self._content
         return ended

@@ -6,33 +6,29 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from server.tools.cutter import Cutter
 from server.tools.events import CallArguments, CallBegin, Content, Event
 from server.tools.json_calls import MAX_NAME_CHARS
+from server.tools.stepping import SteppingParser
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 
 
-class Qwen3Coder:
+class Qwen3Coder(SteppingParser):
     """`schemas` maps a tool's name to the JSON schema of its parameters; it tells "5" from 5."""
 
     def __init__(self, schemas: Mapping[str, Any]) -> None:
         self._schemas = schemas
-        self._cutter = Cutter()
+        super().__init__()
         self._state = self._content
         self._held: list[str] = []
         self._function = ""
         self._parameter = ""
         self._num_parameters = 0
 
-    def push(self, text: str) -> list[Event]:
-        self._cutter.feed(text)
-        events: list[Event] = []
-        while self._state(events):
-            pass
-        return events
+    def _step(self, events: list[Event]) -> bool:
+        return self._state(events)
 
     def finish(self) -> list[Event]:
         if self._state == self._content:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from server.tools.cutter import Cutter
 from server.tools.events import Content, Event
 from server.tools.json_calls import CallReader
+from server.tools.stepping import SteppingParser
 
 
-class TaggedJson:
+class TaggedJson(SteppingParser):
     """`begin` JSON `end`, with content around it; the JSON is one call or an array of them.
 
     What looks like a call and is none stays content, tag and all. `end` may be missing: the next `begin` will do.
@@ -15,19 +15,11 @@ class TaggedJson:
 
     def __init__(self, begin: str, end: str) -> None:
         self._begin, self._end = begin, end
-        self._cutter = Cutter()
+        super().__init__()
         self._reader: CallReader | None = None
         self._after_call = False  # where only `end`, or another `begin`, is expected
 
-    def push(self, text: str) -> list[Event]:
-        self._cutter.feed(text)
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
-
     def _step(self, events: list[Event]) -> bool:
-        """Take what can be taken; whether there may be more."""
         if self._reader is not None:
             return self._read(self._reader, events)
         if self._after_call:

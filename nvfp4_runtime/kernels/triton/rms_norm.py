@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import NormSpec
@@ -131,20 +130,6 @@ class TritonRMSNorm:
             EMULATED=emulated(),
             num_warps=self._warps,
         )
-
-
-def rms_norm_quantize(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    input_scale: Tensor,
-    *,
-    swizzled: bool,
-    dtype: Dtype = "bfloat16",
-) -> tuple[QuantizedRows, Tensor]:
-    """`TritonRMSNorm.quantize` for a norm nobody keeps; what is quantised is the value `dtype` would hold."""
-    return TritonRMSNorm(NormSpec(x.shape[-1], dtype, dtype)).quantize(x, residual, weight, eps, input_scale, swizzled)
 
 
 def warps_for(block: int) -> int:

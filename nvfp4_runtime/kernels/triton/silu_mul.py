@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 from nvfp4_runtime.kernels.ops import ActivationSpec
@@ -101,14 +100,6 @@ class TritonSiluMul:
             EMULATED=emulated(),
             num_warps=max(1, self._block // 256),
         )
-
-
-def silu_mul_quantize(
-    gate_up: Tensor, input_scale: Tensor, *, swizzled: bool, dtype: Dtype = "bfloat16"
-) -> QuantizedRows:
-    """`TritonSiluMul.quantize`; what is quantised is the value `dtype` would hold."""
-    spec = ActivationSpec(gate_up.shape[-1] // 2, dtype, dtype)
-    return TritonSiluMul(spec).quantize(gate_up, input_scale, swizzled)
 
 
 def compilations() -> list[Compilation]:

@@ -11,8 +11,8 @@ from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.kernels.triton.backend import TritonBackend
 from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows
-from nvfp4_runtime.kernels.triton.rms_norm import rms_norm_quantize
-from nvfp4_runtime.kernels.triton.silu_mul import silu_mul_quantize
+from nvfp4_runtime.kernels.triton.rms_norm import TritonRMSNorm
+from nvfp4_runtime.kernels.triton.silu_mul import TritonSiluMul
 from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.layouts import swizzle_scales
 from tests.kernels.conftest import random_tensor, same_bits
@@ -77,7 +77,8 @@ def test_silu_mul_quantize_is_the_codec_of_what_silu_mul_stores(triton_backend, 
     scale = torch.tensor(0.01)
     stored = triton_backend.silu_mul(ActivationSpec(width, "bfloat16", "bfloat16"))(*device_of(triton_backend, x))
     codes, scales = codec.quantize_activation(stored.cpu(), scale)
-    made = silu_mul_quantize(*device_of(triton_backend, x, scale), swizzled=swizzled)
+    kernel = TritonSiluMul(ActivationSpec(width, "bfloat16", "bfloat16"))
+    made = kernel.quantize(*device_of(triton_backend, x, scale), swizzled)
     assert torch.equal(unpacked(made), codes)
     assert same_bits(made.scales.cpu(), swizzle_scales(scales) if swizzled else scales)
 
@@ -93,7 +94,8 @@ def test_rms_norm_quantize_is_the_codec_of_what_the_norm_stores(triton_backend, 
     stored, total = triton_backend.rms_norm(NormSpec(hidden, "bfloat16", "bfloat16"))(*arguments, EPS)
     codes, scales = codec.quantize_activation(stored.cpu(), scale)
     arguments = device_of(triton_backend, x, residual, weight)
-    made, carried = rms_norm_quantize(*arguments, EPS, scale.to(triton_backend.device), swizzled=swizzled)
+    kernel = TritonRMSNorm(NormSpec(hidden, "bfloat16", "bfloat16"))
+    made, carried = kernel.quantize(*arguments, EPS, scale.to(triton_backend.device), swizzled)
     assert torch.equal(unpacked(made), codes)
     assert same_bits(made.scales.cpu(), swizzle_scales(scales) if swizzled else scales)
     assert same_bits(carried.cpu(), total.cpu())
@@ -102,10 +104,12 @@ def test_rms_norm_quantize_is_the_codec_of_what_the_norm_stores(triton_backend, 
 def test_a_nan_stays_in_its_block_s_scale(triton_backend):
     x = torch.ones(1, 64)
     x[0, 5] = torch.nan
-    made = silu_mul_quantize(*device_of(triton_backend, x, torch.tensor(0.01)), swizzled=False)
+    kernel = TritonSiluMul(ActivationSpec(32, "bfloat16", "bfloat16"))
+    made = kernel.quantize(*device_of(triton_backend, x, torch.tensor(0.01)), False)
     assert made.scales.cpu().float().isnan().tolist() == [[True, False]]
 
 
 def test_widths_that_are_no_whole_blocks_are_refused(triton_backend):
+    kernel = TritonSiluMul(ActivationSpec(40, "bfloat16", "bfloat16"))
     with pytest.raises(NVFP4ShapeError, match="multiple of 16"):
-        silu_mul_quantize(*device_of(triton_backend, torch.ones(1, 2 * 40), torch.tensor(0.01)), swizzled=False)
+        kernel.quantize(*device_of(triton_backend, torch.ones(1, 2 * 40), torch.tensor(0.01)), False)
