@@ -40,7 +40,11 @@ class ResponseNotFoundError(RequestError):
 
 
 class GenerationError(NVFP4Error):
-    """The engine ended one request with an error; the server itself goes on."""
+    """The engine ended one request with an error; the server itself goes on. `kind`: the error's type in the body."""
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 # First match wins. What is not listed is our bug: 500, without its message.
@@ -67,6 +71,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             headers = {}
             if isinstance(error, CapacityError):
                 headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+            kind = getattr(error, "kind", None) or kind
             return status, error_body(str(error), kind, status, getattr(error, "param", None)), headers
     return 500, error_body("Internal server error", "InternalServerError", 500), {}
 

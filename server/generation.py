@@ -194,7 +194,8 @@ class Generation:
                     choice.finished = True
                     if output.param is not None:
                         raise InvalidParameterError(output.error or "the request cannot be served", output.param)
-                    raise GenerationError(output.error or "the engine could not complete this request")
+                    message = output.error or "the engine could not complete this request"
+                    raise GenerationError(message, output.error_code)
                 if output.prompt_logprobs:
                     choice.prompt_logprobs += output.prompt_logprobs
                 choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)

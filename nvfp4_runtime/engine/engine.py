@@ -5,24 +5,16 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
+from nvfp4_runtime.engine.recovery import Executor, Recovery
 from nvfp4_runtime.engine.request import Request
-from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
+from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.structured.compiler import GrammarCompiler
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.spec import StructuredSpec
-
-
-class Executor(Protocol):
-    """Runs a schedule: the model and the sampler, or their simulation."""
-
-    def execute(self, schedule: Schedule) -> Sequence[StepResult]:
-        """One StepResult per entry, in order."""
-        ...
 
 
 def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
@@ -78,6 +70,7 @@ class Engine:
         self.grammars = grammars
         self.scheduler = scheduler
         self.executor = executor
+        self.recovery = Recovery(scheduler, executor, self._restore_grammar)
         self.info = info
         self._random = random.Random(seed)
         self._num_steps = 0
@@ -104,7 +97,7 @@ class Engine:
             seed = self._random.getrandbits(63)
         eos = tuple(self.info.eos_token_ids)
         grammar = None if submit.params.structured is None else self._grammar(submit.params.structured)
-        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len, grammar))
+        self.recovery.add(Request(submit, seed, eos, self.info.max_model_len, grammar))
 
     def _grammar(self, spec: StructuredSpec) -> GrammarState:
         """Compiles if nobody did before: whoever must not wait has `GrammarQueue` do it."""
@@ -112,8 +105,17 @@ class Engine:
             raise spec.refused("cannot be had: this engine has no tokenizer to apply it to")
         return self.grammars.state(spec)
 
+    def _restore_grammar(self, request: Request) -> None:
+        """Put a request's grammar where its tokens are."""
+        if request.params.structured is None or request.sampling.grammar is None:
+            return
+        grammar = self._grammar(request.params.structured)
+        for token_id in request.output_token_ids:
+            grammar.accept(token_id)
+        request.sampling.grammar = grammar
+
     def abort(self, request_id: str) -> TokenOutput | None:
-        return self.scheduler.abort(request_id)
+        return self.recovery.abort(request_id)
 
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """One turn: what was computed, and the state afterwards."""
@@ -122,6 +124,7 @@ class Engine:
         stats = self.scheduler.stats()
         self._num_steps += 1
         stats.num_steps = self._num_steps
+        stats.num_faults, stats.num_memory_faults = self.recovery.num_faults, self.recovery.num_memory
         stats.step_seconds = time.perf_counter() - started
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
         stats.step_prompt_tokens = num_prompt_tokens
@@ -129,6 +132,7 @@ class Engine:
 
     def _turn(self) -> tuple[list[TokenOutput], int]:
         """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
-        schedule = self.scheduler.schedule()
-        results = self.executor.execute(schedule)
-        return self.scheduler.commit(schedule, results), schedule.num_prompt_tokens
+        schedule, outputs = self.recovery.schedule()
+        if schedule.entries:
+            outputs += self.recovery.commit(schedule, self.recovery.execute(schedule))
+        return outputs, schedule.num_prompt_tokens

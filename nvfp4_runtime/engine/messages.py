@@ -74,6 +74,8 @@ class TokenOutput(msgspec.Struct):
     stop_reason    the stop token's id when one of stop_token_ids ended it
     error          with "error": why
     param          with "error": the request's field at fault, where the request is
+    error_code     with "error": its kind in one word, where the request is not at fault: "model_output_invalid",
+                   "engine_fault", "out_of_memory"
     ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
     embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
     """
@@ -90,6 +92,7 @@ class TokenOutput(msgspec.Struct):
     ends_whole: bool = False
     param: str | None = None
     embedding: bytes | None = None
+    error_code: str | None = None
 
     def absorb(self, later: TokenOutput) -> None:
         """Become one output that says what this one and the next say. Not for a next that is an error: its reader
@@ -108,7 +111,13 @@ class TokenOutput(msgspec.Struct):
 
 
 class StepStats(msgspec.Struct):
-    """State after a step, and what the step did. Counters are totals since start."""
+    """State after a step, and what the step did. Counters are totals since start.
+
+    num_invalid_outputs    requests ended because their logits were not numbers
+    num_faults             exceptions in steps that ended a request or made the scheduler start over
+    num_memory_faults      steps that did not get the memory they asked for
+    num_degenerate_outputs requests seen to repeat themselves (see engine/degenerate.py)
+    """
 
     num_running: int
     num_waiting: int
@@ -122,6 +131,10 @@ class StepStats(msgspec.Struct):
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_invalid_outputs: int = 0
+    num_faults: int = 0
+    num_memory_faults: int = 0
+    num_degenerate_outputs: int = 0
 
 
 class LayerGroup(msgspec.Struct):

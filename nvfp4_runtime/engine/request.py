@@ -36,6 +36,8 @@ class Request:
     num_scored           prompt positions whose logprobs were sent (prompt_logprobs only)
     arrival              position in the order of arrival, given by the scheduler
     hidden_sum           pooling only: the sum of the hidden states that are pooled, as far as they are computed
+    num_faults           how often the scheduler raised while it handled this request
+    num_memory_faults    how often it was preempted because a step ran out of memory
     epoch                how often its blocks were given back: a step scheduled before that is not its any more
     """
 
@@ -71,6 +73,8 @@ class Request:
         self.arrival = 0
         self.num_pending = 0
         self.num_computed = 0
+        self.num_faults = 0
+        self.num_memory_faults = 0
         self.epoch = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -106,6 +110,14 @@ class Request:
     def ends_with_pending(self) -> bool:
         """The token on its way is the last there is room for: nothing is left to compute."""
         return self.num_pending > 0 and len(self.output_token_ids) + self.num_pending >= self.max_output_tokens
+
+    def start_over(self) -> None:
+        """Nothing is computed, nothing is held: only the tokens count."""
+        self.tokens[self.num_prompt_tokens :] = self.output_token_ids
+        self.status = Status.WAITING
+        self.block_ids, self.block_hashes = [], []
+        self.num_computed = self.num_published = self.num_pending = 0
+        self.epoch += 1
 
     def append(self, token_id: int) -> None:
         self.tokens.append(token_id)

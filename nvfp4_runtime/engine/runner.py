@@ -121,6 +121,10 @@ class ModelRunner:
                 results.append(StepResult(None, None, scores, finite))
         return results
 
+    def probe(self) -> None:
+        """One token that keeps nothing. Raises when the device cannot compute any more."""
+        self.warm_up()
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One token into the null block: thread pools start and lazy set-up happens before the first request."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from nvfp4_runtime.engine.request import FloatRow
 
 
+OUTPUT_INVALID = "model_output_invalid"
+
+
 @dataclass(frozen=True)
 class Scheduled:
     """`count` tokens of `request` from `start` on.
@@ -73,6 +76,7 @@ class StepResult:
     prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
     finite           False: this row's logits were not numbers; the request ends with an error, others go on
     error            why, where it was something else
+    code             with finite False: what kind of failure, in one word for programs; None: by `error`
     hidden_sum       pooling: the sum of this entry's hidden states (mean), or the last token's (last)
     """
 
@@ -82,6 +86,7 @@ class StepResult:
     finite: bool = True
     error: str | None = None
     hidden_sum: FloatRow | None = None
+    code: str | None = None
 
 
 def _take(request: Request, count: int) -> Scheduled:
@@ -95,7 +100,11 @@ def _take(request: Request, count: int) -> Scheduled:
 
 @dataclass
 class Scheduler:
-    """Waiting and running requests over one block pool."""
+    """Waiting and running requests over one block pool.
+
+    handling     the request that `schedule` is at, or was at when it raised
+    num_invalid  requests that ended because their logits were not numbers
+    """
 
     config: SchedulerConfig
     pool: BlockPool
@@ -108,6 +117,8 @@ class Scheduler:
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    num_invalid: int = 0
+    handling: Request | None = None
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -137,15 +148,16 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         preempted = False
         index = 0
+        self.handling = None
         while index < len(self.running) and budget > 0:
-            request = self.running[index]
+            request = self.handling = self.running[index]
             if request.ends_with_pending:
                 index += 1
                 continue
             count = min(request.num_tokens - request.num_computed, budget)
             while not self._grow(request, count):
-                victim = self.running.pop()
-                self._preempt(victim)
+                victim = self.running[-1]
+                self.preempt(victim)
                 preempted = True
                 if victim is request:
                     break
@@ -159,7 +171,7 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Iterator[Scheduled]:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self.waiting[0]
+            request = self.handling = self.waiting[0]
             cached = self._find_prefix(request)
             start = len(cached) * self.block_size
             count = min(request.num_tokens - start, budget)
@@ -197,8 +209,9 @@ class Scheduler:
             request.block_ids.extend(self.pool.allocate(needed))
         return True
 
-    def _preempt(self, request: Request) -> None:
-        """Give blocks back; the tokens stay and are computed again, or found again by their hashes."""
+    def preempt(self, request: Request) -> None:
+        """Give a running request's blocks back; the tokens stay and are computed again, or found by their hashes."""
+        self.running.remove(request)
         self._release(request)
         request.status = Status.WAITING
         self.num_preemptions += 1
@@ -244,25 +257,22 @@ class Scheduler:
 
     # -- commit --------------------------------------------------------------------------------------------------
 
-    def commit(self, schedule: Schedule, results: Sequence[StepResult]) -> list[TokenOutput]:
-        """Take a step's results: advance, publish full blocks, append tokens, finish what is done."""
-        now = time.monotonic()
-        outputs = []
-        for entry, result in zip(schedule.entries, results, strict=True):
-            request = entry.request
-            if entry.is_stale:  # while the step ran
-                continue
-            if not result.finite:
-                failed = self._finish(request, "error", error=result.error or _why_no_token(request))
-                spec = request.params.structured
-                failed.param = spec.field if result.error is not None and spec is not None else None
-                outputs.append(failed)
-                continue
-            self._publish(request, entry.stop)
-            output = self._advance(entry, result, now)
-            if output is not None:
-                outputs.append(output)
-        return outputs
+    def commit(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
+        """Take the result of an entry that is not stale: advance, publish full blocks, append a token, finish."""
+        if not result.finite:
+            return self._fail(entry.request, result)
+        self._publish(entry.request, entry.stop)
+        return self._advance(entry, result, now)
+
+    def _fail(self, request: Request, result: StepResult) -> TokenOutput:
+        if result.error is None:
+            self.num_invalid += 1
+            self.pool.unpublish(request.block_ids)  # earlier chunks had no logits to show that they were not numbers
+        failed = self._finish(request, "error", error=result.error or _why_no_token(request))
+        failed.error_code = result.code or (OUTPUT_INVALID if result.error is None else None)
+        if failed.error_code is None and request.params.structured is not None:
+            failed.param = request.params.structured.field
+        return failed
 
     def _advance(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
         request = entry.request
@@ -321,6 +331,17 @@ class Scheduler:
             embedding=embedding,
         )
 
+    # -- after a fault -------------------------------------------------------------------------------------------
+
+    def start_over(self, without: Request | None) -> None:
+        """Every request but `without` waits, nothing is computed, every block is free: right whatever was before."""
+        self.pool.reset()
+        self.requests = {key: request for key, request in self.requests.items() if request is not without}
+        self.running = []
+        self.waiting = sorted(self.requests.values(), key=_rank)
+        for request in self.waiting:
+            request.start_over()
+
     # -- facts ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> StepStats:
@@ -333,6 +354,7 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            num_invalid_outputs=self.num_invalid,
         )
 
     def check(self) -> None:

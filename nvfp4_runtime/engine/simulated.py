@@ -40,6 +40,9 @@ class SimulatedExecutor:
             self._sleep(self.config.step_seconds)
         return [self._result(entry) for entry in schedule.entries]
 
+    def probe(self) -> None:
+        """Nothing here can break."""
+
     def _result(self, entry: Scheduled) -> StepResult:
         request = entry.request
         if request.pooling is not None:

@@ -105,7 +105,7 @@ def run(engine: Engine, work: Workload) -> dict[str, list[TokenOutput]]:
             if (output := engine.abort(name)) is not None:
                 outputs.setdefault(name, []).append(output)
         if turn in work.preemptions and engine.scheduler.running:
-            engine.scheduler._preempt(engine.scheduler.running.pop())
+            engine.scheduler.preempt(engine.scheduler.running[-1])
         if engine.has_work:
             for output in engine.step()[0]:
                 outputs.setdefault(output.request_id, []).append(output)
