@@ -110,6 +110,25 @@ class SchedulerConfig:
     max_queued_requests: int = 1024
 
 
+FaultKind = Literal["exception", "nan", "memory", "hang", "death"]
+
+
+@dataclass(frozen=True)
+class SimulatedFault:
+    """What goes wrong in the simulated engine, and when: in its `step`-th step, or with a `prompt` that holds these
+    tokens.
+
+    exception, memory  the step raises
+    nan                logits are not numbers
+    hang               the step does not return
+    death              the process is killed
+    """
+
+    kind: FaultKind
+    step: int | None = None
+    prompt: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class SimulatedConfig:
     """The deterministic stand-in for a model: scripted tokens and a step time, no weights, no torch.
@@ -122,6 +141,7 @@ class SimulatedConfig:
     script: tuple[int, ...] = ()
     eos_token_id: int | None = None
     step_seconds: float = 0.0
+    faults: tuple[SimulatedFault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,7 @@ class EngineConfig:
 
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
     device         "auto": a GPU if PyTorch can use one, else the CPU
+    self_test      kernels are compared with the reference, and a sanity prompt is run, before the engine is ready
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     """
 
@@ -140,6 +161,7 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
+    self_test: bool = True
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -19,8 +19,9 @@ from nvfp4_runtime.errors import NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
+from server.fault_metrics import FaultMetrics
 from server.loop_lag import watch_loop_lag
-from server.metrics import Metrics
+from server.metrics import ENGINE, Metrics
 from server.middleware import LimitBody, RequestContext, RequireKey
 from server.openapi import document
 from server.response_store import ResponseStore
@@ -35,6 +36,7 @@ from server.routes import (
     responses,
     tokenize,
 )
+from server.shutdown import RefuseNew
 from server.state import ServerState
 
 
@@ -63,7 +65,8 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
         redoc_url=None,
     )
     store = ResponseStore(config.stored_responses_bytes, config.stored_responses_seconds)
-    app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
+    state = app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
+    FaultMetrics(metrics.registry, (config.served_model_names[0], ENGINE), engine)
     for routes in (completions, chat, responses, messages, embeddings, tokenize, invocations, models, health):
         app.include_router(routes.router)
     app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
@@ -74,6 +77,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+    app.add_middleware(RefuseNew, state=state)
     app.add_middleware(RequestContext)
     return app
 

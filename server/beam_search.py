@@ -184,7 +184,9 @@ class BeamGeneration:
         try:
             async for output in stream:
                 if output.finish_reason == "error":
-                    raise GenerationError(output.error or "the engine could not complete this request", output.error_code)
+                    raise GenerationError(
+                        output.error or "the engine could not complete this request", output.error_code
+                    )
                 if output.logprobs:
                     for choice in group:
                         choice.num_cached_tokens = output.num_cached_tokens

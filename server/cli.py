@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
-from server.commands import evaluate, flags, inspect, quantize
+from server.commands import evaluate, flags, inspect, quantize, reliability
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
@@ -173,7 +173,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="for what /v1/responses keeps (default: 64MiB)",
     )
     add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
-    add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
+    reliability.add_flags(parser)
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
     add("--simulate-step-seconds", type=float, default=0.0, help="how long each simulated step takes")

@@ -69,8 +69,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     for cls, status, kind in _TABLE:
         if isinstance(error, cls):
             headers = {}
-            if isinstance(error, CapacityError):
-                headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+            if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
+                headers["retry-after"] = str(max(1, math.ceil(seconds)))
             kind = getattr(error, "kind", None) or kind
             return status, error_body(str(error), kind, status, getattr(error, "param", None)), headers
     return 500, error_body("Internal server error", "InternalServerError", 500), {}

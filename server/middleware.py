@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 # Probes come every second and say nothing about the load.
-_QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
+_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

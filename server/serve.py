@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
-from nvfp4_runtime.engine.client import EngineClient
+from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
+from server.commands.reliability import simulated_faults, supervision
 from server.config import ServerConfig, environment_flags, read_api_keys
 from server.reasoning.parsers import reasoning_style
 from server.screen import ProgressLine, ready_screen
+from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
 from server.tools.parsers import tool_style
 
 if TYPE_CHECKING:
@@ -39,9 +41,6 @@ T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048  # uvicorn's
-ENGINE_WATCH_SECONDS = 0.25
-# Streams of a dead engine get their error event in this time, then the server ends.
-ENGINE_DEATH_GRACE_SECONDS = 2
 # generation_config.json's name -> ours, and its type
 _SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
     "temperature": ("temperature", float),
@@ -59,6 +58,7 @@ def serve(args: argparse.Namespace) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we say ourselves when we start and stop
     model = args.model or environment_flags(["model"]).get("model")
     model = None if model is None else os.path.expanduser(model)
+    policy = supervision(args)
     config = server_config(args, model)
     sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
     if not args.simulate:
@@ -66,7 +66,7 @@ def serve(args: argparse.Namespace) -> int:
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    return _run(_serve(args, engine_config(args, model or ""), config, sock, started))
+    return _run(_serve(engine_config(args, model or ""), policy, config, sock, started))
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
@@ -79,8 +79,6 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     reasoning_style(args.reasoning_parser, None)
     if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
-    if not 0 <= args.shutdown_timeout < math.inf:
-        raise ConfigError(f"expected seconds, 0 or more, found {args.shutdown_timeout}", "--shutdown-timeout")
     if not 0 < args.response_store_ttl < math.inf:
         raise ConfigError(f"expected seconds, more than 0, found {args.response_store_ttl}", "--response-store-ttl")
     return ServerConfig(
@@ -88,6 +86,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         model_root=model or "",
         api_key_hashes=read_api_keys(args.api_key_file) if args.api_key_file is not None else (),
         shutdown_timeout_seconds=args.shutdown_timeout,
+        drain_delay_seconds=args.drain_delay,
+        stall_seconds=args.stall_timeout,
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
@@ -109,6 +109,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
             eos_token_id=tokenizer.eos_token_ids[0],
             step_seconds=args.simulate_step_seconds,
+            faults=simulated_faults(args.simulate_fault, tokenizer.encode_plain),
         )
     return EngineConfig(
         model=model,
@@ -118,6 +119,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
+        self_test=not args.no_self_test,
         threads=args.threads,
         seed=args.seed,
         cache=CacheConfig(
@@ -249,11 +251,11 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 
 async def _serve(
-    args: argparse.Namespace, engine_config: EngineConfig, config: ServerConfig, sock: socket.socket, started: float
+    engine_config: EngineConfig, policy: Supervision, config: ServerConfig, sock: socket.socket, started: float
 ) -> int:
     stop = _StopSignal()
     progress = ProgressLine()
-    launch = asyncio.create_task(EngineClient.launch(engine_config, progress))
+    launch = asyncio.create_task(SupervisedEngine.launch(engine_config, policy, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
         beside = asyncio.gather(
@@ -267,7 +269,7 @@ async def _serve(
         if not launch.done():
             launch.cancel()
             await asyncio.gather(launch, return_exceptions=True)
-    if stop.received:
+    if stop.received is not None:
         if not launch.cancelled() and launch.exception() is None:
             await launch.result().close()
         return 0
@@ -282,7 +284,7 @@ async def _serve(
 
 
 async def _run_http(
-    engine: EngineClient, text: TextProcessor, config: ServerConfig, sock: socket.socket, stop: _StopSignal
+    engine: SupervisedEngine, text: TextProcessor, config: ServerConfig, sock: socket.socket, stop: _StopSignal
 ) -> int:
     from server.app import create_app
 
@@ -293,24 +295,18 @@ async def _run_http(
         await asyncio.sleep(0.005)
     if server.started:
         print(ready_screen(engine.info, config, url_of(sock)), flush=True)
-    stop.then(lambda again: _stop_serving(server, app, again))
-    watch = asyncio.create_task(_until_dead(engine))
-    await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done() and not server.should_exit:
-        server.config.timeout_graceful_shutdown = ENGINE_DEATH_GRACE_SECONDS
+    shutdown = Shutdown(server, app.state.server)
+    # Ctrl-C is a person's, whom no load balancer follows
+    stop.then(lambda number: shutdown.begin(0.0 if number == signal.SIGINT else config.drain_delay_seconds))
+    ends: set[asyncio.Future[Any]] = {serving, engine.given_up}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done() and not app.state.server.draining:
+        server.config.timeout_graceful_shutdown = LAST_EVENTS_SECONDS
         server.should_exit = True
         await serving
-        raise EngineDeadError(f"the engine died: {engine.death_reason}")
-    watch.cancel()
+        raise EngineDeadError(f"the engine died: {engine.given_up.result()}")
     await serving
     return 0
-
-
-def _stop_serving(server: uvicorn.Server, app: FastAPI, again: bool) -> None:
-    logger.info("told to stop%s", " again: at once" if again else "; running requests may finish")
-    app.state.server.draining = True
-    server.should_exit = True
-    server.force_exit = again
 
 
 def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
@@ -335,11 +331,6 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
     )
 
 
-async def _until_dead(engine: EngineClient) -> None:
-    while engine.alive:
-        await asyncio.sleep(ENGINE_WATCH_SECONDS)
-
-
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
     """What `work` gives, and the seconds it took."""
     started = time.monotonic()
@@ -357,26 +348,26 @@ def _load_text(config: EngineConfig) -> TextProcessor:
 
 
 class _StopSignal:
-    """SIGTERM and SIGINT, from the first moment on. `received` once one came; `then` says what to do about it."""
+    """SIGTERM and SIGINT, from the first moment on. `received`: the last one; `then` says what to do about each."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None
         self._event = asyncio.Event()
         self._action: Any = None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
 
-    def _on_signal(self) -> None:
-        again, self.received = self.received, True
+    def _on_signal(self, number: int) -> None:
+        self.received = number
         self._event.set()
         if self._action is not None:
-            self._action(again)
+            self._action(number)
 
     def then(self, action: Any) -> None:
         self._action = action
-        if self.received:
-            action(False)
+        if self.received is not None:
+            action(self.received)
 
     async def race(self, work: asyncio.Future[Any]) -> None:
         """Wait for `work` or a signal; raises what `work` raises."""

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nvfp4_runtime.engine.client import TokenStream
+from nvfp4_runtime.engine.client import CLOSED, TokenStream
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     EngineInfo,
@@ -101,6 +101,8 @@ class FakeEngine:
         self.submitted: list[Submitted] = []
         self.aborted: list[str] = []
         self.closed = False
+        self.num_restarts = self.num_stalls = 0
+        self.stalled_seconds = 0.0
         self.gate = asyncio.Event()
         self.gate.set()
         self._script = script
@@ -159,8 +161,9 @@ class FakeEngine:
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None:
         self._on_finish.append(callback)
 
-    async def close(self) -> None:
+    async def close(self, reason: str = CLOSED) -> None:
         self.closed = True
+        self._fail_all(EngineDeadError(reason))
 
     def die(self, reason: str = "killed by the test") -> None:
         self.death_reason = reason

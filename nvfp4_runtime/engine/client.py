@@ -17,6 +17,7 @@ from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     Abort,
+    Beat,
     EngineInfo,
     Failed,
     Outputs,
@@ -38,7 +39,9 @@ from nvfp4_runtime.sampling.params import SamplingParams
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float], None]
-_SHUTDOWN_SECONDS = 10.0
+CLOSED = "the engine was closed"
+_SHUTDOWN_SECONDS = 5.0
+PATIENCE = 3.0  # times what the engine expects a long step to take, before its silence counts
 _DELIVERED_AT_ONCE = 64  # some 2 ms of writing: what a step of a thousand streams may delay everybody else by
 
 
@@ -82,16 +85,27 @@ class TokenStream:
 
 
 class AsyncEngine(Protocol):
-    """What the server needs of an engine."""
+    """What the server needs of an engine.
+
+    num_restarts  engine processes started after the first
+    num_stalls    engine processes killed because they hung
+    """
 
     info: EngineInfo
     stats: StepStats
+    num_restarts: int
+    num_stalls: int
 
     @property
     def alive(self) -> bool: ...
 
     @property
     def death_reason(self) -> str | None: ...
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long requests have waited for any sign of progress, beyond what was announced; 0 while none is due."""
+        ...
 
     def submit(
         self,
@@ -112,11 +126,16 @@ class AsyncEngine(Protocol):
 
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None: ...
 
-    async def close(self) -> None: ...
+    async def close(self, reason: str = CLOSED) -> None:
+        """Stop the engine. Streams still open end with EngineDeadError(reason)."""
+        ...
 
 
 class EngineClient:
-    """The engine in its own process, over an inherited Unix socket."""
+    """One engine in its own process, over an inherited Unix socket."""
+
+    num_restarts = 0
+    num_stalls = 0
 
     def __init__(self, process: subprocess.Popen[bytes], writer: asyncio.StreamWriter, info: EngineInfo) -> None:
         self.info = info
@@ -125,7 +144,10 @@ class EngineClient:
         self._writer = writer
         self._streams: dict[str, TokenStream] = {}
         self._death: str | None = None
-        self._closing = False
+        self._closed_because: str | None = None
+        self._last_progress = time.monotonic()
+        self._announced_seconds = 0.0
+        self.dead = asyncio.Event()
         self._unsent = bytearray()
         self._on_step: list[Callable[[StepStats], None]] = []
         self._on_output: list[Callable[[TokenOutput], None]] = []
@@ -169,11 +191,22 @@ class EngineClient:
     def death_reason(self) -> str | None:
         return self._death
 
-    async def close(self) -> None:
-        """Stop the engine process. Streams still open end with EngineDeadError."""
-        if self._closing:
+    @property
+    def stalled_seconds(self) -> float:
+        if not self._streams or not self.alive:
+            return 0.0
+        return max(0.0, time.monotonic() - self._last_progress - PATIENCE * self._announced_seconds)
+
+    async def kill(self, reason: str) -> None:
+        """End the engine process whatever state it is in; streams end with EngineDeadError(reason)."""
+        self._die(reason)
+        self._process.kill()
+        await self.close(reason)
+
+    async def close(self, reason: str = CLOSED) -> None:
+        if self._closed_because is not None:
             return
-        self._closing = True
+        self._closed_because = reason
         if self.alive:
             self._send(Shutdown())
             self._flush()
@@ -207,6 +240,8 @@ class EngineClient:
         bound = self.info.max_num_seqs + self.info.max_queued_requests
         if len(self._streams) >= bound:
             raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
+        if not self._streams:
+            self._note_progress()
         self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority, pooling))
         stream = self._streams[request_id] = TokenStream(request_id)
         return stream
@@ -249,17 +284,21 @@ class EngineClient:
         reason = "the engine process ended"
         try:
             while data := await reader.read(1 << 20):
+                self._note_progress()
                 for payload in frames.feed(data):
                     await self._dispatch(payload)
         except ConnectionError as error:
             # an engine that stops with our last messages unread resets the connection: expected while closing
-            level = logging.DEBUG if self._closing else logging.WARNING
+            level = logging.DEBUG if self._closed_because is not None else logging.WARNING
             logger.log(level, "the connection to the engine broke: %s", error)
         except Exception:
             logger.exception("the engine's messages could not be handled")
             reason = "the engine's messages could not be handled"
         finally:  # whatever ended the reading: nobody may wait for tokens that will not come
-            self._die("the engine was closed" if self._closing else reason)
+            self._die(self._closed_because or reason)
+
+    def _note_progress(self, announced_seconds: float = 0.0) -> None:
+        self._last_progress, self._announced_seconds = time.monotonic(), announced_seconds
 
     async def _dispatch(self, payload: bytes) -> None:
         match decode_from_engine(payload):
@@ -275,6 +314,8 @@ class EngineClient:
                 stream = self._streams.pop(request_id, None)
                 if stream is not None:
                     stream.put(_error_of(kind, message, param))
+            case Beat(expected_seconds):
+                self._note_progress(expected_seconds)
             case Failed(kind, message):
                 self._die(f"{kind}: {message}")
             case Progress() | Ready():
@@ -294,7 +335,8 @@ class EngineClient:
     def _die(self, reason: str) -> None:
         if self._death is None:
             self._death = reason
-            if not self._closing:
+            self.dead.set()
+            if self._closed_because is None:
                 logger.error("engine dead: %s", reason)
         for stream in self._streams.values():
             stream.put(EngineDeadError(self._death))

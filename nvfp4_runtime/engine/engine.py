@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
+from nvfp4_runtime.engine.pace import Pace
 from nvfp4_runtime.engine.recovery import Executor, Recovery
 from nvfp4_runtime.engine.request import Request
-from nvfp4_runtime.engine.scheduler import Scheduler
+from nvfp4_runtime.engine.scheduler import Schedule, Scheduler
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.structured.compiler import GrammarCompiler
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.spec import StructuredSpec
+
+LONG_STEP_SECONDS = 1.0
 
 
 def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
@@ -57,7 +60,10 @@ def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
 
 
 class Engine:
-    """Requests in, tokens out."""
+    """Requests in, tokens out.
+
+    on_long_step  called before a step that is expected to take long, with the seconds
+    """
 
     def __init__(
         self,
@@ -72,8 +78,11 @@ class Engine:
         self.executor = executor
         self.recovery = Recovery(scheduler, executor, self._restore_grammar)
         self.info = info
+        self.pace = Pace()
+        self.on_long_step: Callable[[float], None] = lambda _: None
         self._random = random.Random(seed)
         self._num_steps = 0
+        self._num_step_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -120,19 +129,28 @@ class Engine:
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
+        self._num_step_tokens = 0
         outputs, num_prompt_tokens = self._turn()
         stats = self.scheduler.stats()
         self._num_steps += 1
         stats.num_steps = self._num_steps
         stats.num_faults, stats.num_memory_faults = self.recovery.num_faults, self.recovery.num_memory
         stats.step_seconds = time.perf_counter() - started
+        self.pace.observe(self._num_step_tokens, stats.step_seconds)
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
         stats.step_prompt_tokens = num_prompt_tokens
         return outputs, stats
+
+    def _announce(self, schedule: Schedule) -> None:
+        self._num_step_tokens = schedule.num_tokens
+        expected = self.pace.expected_seconds(schedule.num_tokens)
+        if expected >= LONG_STEP_SECONDS:
+            self.on_long_step(expected)
 
     def _turn(self) -> tuple[list[TokenOutput], int]:
         """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
         schedule, outputs = self.recovery.schedule()
         if schedule.entries:
+            self._announce(schedule)
             outputs += self.recovery.commit(schedule, self.recovery.execute(schedule))
         return outputs, schedule.num_prompt_tokens

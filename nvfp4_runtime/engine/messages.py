@@ -1,7 +1,7 @@
 """What crosses between the server's process and the engine's: msgpack structs, length-prefixed. No pickle.
 
 Client to engine: Start (once), then Submit, Abort, Shutdown. Engine to client: Progress while loading, then Ready or
-Failed, then Outputs after each step and Refused for a request it cannot take.
+Failed, then Outputs after each step, Beat before a long one and Refused for a request it cannot take.
 """
 
 from __future__ import annotations
@@ -196,6 +196,12 @@ class Failed(msgspec.Struct, tag=True):
     flag: str | None = None
 
 
+class Beat(msgspec.Struct, tag=True):
+    """The engine lives; what it does next may take `expected_seconds` before anything else is heard of it."""
+
+    expected_seconds: float = 0.0
+
+
 class Outputs(msgspec.Struct, tag=True):
     outputs: list[TokenOutput]
     stats: StepStats
@@ -211,4 +217,4 @@ class Refused(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Submit | Abort | Shutdown
-FromEngine = Progress | Ready | Failed | Outputs | Refused
+FromEngine = Progress | Ready | Failed | Beat | Outputs | Refused

@@ -80,6 +80,7 @@ class OverlappedEngine(Engine):
         outputs += ended
         failure: Exception | None = None
         if schedule.entries:
+            self._announce(schedule)
             try:
                 self._under_way = _Flight(schedule, self.executor.launch(schedule))
             except Exception as error:  # noqa: BLE001 - handled below, after the step before it

@@ -64,9 +64,7 @@ class Recovery:
     num_memory       times a step did not get the memory it asked for
     """
 
-    def __init__(
-        self, scheduler: Scheduler, executor: Executor, restore_grammar: Callable[[Request], None]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, restore_grammar: Callable[[Request], None]) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._restore_grammar = restore_grammar

@@ -38,6 +38,7 @@ class Request:
     hidden_sum           pooling only: the sum of the hidden states that are pooled, as far as they are computed
     num_faults           how often the scheduler raised while it handled this request
     num_memory_faults    how often it was preempted because a step ran out of memory
+    is_degenerate        its answer was seen to go round in circles
     epoch                how often its blocks were given back: a step scheduled before that is not its any more
     """
 
@@ -75,6 +76,7 @@ class Request:
         self.num_computed = 0
         self.num_faults = 0
         self.num_memory_faults = 0
+        self.is_degenerate = False
         self.epoch = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

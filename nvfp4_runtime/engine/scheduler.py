@@ -12,12 +12,13 @@ import itertools
 import secrets
 import time
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nvfp4_runtime.cache.block_pool import BlockPool, chain_hash, salt_hash
 from nvfp4_runtime.config import SchedulerConfig
+from nvfp4_runtime.engine.degenerate import is_due, repeats_itself
 from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
@@ -102,8 +103,9 @@ def _take(request: Request, count: int) -> Scheduled:
 class Scheduler:
     """Waiting and running requests over one block pool.
 
-    handling     the request that `schedule` is at, or was at when it raised
-    num_invalid  requests that ended because their logits were not numbers
+    handling        the request that `schedule` is at, or was at when it raised
+    num_invalid     requests that ended because their logits were not numbers
+    num_degenerate  requests whose answer goes round in circles
     """
 
     config: SchedulerConfig
@@ -118,6 +120,7 @@ class Scheduler:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_invalid: int = 0
+    num_degenerate: int = 0
     handling: Request | None = None
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
 
@@ -285,6 +288,7 @@ class Scheduler:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
         request.num_pending -= 1
         request.append(result.token_id)
+        self._watch(request)
         if request.times.first_token == 0.0:
             request.times.first_token = now
         output = TokenOutput(
@@ -299,6 +303,12 @@ class Scheduler:
             output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
             output.ends_whole = request.ends_whole
         return output
+
+    def _watch(self, request: Request) -> None:
+        tokens = request.output_token_ids
+        if is_due(len(tokens)) and not request.is_degenerate and repeats_itself(tokens):
+            request.is_degenerate = True
+            self.num_degenerate += 1
 
     def _new_scores(self, entry: Scheduled, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob | None] | None:
         """Prompt logprobs not sent before (a preempted request scores its prompt again); None for position 0."""
@@ -355,6 +365,7 @@ class Scheduler:
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
             num_invalid_outputs=self.num_invalid,
+            num_degenerate_outputs=self.num_degenerate,
         )
 
     def check(self) -> None:

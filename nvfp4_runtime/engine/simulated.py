@@ -19,8 +19,10 @@ from nvfp4_runtime.config import EngineConfig, SimulatedConfig
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup, TokenLogprob
 from nvfp4_runtime.engine.plan import check_limits
+from nvfp4_runtime.engine.recovery import Executor
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
+from nvfp4_runtime.engine.simulated_faults import FaultyExecutor
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.worker import GrammarTrial
@@ -149,7 +151,10 @@ def simulated_engine(config: EngineConfig) -> Engine:
     )
     vocabulary = _vocabulary(simulated)
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
-    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, grammars)
+    executor: Executor = SimulatedExecutor(simulated)
+    if simulated.faults:
+        executor = FaultyExecutor(executor, simulated.faults)
+    return Engine(scheduler, executor, info, config.seed, grammars)
 
 
 def _vocabulary(config: SimulatedConfig) -> Vocabulary:

@@ -107,7 +107,7 @@ def test_second_signal_ends_at_once(launch: Launch) -> None:
 
 
 def test_killed_engine_gives_streams_an_error_event_and_the_server_exits_3(launch: Launch) -> None:
-    server = launch(*SLOW)
+    server = launch(*SLOW, "--exit-on-engine-death")
     thread, lines = stream(server, 4000, threading.Event())
     engine = server.engine_pid()
     os.kill(engine, signal.SIGKILL)

@@ -209,13 +209,13 @@ def run(engine: Engine, work: tuple[dict[int, list[Submit]], dict[int, list[str]
 MAKERS = {"simulated": simulated, "model": modelled, "overlapped": overlapped}
 
 
-@pytest.mark.parametrize("maker, first", [("simulated", s) for s in range(0, 400, 50)])
+@pytest.mark.parametrize(("maker", "first"), [("simulated", s) for s in range(0, 400, 50)])
 def test_simulated_engine_survives_seeded_faults(maker: str, first: int) -> None:
     for seed in range(first, first + 50):
         check_seed(maker, seed)
 
 
-@pytest.mark.parametrize("maker, first", [(m, s) for m in ("model", "overlapped") for s in range(0, 150, 30)])
+@pytest.mark.parametrize(("maker", "first"), [(m, s) for m in ("model", "overlapped") for s in range(0, 150, 30)])
 def test_engine_over_a_model_survives_seeded_faults(maker: str, first: int) -> None:
     for seed in range(first, first + 30):
         check_seed(maker, seed)
