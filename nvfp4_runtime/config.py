@@ -161,7 +161,7 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
-    self_test: bool = True
+    self_test: bool = False
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

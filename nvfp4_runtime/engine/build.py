@@ -31,7 +31,7 @@ from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
-from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
+from nvfp4_runtime.kernels.registry import Choice, Kernels, Samples, available_backends
 from nvfp4_runtime.kernels.transfer import finish_transfers
 from nvfp4_runtime.models import load_model
 from nvfp4_runtime.models.hf_config import parse_model_config
@@ -63,7 +63,8 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     with phases.phase("weights"):
         dtype = _resolve_dtype(config, checkpoint.raw_config)
         stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
-        kernels = Kernels(backends, dtype, config.numerics, stream, device)
+        samples: Samples | None = {} if config.self_test else None
+        kernels = Kernels(backends, dtype, config.numerics, stream, device, samples=samples)
         model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype)
         num_uploaded, upload_seconds = finish_transfers(device)
     if num_uploaded:
@@ -108,7 +109,21 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     )
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
-    return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars)
+    engine: Engine = placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars)
+    if config.self_test:
+        with phases.phase("self_test"):
+            _self_test(engine, kernels)
+    return engine
+
+
+def _self_test(engine: Engine, kernels: Kernels) -> None:
+    from nvfp4_runtime.engine.sanity import check_sanity  # here: engines made for evaluation do without
+    from nvfp4_runtime.kernels.self_test import self_test
+
+    assert isinstance(engine.executor, ModelRunner)
+    count = self_test(kernels)
+    check_sanity(engine.executor, engine.info)
+    logger.info("self-test: %d distinct ops agree with the reference, and the sanity prompt makes sense", count)
 
 
 def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) -> Placement:

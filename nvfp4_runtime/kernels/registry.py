@@ -95,6 +95,9 @@ class Choice:
     reason: str
 
 
+Samples = dict[LinearSpec, tuple[Weight, LinearKernel, str]]
+
+
 @dataclass
 class Kernels:
     """Hands layers their kernels and remembers every choice. One per loaded model.
@@ -107,6 +110,8 @@ class Kernels:
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
+    samples   where a dict is given: a weight of each distinct linear, its kernel and backend; see kernels/self_test.py
+    chosen    the backend of each distinct op without weights
     """
 
     backends: Sequence[Backend]
@@ -116,6 +121,8 @@ class Kernels:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[tuple[str, ...], LinearKernel], LinearKernel] | None = None
     choices: list[Choice] = field(default_factory=list)
+    samples: Samples | None = None
+    chosen: dict[OpSpec, Backend] = field(default_factory=dict)
     _logged: set[OpSpec] = field(default_factory=set)
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -153,6 +160,8 @@ class Kernels:
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
         self._record_weights(group, [weight], spec, backend, reason, made_from)
+        if self.samples is not None:
+            self.samples.setdefault(spec, (weight, kernel, backend.name))
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
 
     def linear_spec(self, group: str, weight: Weight, made_from: str | None = None) -> LinearSpec:
@@ -281,6 +290,7 @@ class Kernels:
 
     def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec) -> Backend:
         backend, reason = self._choose(spec)
+        self.chosen[spec] = backend
         self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))
         return backend
 
