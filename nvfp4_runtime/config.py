@@ -32,10 +32,39 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of a layer's feed-forward.
+
+    scoring             how the router's logits become scores: softmax over all experts, or each expert's sigmoid
+    correction_bias     scores are chosen by score + bias; the bias does not weigh the experts' results
+    num_groups          experts in equal groups; only those of the `top_groups` best groups can be chosen, a group being
+                        as good as its two best experts
+    renormalise         chosen scores are divided by their sum; then all are multiplied by `scale`
+    shared_size         intermediate size of the expert that every token passes, 0: none
+    shared_gate         its result is multiplied by the sigmoid of one more projection of the input
+    layers[i]           whether layer i has the mixture or a plain feed-forward
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    layers: tuple[bool, ...]
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = True
+    scale: float = 1.0
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder's code needs to know of its config.json, in one spelling.
 
-    `layer_windows[i]` is layer i's sliding window in tokens, or None for full attention.
+    `layer_windows[i]` is layer i's sliding window in tokens, or None for full attention. `num_draft_layers` follow the
+    last layer in the files: they predict further tokens (multi-token prediction) and are not read.
     """
 
     architecture: str
@@ -59,6 +88,13 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
+    num_draft_layers: int = 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions rope turns; the rest pass as they are."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Literal
 
-from nvfp4_runtime.config import HeadDtype, KVDtype
+from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.errors import UnsupportedFormatError
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ ARCHITECTURES = {
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",
     "Qwen3ForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "Qwen2MoeForCausalLM": "llama",
+    "Qwen3MoeForCausalLM": "llama",
+    "Glm4MoeForCausalLM": "llama",
 }
 
 # Tensors that no model reads, and why that is right.
@@ -26,6 +30,12 @@ HARMLESS = {
     "*.q_scale": "for attention in FP8; queries are not quantised here",
     "*.prob_output_scale": "for attention in FP8; probabilities are not quantised here",
 }
+
+
+def harmless(config: ModelConfig) -> dict[str, str]:
+    """Patterns of tensors that this model leaves unread, and why."""
+    drafts = range(config.num_layers, config.num_layers + config.num_draft_layers)
+    return HARMLESS | {f"model.layers.{i}.*": "predicts further tokens; speculation is not done here" for i in drafts}
 
 
 def load_model(
@@ -58,7 +68,7 @@ def load_model(
         kv_dtype = declared.get(ckpt.quant.kv_algo, plain)
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
     model: Decoder = module.Decoder(config, ckpt, kernels, kv_dtype, max_positions, lm_head_dtype)
-    for pattern, reason in HARMLESS.items():
+    for pattern, reason in harmless(config).items():
         ckpt.excuse(pattern, reason)
     ckpt.finish()
     return model

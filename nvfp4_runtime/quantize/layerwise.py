@@ -23,9 +23,11 @@ from nvfp4_runtime.checkpoint.pages import release_pages
 from nvfp4_runtime.config import KVDtype
 from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.rope import rope_tables
 from nvfp4_runtime.models import ARCHITECTURES
 from nvfp4_runtime.models.hf_config import parse_architecture, parse_model_config
+from nvfp4_runtime.models.hf_moe import ROUTERS
 from nvfp4_runtime.models.llama import DecoderLayer
 from nvfp4_runtime.nvfp4.weight import Weight
 
@@ -89,10 +91,10 @@ class Walk:
         """Raises ConfigError without sequences, UnsupportedFormatError for a model without DecoderLayers,
         CheckpointError for tokens that the model does not have."""
         architecture = parse_architecture(ckpt.raw_config)
-        if ARCHITECTURES.get(architecture) != "llama":
+        known = sorted(name for name, module in ARCHITECTURES.items() if module == "llama" and name not in ROUTERS)
+        if architecture not in known:
             raise UnsupportedFormatError(
-                f"calibration runs {', '.join(sorted(a for a, m in ARCHITECTURES.items() if m == 'llama'))} layer by "
-                f"layer, found {architecture}; quantise it without --calib"
+                f"calibration runs {', '.join(known)} layer by layer, found {architecture}; quantise it without --calib"
             )
         if not sequences:
             raise ConfigError("the calibration text has no tokens", "--calib")
@@ -157,7 +159,7 @@ class LayerRun:
             elif site == "gate_up":
                 step.h, step.residual = layer.post_attention_norm(layer.attention.o_proj(step.h), step.residual)
             else:
-                step.h = layer.mlp.silu_mul(layer.mlp.gate_up_proj(step.h))
+                step.h = _feed_forward(layer).silu_mul(_feed_forward(layer).gate_up_proj(step.h))
         return [step.h for step in self._walk.steps]
 
     @torch.inference_mode()
@@ -165,7 +167,7 @@ class LayerRun:
         """The layer's output becomes the input of the next."""
         layer = self._walk.build(self._layer_id)
         for step in self._walk.steps:
-            step.x = layer.mlp.down_proj(step.h)
+            step.x = _feed_forward(layer).down_proj(step.h)
             step.h = step.x
         self._walk.ckpt.release()
 
@@ -179,6 +181,11 @@ class LayerRun:
         k, v = self.kv_amax
         cache = self._walk.kv
         self.kv_amax = (max(k, float(cache.k.abs().max())), max(v, float(cache.v.abs().max())))
+
+
+def _feed_forward(layer: DecoderLayer) -> MLP:
+    assert isinstance(layer.mlp, MLP), "Walk refuses mixtures of experts"
+    return layer.mlp
 
 
 def _attend(layer: DecoderLayer, step: Step) -> Tensor:
