@@ -60,6 +60,26 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values of all heads come from one short vector per token.
+
+    q_lora_rank      width between the two projections of the queries; None: one projection
+    kv_lora_rank     width of the latent vector, which is what the cache keeps
+    nope_dim, rope_dim, v_dim  per head: queries and keys without rope, with rope (one key for all heads), values
+    interleaved      rope turns neighbours (x0, x1), (x2, x3), ... instead of halves
+    scale            of the scores, YaRN's correction included
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder's code needs to know of its config.json, in one spelling.
 
@@ -89,12 +109,13 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
     num_draft_layers: int = 0
 
     @property
     def rotary_dim(self) -> int:
         """How many of a head's dimensions rope turns; the rest pass as they are."""
-        return int(self.head_dim * self.rope.partial_rotary_factor)
+        return self.mla.rope_dim if self.mla is not None else int(self.head_dim * self.rope.partial_rotary_factor)
 
 
 @dataclass(frozen=True)

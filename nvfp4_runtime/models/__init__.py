@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Literal
 
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
-from nvfp4_runtime.errors import UnsupportedFormatError
+from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
 
 if TYPE_CHECKING:
     from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
@@ -22,6 +22,8 @@ ARCHITECTURES = {
     "Qwen2MoeForCausalLM": "llama",
     "Qwen3MoeForCausalLM": "llama",
     "Glm4MoeForCausalLM": "llama",
+    "Glm4MoeLiteForCausalLM": "llama",
+    "DeepseekV3ForCausalLM": "llama",
 }
 
 # Tensors that no model reads, and why that is right.
@@ -62,10 +64,16 @@ def load_model(
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     config = parse_model_config(ckpt.raw_config)
+    if config.mla is not None and kv_dtype in ("fp8", "nvfp4"):
+        raise ConfigError(
+            f"--kv-cache-dtype {kv_dtype} was asked for, and latent attention ({architecture}) keeps its cache in the "
+            "activations' type; leave the flag out",
+            "--kv-cache-dtype",
+        )
     if kv_dtype == "auto":
         plain: KVDtype = "float32" if kernels.dtype == "float32" else "bfloat16"
         declared: dict[str | None, KVDtype] = {"FP8": "fp8", "NVFP4": "nvfp4"}
-        kv_dtype = declared.get(ckpt.quant.kv_algo, plain)
+        kv_dtype = plain if config.mla is not None else declared.get(ckpt.quant.kv_algo, plain)
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
     model: Decoder = module.Decoder(config, ckpt, kernels, kv_dtype, max_positions, lm_head_dtype)
     for pattern, reason in harmless(config).items():
