@@ -9,6 +9,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Numerics = Literal["w4a16", "w4a4", "w4a8"]
 HeadDtype = Literal["auto", "bf16", "fp8", "nvfp4"]
 KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
+ModelImpl = Literal["auto", "native", "transformers"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
@@ -186,6 +187,7 @@ class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
+    model_impl     "native": ours; "transformers": that library's module on our kernels; "auto": ours if there is one
     device         "auto": a GPU if PyTorch can use one, else the CPU
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     """
@@ -194,6 +196,7 @@ class EngineConfig:
     dtype: Dtype | Literal["auto"] = "auto"
     numerics: Numerics | Literal["auto"] = "auto"
     lm_head_dtype: HeadDtype = "auto"
+    model_impl: ModelImpl = "auto"
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
