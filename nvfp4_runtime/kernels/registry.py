@@ -95,7 +95,7 @@ class Choice:
     reason: str
 
 
-Samples = dict[LinearSpec, tuple[Weight, LinearKernel, str]]
+Samples = dict[LinearSpec | GroupedLinearSpec, tuple[Sequence[Weight], LinearKernel | GroupedLinearKernel, str]]
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Kernels:
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
-    samples   where a dict is given: a weight of each distinct linear, its kernel and backend; see kernels/self_test.py
+    samples   where a dict is given: the weight of each distinct linear, its kernel and backend; see kernels/self_test.py
     chosen    the backend of each distinct op without weights
     """
 
@@ -161,7 +161,7 @@ class Kernels:
         kernel = backend.linear(weight, spec)
         self._record_weights(group, [weight], spec, backend, reason, made_from)
         if self.samples is not None:
-            self.samples.setdefault(spec, (weight, kernel, backend.name))
+            self.samples.setdefault(spec, ([weight], kernel, backend.name))
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
 
     def linear_spec(self, group: str, weight: Weight, made_from: str | None = None) -> LinearSpec:
@@ -246,6 +246,8 @@ class Kernels:
         backend, reason = self._choose(spec)
         kernel = backend.grouped_linear(weights, spec)
         self._record_weights(group, weights, spec, backend, reason)
+        if self.samples is not None:
+            self.samples.setdefault(spec, (weights, kernel, backend.name))
         return kernel
 
     def quantize(

@@ -7,7 +7,9 @@ gets wrong. The bound is coarse, 3 % of the reference's root mean square beside 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     Backend,
+    GroupedLinearSpec,
     LinearSpec,
     NormSpec,
     OpSpec,
@@ -44,8 +47,8 @@ def self_test(kernels: Kernels) -> int:
     samples, kernels.samples = kernels.samples or {}, None
     tests: list[tuple[OpSpec, str, Callable[[], tuple[Tensor, Tensor]]]] = []
     test = _Tests(kernels.device)
-    for spec, (weight, kernel, name) in samples.items():
-        tests.append((spec, name, lambda spec=spec, weight=weight, kernel=kernel: test.linear(spec, weight, kernel)))  # type: ignore[misc]
+    for spec, (weights, kernel, name) in samples.items():
+        tests.append((spec, name, functools.partial(test.weights, spec, weights, kernel)))
     for op, backend in kernels.chosen.items():
         make = test.of(op)
         if make is not None:
@@ -58,8 +61,8 @@ def self_test(kernels: Kernels) -> int:
             worst = float(((found - expected).abs() / room).max())  # NaN: not within
             if not worst <= 1.0:
                 raise KernelError(
-                    f"self-test: {name} computes {compared_spec} wrongly, {worst:.3g} times the allowed difference from the "
-                    f"reference; use --backend reference, or {FLAG} to start all the same"
+                    f"self-test: {name} computes {compared_spec} wrongly, {worst:.3g} times the allowed difference "
+                    f"from the reference; use --backend reference, or {FLAG} to start all the same"
                 )
     return len(compared)
 
@@ -75,11 +78,30 @@ class _Tests:
         values = torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1]))
         return values.to(getattr(torch, dtype)).to(self._device)
 
-    def linear(self, spec: LinearSpec, weight: Weight, kernel: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def weights(
+        self, spec: LinearSpec | GroupedLinearSpec, weights: Sequence[Weight], kernel: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What the kernel gives for some rows of its weight, and what the reference does."""
+        if isinstance(spec, GroupedLinearSpec):
+            return self.grouped(spec, weights, kernel)
         x = self._random(spec.dtype, ROWS, spec.k)
+        return self._expert(spec, weights[0], kernel(x), x)
+
+    def grouped(self, spec: GroupedLinearSpec, weights: Sequence[Weight], kernel: Any) -> tuple[Tensor, Tensor]:
+        """Rows of the first expert and of the last, none of the others."""
+        x = self._random(spec.dtype, 2 * ROWS, spec.k)
+        offsets = torch.tensor([0] + [ROWS] * (len(weights) - 1) + [2 * ROWS], dtype=torch.int32, device=self._device)
+        found = kernel(x, offsets)
+        halves = [
+            self._expert(spec.each, weight, found[rows], x[rows])
+            for weight, rows in ((weights[0], slice(ROWS)), (weights[-1], slice(ROWS, None)))
+        ]
+        return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+
+    def _expert(self, spec: LinearSpec, weight: Weight, found: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, part = _some_rows(weight)
-        expected = self.reference.linear(part, dataclasses.replace(spec, n=part.n))(x)
-        return kernel(x)[:, rows.to(self._device)], expected
+        expected = self.reference.linear(part, dataclasses.replace(spec, n=part.n))(x.contiguous())
+        return found[:, rows.to(self._device)], expected
 
     def of(self, spec: OpSpec) -> Callable[[Backend], Tensor] | None:
         """What runs `spec` on a backend; None for kinds that are not compared here."""
@@ -92,6 +114,8 @@ class _Tests:
                 return lambda backend: self._rope(backend, spec)
             case PagedAttentionSpec():
                 return lambda backend: self._attention(backend, spec)
+            case MLASpec():
+                return lambda backend: self._mla(backend, spec)
         return None
 
     def _norm(self, backend: Backend, spec: NormSpec) -> Tensor:
@@ -120,6 +144,14 @@ class _Tests:
         batch, kv = self._batch(), self._cache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
         q = self._random(spec.dtype, batch.positions.shape[0], spec.num_heads, spec.head_dim)
         return backend.paged_attention(spec)(q, kv, batch, spec.head_dim**-0.5)
+
+    def _mla(self, backend: Backend, spec: MLASpec) -> Tensor:
+        batch = self._batch()
+        rank, rope = spec.kv_lora_rank, spec.rope_dim
+        cache = self._random(spec.dtype, 5, _BLOCK_SIZE, rank + rope)
+        q_nope, q_rope = (self._random(spec.dtype, 2, spec.num_heads, width) for width in (rank, rope))
+        scale = (rank + rope) ** -0.5
+        return backend.mla_decode(spec)(q_nope, q_rope, cache, batch.block_tables, batch.seq_lens, scale)
 
     def _batch(self) -> ForwardBatch:
         """A sequence of 19 tokens that decodes, and one of 21 whose last three are new; blocks 1 to 4."""

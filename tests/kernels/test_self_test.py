@@ -70,6 +70,20 @@ def test_linears_of_every_form_agree(name: str, numerics: str) -> None:
     assert made.samples is None, "weights are let go"
 
 
+@pytest.mark.parametrize("numerics", ["w4a16", "w4a4"])
+def test_grouped_linears_agree_and_a_wrong_one_is_named(numerics: str) -> None:
+    made = kernels(numerics)
+    made.grouped_linear("experts", [nvfp4(80, 64, seed) for seed in range(5)])
+    assert made.samples is not None
+    ((spec, (weights, _, name)),) = made.samples.items()
+    exchanged = made.backends[0].grouped_linear([*weights[1:], weights[0]], spec)  # type: ignore[arg-type]
+    tested.self_test(made)
+    made.samples = {spec: (weights, exchanged, "fast")}
+    if name != "reference":
+        with pytest.raises(KernelError, match="fast computes GroupedLinearSpec"):
+            tested.self_test(made)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32", "fp8", "nvfp4"])
 def test_ops_without_weights_agree(kv_dtype: Any, dtype: Any) -> None:
@@ -104,8 +118,8 @@ def test_a_linear_that_is_wrong_is_named(spoil: Callable[[torch.Tensor], torch.T
     made = kernels()
     made.linear("layer", nvfp4(200, 64, 0))
     assert made.samples is not None
-    ((spec, (weight, kernel, _)),) = made.samples.items()
-    made.samples[spec] = (weight, Wrong(kernel, spoil), "fast")
+    ((spec, (weights, kernel, _)),) = made.samples.items()
+    made.samples[spec] = (weights, Wrong(kernel, spoil), "fast")
     with pytest.raises(KernelError, match=r"self-test: fast computes LinearSpec\(n=200, k=64.* --no-self-test"):
         tested.self_test(made)
 
