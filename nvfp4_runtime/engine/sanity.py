@@ -18,7 +18,7 @@ from nvfp4_runtime.kernels.self_test import FLAG
 from nvfp4_runtime.sampling.params import SamplingParams
 
 NUM_TOKENS = 6
-# Of a row's spread: rounding to BF16 in every layer costs some 1 %, an expert that is chosen by a hair or not some 10 %,
+# Of a row's spread: rounding to BF16 in every layer costs some 1 %, an expert chosen by a hair or not some 10 %,
 # a wrong mask or slot 100 %.
 MOST_DIFFERENCE = 0.3
 

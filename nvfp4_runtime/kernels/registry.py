@@ -110,7 +110,7 @@ class Kernels:
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
-    samples   where a dict is given: the weight of each distinct linear, its kernel and backend; see kernels/self_test.py
+    samples   where a dict is given: weight, kernel and backend of each distinct linear, for kernels/self_test.py
     chosen    the backend of each distinct op without weights
     """
 

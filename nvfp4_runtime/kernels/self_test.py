@@ -22,6 +22,7 @@ from nvfp4_runtime.kernels.ops import (
     Backend,
     GroupedLinearSpec,
     LinearSpec,
+    MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,

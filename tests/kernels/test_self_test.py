@@ -22,6 +22,7 @@ from nvfp4_runtime.nvfp4 import fp8
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.mx import MXFP4Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight, fuse
+from tests import tiny
 from tests.tiny import tiny_llama, tiny_nvfp4_llama, tiny_qwen2, tiny_qwen3
 
 
@@ -152,6 +153,22 @@ def test_untrained_models_make_sense(make: Callable[..., Path], backend: str, tm
     engine = build_engine(config)
     assert engine.info.startup_seconds["self_test"] > 0
     assert engine.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("write", [tiny.write_plain, tiny.write_modelopt])
+@pytest.mark.parametrize(
+    "make", [tiny.mixtral_config, tiny.qwen3_moe_config, tiny.glm4_moe_config, tiny.deepseek_v3_config]
+)
+def test_mixtures_and_latent_attention_make_sense(make: Callable[[], Any], write: Any, tmp_path: Path) -> None:
+    raw = make()
+    folder = write(tmp_path / "m", raw, tiny.random_tensors(raw))
+    build_engine(EngineConfig(model=str(folder), self_test=True, cache=CacheConfig(num_blocks=9)))
+
+
+def test_a_transformers_model_makes_sense(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = str(tiny_qwen3(tmp_path / "m"))
+    build_engine(EngineConfig(model=folder, model_impl="transformers", self_test=True, cache=CacheConfig(num_blocks=9)))
 
 
 class Nonsense(ModelRunner):
