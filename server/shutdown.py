@@ -56,12 +56,18 @@ class Shutdown:
         self._server.should_exit = True
 
     async def _idle(self, seconds: float) -> bool:
-        """Wait until no request runs, at most so long."""
+        """Wait until no request runs, at most so long; whether none does."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._server.server_state.tasks:
+                while self._is_busy():
                     await asyncio.sleep(_POLL_SECONDS)
-        return not self._server.server_state.tasks
+        return not self._is_busy()
+
+    def _is_busy(self) -> bool:
+        """Somebody waits for an answer, or the engine works on one that will be asked for later (background)."""
+        engine = self._state.engine
+        working = engine.alive and engine.stats.num_running + engine.stats.num_waiting > 0
+        return working or bool(self._server.server_state.tasks)
 
 
 class RefuseNew:
