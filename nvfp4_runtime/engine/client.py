@@ -317,7 +317,8 @@ class EngineClient:
             case Beat(expected_seconds):
                 self._note_progress(expected_seconds)
             case Failed(kind, message):
-                self._die(f"{kind}: {message}")
+                logger.error("the engine failed: %s: %s", kind, message)  # clients are told less
+                self._die(f"the engine failed with {kind}")
             case Progress() | Ready():
                 raise AssertionError("the engine reported start-up twice")
 
