@@ -169,10 +169,10 @@ class FakeEngine:
         self.death_reason = reason
         self._fail_all(EngineDeadError(reason))
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, code: str | None = None) -> None:
         """End every running request with an error of its own; the engine goes on."""
         for request_id in list(self._streams):
-            self._deliver(TokenOutput(request_id, [], finish_reason="error", error=message))
+            self._deliver(TokenOutput(request_id, [], finish_reason="error", error=message, error_code=code))
 
     def _fail_all(self, error: NVFP4Error) -> None:
         for stream in self._streams.values():
