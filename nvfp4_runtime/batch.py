@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +60,31 @@ CacheLayer = KVLayer | LatentLayer
 
 
 @dataclass(frozen=True)
+class AdapterRows:
+    """Which new tokens pass which LoRA adapter; the others pass none.
+
+    rows     int64 [A]      their places in [0, T), sorted by adapter
+    ids      int64 [A]      the adapter of each, by its place among the loaded ones
+    offsets  int32 [N + 1]  rows[offsets[i]:offsets[i + 1]] are adapter i's, of N loaded ones
+    """
+
+    rows: Tensor
+    ids: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, per_token: Sequence[int], num_adapters: int, device: torch.device) -> AdapterRows | None:
+        """From each token's adapter, -1 for none. None where no token has one."""
+        places = torch.tensor(per_token)
+        rows = (places >= 0).nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        ids, order = places[rows].sort(stable=True)
+        offsets = torch.searchsorted(ids, torch.arange(num_adapters + 1), out_int32=True)
+        return cls(rows[order].to(device), ids.to(device), offsets.to(device))
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """One ragged step: B sequences give T new tokens in all, prompt parts and decodes alike.
 
@@ -70,10 +96,11 @@ class ForwardBatch:
     cu_seqlens_q   int32 [B + 1]          prefix sum of new tokens per sequence
     logits_rows    int64 [R]              rows of [0, T) whose logits are wanted
     kv             one CacheLayer per decoder layer
+    adapters       None: no token passes an adapter
     max_query_len  the most new tokens of any sequence; 1: every sequence decodes
     max_seq_len    no seq_lens entry is larger
 
-    The last two repeat, or bound, what the tensors say, for kernels whose launch depends on it: reading a tensor back
+    The two maxima repeat, or bound, what the tensors say, for kernels whose launch depends on it: reading a tensor back
     from a GPU would wait for all that runs there. None: the tensors have to be read.
     """
 
@@ -87,6 +114,7 @@ class ForwardBatch:
     kv: tuple[CacheLayer, ...]
     max_query_len: int | None = None
     max_seq_len: int | None = None
+    adapters: AdapterRows | None = None
 
     def kv_layer(self, layer_id: int) -> KVLayer:
         """The keys and values of a layer that keeps them."""

@@ -114,6 +114,14 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="who implements the architecture: we, or the transformers library on our kernels; auto: we where we do",
     )
+    add(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="LoRA adapters (PEFT folders), chosen by a request's model; may repeat",
+    )
+    add("--max-lora-rank", type=flags.whole, default=64, help="adapters of a higher rank are refused (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
     add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
     add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")

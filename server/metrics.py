@@ -88,6 +88,16 @@ class Metrics:
         self._declare_load()
         self._declare_requests(info.max_model_len)
         self._declare_ours(info)
+        self._lora: Gauge | None = None
+        self._lora_shown: tuple[str, ...] = ()
+        if info.adapters:
+            self._num_adapters = str(len(info.adapters))
+            self._lora = Gauge(
+                "vllm:lora_requests_info",
+                "When the LoRA adapters in use last changed (seconds since 1970); which, by its labels.",
+                ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+                registry=self.registry,
+            )
         self.observe_state(initial)
 
     # -- declarations -----------------------------------------------------------------------------------------------
@@ -222,6 +232,15 @@ class Metrics:
         self.waiting_capacity.set(stats.num_waiting)
         self.kv_usage.set(stats.num_used_blocks / max(1, stats.num_total_blocks))
         self.used_blocks.set(stats.num_used_blocks)
+        if self._lora is not None:
+            self._show_adapters(self._lora, ",".join(stats.running_adapters), ",".join(stats.waiting_adapters))
+
+    def _show_adapters(self, gauge: Gauge, running: str, waiting: str) -> None:
+        """One sample at a time: one for every combination there ever was would only grow."""
+        if (running, waiting) != self._lora_shown:
+            self._lora_shown = (running, waiting)
+            gauge.clear()
+            gauge.labels(self._num_adapters, running, waiting).set_to_current_time()
 
     def on_step(self, stats: StepStats) -> None:
         """After each engine step (and after aborts between steps, which do not count as one)."""
