@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,22 +67,39 @@ class AdapterRows:
     rows     int64 [A]      their places in [0, T), sorted by adapter
     ids      int64 [A]      the adapter of each, by its place among the loaded ones
     offsets  int32 [N + 1]  rows[offsets[i]:offsets[i + 1]] are adapter i's, of N loaded ones
+    places   int64 [T]      where each token is in `rows`; A where it is not
+    whole    every token has an adapter and `rows` is 0, 1, 2, ...: nothing has to be moved
     """
 
     rows: Tensor
     ids: Tensor
     offsets: Tensor
+    places: Tensor
+    whole: bool
 
     @classmethod
     def of(cls, per_token: Sequence[int], num_adapters: int, device: torch.device) -> AdapterRows | None:
         """From each token's adapter, -1 for none. None where no token has one."""
-        places = torch.tensor(per_token)
-        rows = (places >= 0).nonzero().flatten()
-        if len(rows) == 0:
+        tokens = [i for i, adapter in enumerate(per_token) if adapter >= 0]
+        if not tokens:
             return None
-        ids, order = places[rows].sort(stable=True)
-        offsets = torch.searchsorted(ids, torch.arange(num_adapters + 1), out_int32=True)
-        return cls(rows[order].to(device), ids.to(device), offsets.to(device))
+        rows = sorted(tokens, key=per_token.__getitem__)  # stable: tokens of one adapter stay in their order
+        places = [len(rows)] * len(per_token)
+        for place, row in enumerate(rows):
+            places[row] = place
+        ids = [per_token[row] for row in rows]
+        offsets = [bisect_left(ids, adapter) for adapter in range(num_adapters + 1)]
+        int64 = [torch.tensor(values, device=device) for values in (rows, ids, places)]
+        bounds = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return cls(int64[0], int64[1], bounds, int64[2], rows == list(range(len(per_token))))
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of x [T, K] that pass an adapter, [A, K], sorted by it."""
+        return x if self.whole else x.index_select(0, self.rows)
+
+    def put_back(self, y: Tensor) -> Tensor:
+        """y [A, N] -> [T, N], zeros for the tokens without."""
+        return y if self.whole else torch.cat([y, y.new_zeros(1, y.shape[1])]).index_select(0, self.places)
 
 
 @dataclass(frozen=True)

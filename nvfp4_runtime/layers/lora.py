@@ -31,17 +31,13 @@ class LinearAdapters:
     ) -> None:
         """found[i][j]: what adapter i adds to part j, which has n_each[j] outputs."""
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
-        parts = [j for j in range(len(n_each)) if any(each[j] is not None for each in found)]
+        self.parts = [j for j in range(len(n_each)) if any(each[j] is not None for each in found)]
         self.rank = max(low.rank for each in found for low in each if low is not None)
-        ends = list(accumulate(n_each))
-        self.columns = [(ends[j] - n_each[j], ends[j]) for j in parts]
-        first = [DenseWeight(torch.cat([self._a(each[j], k) for j in parts])) for each in found]
-        self.into = kernels.grouped_linear(f"{group} lora_A", first)
-        self.out_of = [
-            kernels.grouped_linear(f"{group} lora_B", [DenseWeight(self._b(each[j], n_each[j])) for each in found])
-            for j in parts
-        ]
-        scaling = [[0.0 if (low := each[j]) is None else low.scaling for j in parts] for each in found]
+        into = [DenseWeight(torch.cat([self._a(each[j], k) for j in self.parts])) for each in found]
+        out_of = [DenseWeight(self._b(each, n_each)) for each in found]
+        self.into = kernels.grouped_linear(f"{group} lora_A", into)
+        self.out_of = kernels.grouped_linear(f"{group} lora_B", out_of)
+        scaling = [[0.0 if (low := each[j]) is None else low.scaling for j in self.parts] for each in found]
         self.scaling = kernels.place(torch.tensor(scaling).repeat_interleave(self.rank, dim=1))  # [N, parts * rank]
 
     @classmethod
@@ -62,13 +58,9 @@ class LinearAdapters:
 
     def add(self, y: Tensor, x: Tensor, adapters: AdapterRows) -> Tensor:
         """y [T, N], the layer's own result on x [T, K], with what the tokens' adapters add. Changes y."""
-        low = self.into(x[adapters.rows], adapters.offsets)
+        low = self.into(adapters.pick(x), adapters.offsets)
         low = (low * self.scaling[adapters.ids]).to(self.dtype)
-        for (start, stop), kernel, part in zip(
-            self.columns, self.out_of, torch.split(low, self.rank, dim=1), strict=True
-        ):
-            y[:, start:stop].index_add_(0, adapters.rows, kernel(part.contiguous(), adapters.offsets))
-        return y
+        return y.add_(adapters.put_back(self.out_of(low, adapters.offsets)))
 
     def _a(self, low: LowRank | None, k: int) -> Tensor:
         a = torch.zeros(self.rank, k, dtype=self.dtype)
@@ -76,8 +68,12 @@ class LinearAdapters:
             a[: low.rank] = low.a
         return a
 
-    def _b(self, low: LowRank | None, n: int) -> Tensor:
-        b = torch.zeros(n, self.rank, dtype=self.dtype)
-        if low is not None:
-            b[:, : low.rank] = low.b
+    def _b(self, each: Sequence[LowRank | None], n_each: Sequence[int]) -> Tensor:
+        """All parts' B side by side and one below the other: each reads its own part of what A gives."""
+        b = torch.zeros(sum(n_each), len(self.parts) * self.rank, dtype=self.dtype)
+        ends = list(accumulate(n_each))
+        for place, j in enumerate(self.parts):
+            if (low := each[j]) is not None:
+                at = place * self.rank
+                b[ends[j] - n_each[j] : ends[j], at : at + low.rank] = low.b
         return b
