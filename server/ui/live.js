@@ -18,8 +18,7 @@ export class Live {
     const chart = (id, options) => new Chart($(id), { span: SPAN, ...options });
     const [a, b] = ["a", "b"];
     this.throughput = chart("chart-throughput", {
-      label: "Tokens per second", show: format.rate,
-      series: [{ name: "generated", className: a }, { name: "prompt", className: b }],
+      label: "Tokens per second", show: format.rate, series: [{ name: "generated", className: a }],
     });
     this.latency = chart("chart-latency", {
       label: "Mean time between tokens", show: (ms) => format.seconds(ms / 1000), series: [{ name: "mean", className: a }],
@@ -57,19 +56,19 @@ export class Live {
     this.#showLoad(samples, time);
     this.#showKv(samples, time);
     if (last !== undefined && now.generation >= last.generation && now.prompt >= last.prompt) {
-      const rates = ["generation", "prompt"].map((name) => (now[name] - last[name]) / (time - last.time));
-      setText("rate-generation", format.rate(rates[0]));
-      setText("rate-prompt", format.rate(rates[1]));
-      this.throughput.add(time, rates);
+      const perSecond = (name) => (now[name] - last[name]) / (time - last.time);
+      setText("rate-generation", format.rate(perSecond("generation")));
+      setText("rate-prompt", format.rate(perSecond("prompt")));
+      this.throughput.add(time, [perSecond("generation")]);
       const between = growth(now.itl, last.itl);
       const seen = observations(between);
       this.latency.add(time, [seen > 0 ? between.sum / seen * 1000 : null]);
     }
     const [first] = this.#scrapes;
-    for (const [name, id] of [["ttft", "ttft"], ["itl", "itl"]]) {
+    for (const name of ["ttft", "itl"]) {
       const grown = growth(now[name], first === now ? null : first[name]);
-      setText(`${id}-50`, format.quantile(quantileOf(grown, 0.5)));
-      setText(`${id}-95`, format.quantile(quantileOf(grown, 0.95)));
+      setText(`${name}-50`, format.quantile(quantileOf(grown, 0.5)));
+      setText(`${name}-95`, format.quantile(quantileOf(grown, 0.95)));
     }
     this.#showOwn();
   }
@@ -77,8 +76,8 @@ export class Live {
   /** A moment without an answer is a gap in every chart. */
   gap() {
     const time = performance.now() / 1000;
-    for (const chart of [this.throughput, this.load]) chart.add(time, [null, null]);
-    for (const chart of [this.latency, this.kv]) chart.add(time, [null]);
+    this.load.add(time, [null, null]);
+    for (const chart of [this.throughput, this.latency, this.kv]) chart.add(time, [null]);
     for (const id of ["rate-generation", "rate-prompt", "running", "waiting"]) setText(id, "–");
   }
 

@@ -15,12 +15,13 @@ function requestRow(request, own) {
   const ours = own.has(ownId(request.id));
   const later = request.completion_tokens - 1;
   const rate = request.decode_seconds > 0 && later > 0 ? later / request.decode_seconds : null;
-  const prompt = format.count(request.prompt_tokens) + (request.cached_tokens ? ` (${format.count(request.cached_tokens)} cached)` : "");
   return el("tr", { class: ours && "ours", title: request.id },
     el("th", { scope: "row" }, format.ago(request.ended), ours ? el("span", { class: "visually-hidden" }, ", this page") : null),
+    el("td", {}, `${format.count(request.prompt_tokens)} → ${format.count(request.completion_tokens)}`,
+      request.cached_tokens ? el("span", { class: "sub" }, `${format.count(request.cached_tokens)} cached`) : null),
     ...[
       format.seconds(request.queue_seconds), format.seconds(request.ttft_seconds), format.rate(rate),
-      `${prompt} → ${format.count(request.completion_tokens)}`, format.seconds(request.total_seconds),
+      format.seconds(request.total_seconds),
     ].map((text) => el("td", {}, text)),
     el("td", { class: `finish ${request.finish_reason}` }, format.finish(request.finish_reason)));
 }
