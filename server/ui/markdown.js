@@ -74,7 +74,7 @@ function codeBlock(source) {
   const code = el("code", {}, codeOf(source));
   return el("div", { class: "code" },
     el("div", { class: "code-head" }, el("span", {}, language), copyButton(() => code.textContent, "Copy the code")),
-    el("pre", { tabindex: "0", role: "region", "aria-label": `Code ${language}`.trim() }, code));
+    el("pre", { tabindex: "0", role: "group", "aria-label": `Code ${language}`.trim() }, code));
 }
 
 /** What stands between the fences; the second may not have come yet. */

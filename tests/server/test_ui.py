@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -148,9 +149,16 @@ async def test_last_requests_are_listed_with_their_times_and_without_their_text(
 
 async def test_a_request_that_failed_is_listed_as_an_error_without_times(serve: Serve) -> None:
     server = await serve(FakeEngine(step_seconds=0.01))
+    running = asyncio.create_task(server.complete(max_tokens=200))
+    await asyncio.sleep(0.1)
     server.engine.die()
+    await running
+    (listed,) = (await server.http.get("/requests")).json()["data"]
+    assert listed["finish_reason"] == "error"
+    assert listed["total_seconds"] is listed["ttft_seconds"] is None
+    assert listed["completion_tokens"] > 0
     await server.complete()
-    assert (await server.http.get("/requests")).json()["data"] == [], "it was never accepted"
+    assert len((await server.http.get("/requests")).json()["data"]) == 1, "the second was never accepted"
 
 
 async def test_no_more_than_a_hundred_requests_are_kept(serve: Serve) -> None:
