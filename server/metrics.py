@@ -269,7 +269,9 @@ class Metrics:
     def failed(self, request_id: str) -> None:
         if (request := self._requests.pop(request_id, None)) is not None:
             self.request_success.labels(*self._labels, "error").inc()
-            self.recent_requests.add(request_id, "error", request.prompt_tokens, request.cached_tokens, request.num_tokens)
+            self.recent_requests.add(
+                request_id, "error", request.prompt_tokens, request.cached_tokens, request.num_tokens
+            )
 
     def released(self, request_id: str) -> None:
         """The server has taken a request's last token, or is no longer interested in it."""
