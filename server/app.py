@@ -40,7 +40,10 @@ from server.state import ServerState
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -> FastAPI:
-    """The ASGI application over a running engine, which it closes when it ends. Reads no environment, and no files but the page's."""
+    """The ASGI application over a running engine, which it closes when it ends.
+
+    Reads no environment, and no files but those of the page.
+    """
     metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
     engine.on_step(metrics.on_step)
     engine.on_output(metrics.on_output)

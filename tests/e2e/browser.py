@@ -36,7 +36,7 @@ def running_browser() -> Iterator[Browser]:
 
 
 class Watch:
-    """What a page said and whom it asked. `expected`: console errors that the test causes on purpose, by their words."""
+    """What a page said and whom it asked. `expected`: words of console errors that the test causes on purpose."""
 
     def __init__(self, page: Page, origin: str) -> None:
         self.errors: list[str] = []

@@ -208,11 +208,13 @@ def test_quantiles_are_those_of_the_histograms_growth(page: Page) -> None:
     found = page.evaluate(
         """async () => {
             const { parse, histogram, growth, quantileOf, total } = await import("/ui/prometheus.js");
-            const scrape = (a, b, c) => parse(`# HELP x y\nx_bucket{le="1",m="a\\\\"b"} ${a}\nx_bucket{le="2",m="a"} ${b}
+            const scrape = (a, b, c) => parse(`# HELP x y\nx_bucket{le="1",m="a\\\\"b"} ${a}
+x_bucket{le="2",m="a"} ${b}
 x_bucket{le="+Inf",m="a"} ${c}\nx_sum{m="a"} 9\nup{k="1"} 2\nup{k="2"} 3`);
             const [old, now] = [scrape(5, 5, 5), scrape(5, 15, 15)].map((s) => histogram(s, "x"));
             return [
-                quantileOf(growth(now, old), 0.5), quantileOf(old, 0.5), quantileOf(histogram(scrape(0, 0, 4), "x"), 0.5),
+                quantileOf(growth(now, old), 0.5), quantileOf(old, 0.5),
+                quantileOf(histogram(scrape(0, 0, 4), "x"), 0.5),
                 quantileOf(growth(now, now), 0.5), growth(old, now).counts, total(scrape(1, 1, 1), "up"),
                 total(scrape(1, 1, 1), "up", { k: "2" }), histogram(scrape(1, 1, 1), "y"),
                 scrape(1, 1, 1).get("x_bucket")[0].labels.m,

@@ -92,7 +92,8 @@ async def test_a_file_that_is_known_is_not_sent_again(serve: Serve) -> None:
     "path",
     [
         "/ui", "/ui/", "/ui/index.html", "/ui/../config.py", "/ui/%2e%2e/config.py", "/ui/..%2fconfig.py",
-        "/ui//main.js",        "/ui/..\\config.py", "/ui/main.js/", "/ui/main.js%00", "/ui/%2fetc%2fpasswd", "//ui/main.js", "/UI/main.js",
+        "/ui//main.js", "/ui/..\\config.py", "/ui/main.js/", "/ui/main.js%00", "/ui/%2fetc%2fpasswd",
+        "//ui/main.js", "/UI/main.js",
     ],
 )  # fmt: skip
 async def test_other_paths_are_404_with_and_401_without_reach_of_any_file(serve: Serve, path: str) -> None:
