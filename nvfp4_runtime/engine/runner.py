@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
 from nvfp4_runtime.engine.staging import StepLists
@@ -33,12 +33,12 @@ class Model(Protocol):
 class ModelRunner:
     """The executor over a real model. Holds the KV tensors and nothing about any request."""
 
-    def __init__(self, model: Model, kv: tuple[KVLayer, ...], sampler: BatchSampler) -> None:
+    def __init__(self, model: Model, kv: tuple[CacheLayer, ...], sampler: BatchSampler) -> None:
         self._model = model
         self._kv = kv
         self._sampler = sampler
         self._block_size = kv[0].block_size
-        self._torch_device = kv[0].k.device
+        self._torch_device = kv[0].device
 
     @torch.inference_mode()
     def execute(self, schedule: Schedule) -> list[StepResult]:
