@@ -30,10 +30,11 @@ async function describe() {
   showModels(data);
   showPrecision(card);
   const kernels = [...new Set(card.quantization.map(({ kernel }) => kernel))].join(" + ");
-  const facts = [card.numerics.toUpperCase(), kernels && `kernels ${kernels}`, version.device, `context ${card.max_model_len}`];
+  const runs = kernels ? `${kernels} kernels on ${version.device}` : version.device;
+  const facts = [card.numerics.toUpperCase(), runs, `context ${card.max_model_len}`];
   setText("model-name", card.id);
   setText("empty-model", card.id);
-  setText("model-facts", facts.filter(Boolean).join(" · "));
+  setText("model-facts", facts.join(" · "));
   document.title = `${card.id} · nvfp4`;
   described = true;
 }
