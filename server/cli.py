@@ -187,6 +187,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="for what /v1/responses keeps (default: 64MiB)",
     )
     add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
+    add("--no-ui", action="store_true", help="do not serve the page at /")
     add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")

@@ -101,6 +101,7 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         pooling=args.embedding_pooling,
         stored_responses_bytes=args.response_store_memory,
         stored_responses_seconds=args.response_store_ttl,
+        ui=not args.no_ui,
     )
 
 
