@@ -203,6 +203,14 @@ class SimulatedConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter to load beside the model: the name that requests choose it by, and its local folder."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
@@ -210,6 +218,7 @@ class EngineConfig:
     model_impl     "native": ours; "transformers": that library's module on our kernels; "auto": ours if there is one
     device         "auto": a GPU if PyTorch can use one, else the CPU
     self_test      kernels are compared with the reference, and a sanity prompt is run, before the engine is ready
+    max_lora_rank  adapters of a higher rank are refused
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     """
 
@@ -227,3 +236,5 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     simulated: SimulatedConfig | None = None
+    adapters: tuple[AdapterConfig, ...] = ()
+    max_lora_rank: int = 64

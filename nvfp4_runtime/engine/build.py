@@ -12,12 +12,13 @@ import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
+from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
 from nvfp4_runtime.config import Dtype, EngineConfig
 from nvfp4_runtime.engine.device import describe, resolve_device
 from nvfp4_runtime.engine.engine import Engine
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
 from nvfp4_runtime.engine.plan import (
     check_limits,
@@ -52,6 +53,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        checkpoint.adapters = tuple(Adapter.open(adapter, config.max_lora_rank) for adapter in config.adapters)
     described = describe_model(checkpoint.raw_config, config.model_impl)
     max_len = resolve_max_model_len(config.scheduler, context_limit(described))
     torch.set_num_threads(config.threads or physical_cores())
@@ -102,6 +104,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
         enable_prefix_caching=config.cache.enable_prefix_caching,
         device=describe(device),
+        adapters=[AdapterInfo(a.name, str(a.path), a.rank) for a in checkpoint.adapters],
     )
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
@@ -128,7 +131,7 @@ def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) ->
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
         kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
-    runner = ModelRunner(model, kv, BatchSampler())
+    runner = ModelRunner(model, kv, BatchSampler(), [adapter.name for adapter in config.adapters])
     with phases.phase("warm_up"):
         runner.warm_up()
     return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner))

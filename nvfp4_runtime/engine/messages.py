@@ -27,6 +27,7 @@ class Submit(msgspec.Struct, tag=True):
     """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
 
     priority  lower goes first
+    adapter   the name of a loaded LoRA adapter, "": the model as it is
     pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
     """
 
@@ -37,6 +38,7 @@ class Submit(msgspec.Struct, tag=True):
     cache_salt: str = ""
     priority: int = 0
     pooling: Pooling | None = None
+    adapter: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -117,6 +119,7 @@ class StepStats(msgspec.Struct):
     num_faults             exceptions in steps that ended a request or made the scheduler start over
     num_memory_faults      steps that did not get the memory they asked for
     num_degenerate_outputs requests seen to repeat themselves (see engine/degenerate.py)
+    running_adapters, waiting_adapters  names of the LoRA adapters that some such request has, each once
     """
 
     num_running: int
@@ -135,6 +138,16 @@ class StepStats(msgspec.Struct):
     num_faults: int = 0
     num_memory_faults: int = 0
     num_degenerate_outputs: int = 0
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
+
+
+class AdapterInfo(msgspec.Struct):
+    """A loaded LoRA adapter: the name that requests choose it by, its folder, its largest rank."""
+
+    name: str
+    path: str
+    rank: int
 
 
 class LayerGroup(msgspec.Struct):
@@ -175,6 +188,10 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     enable_prefix_caching: bool
     device: str = "cpu"
     pid: int = 0
+    adapters: list[AdapterInfo] = []
+
+    def has_adapter(self, name: str) -> bool:
+        return any(adapter.name == name for adapter in self.adapters)
 
 
 class Progress(msgspec.Struct, tag=True):

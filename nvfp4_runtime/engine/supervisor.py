@@ -127,6 +127,7 @@ class SupervisedEngine:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        adapter: str = "",
     ) -> TokenStream:
         """As EngineClient's; EngineDeadError with `retry_after_seconds` while an engine is being started."""
         if not self.alive:
@@ -138,6 +139,7 @@ class SupervisedEngine:
             cache_salt=cache_salt,
             priority=priority,
             pooling=pooling,
+            adapter=adapter,
         )
 
     def abort(self, request_id: str) -> None:

@@ -158,16 +158,18 @@ class _Tests:
         """A sequence of 19 tokens that decodes, and one of 21 whose last three are new; blocks 1 to 4."""
         positions = [18, 18, 19, 20]
         slots = [2 * _BLOCK_SIZE + 2, *(4 * _BLOCK_SIZE + p - _BLOCK_SIZE for p in positions[1:])]
-        tensors = {
-            "input_ids": [0] * 4,
-            "positions": positions,
-            "slot_mapping": slots,
-            "logits_rows": [0],
-        }
-        narrow = {"block_tables": [[1, 2], [3, 4]], "seq_lens": [19, 21], "cu_seqlens_q": [0, 1, 4]}
+
+        def tensor(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
         return ForwardBatch(
-            **{name: torch.tensor(values, device=self._device) for name, values in tensors.items()},
-            **{name: torch.tensor(values, dtype=torch.int32, device=self._device) for name, values in narrow.items()},
+            input_ids=tensor([0] * 4, torch.int64),
+            positions=tensor(positions, torch.int64),
+            slot_mapping=tensor(slots, torch.int64),
+            block_tables=tensor([[1, 2], [3, 4]]),
+            seq_lens=tensor([19, 21]),
+            cu_seqlens_q=tensor([0, 1, 4]),
+            logits_rows=tensor([0], torch.int64),
             kv=(),
             max_query_len=3,
             max_seq_len=21,
