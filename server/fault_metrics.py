@@ -34,10 +34,6 @@ class FaultMetrics(Collector):
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             counter.add_metric(self._labels, count)
             yield counter
-        for name, text, value in (
-            ("nvfp4_engine_up", "1 while the engine takes requests.", float(engine.alive)),
-            ("nvfp4_engine_stalled_seconds", "How long work has waited without progress.", engine.stalled_seconds),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
+        up = GaugeMetricFamily("nvfp4_engine_up", "1 while the engine takes requests.", labels=_LABELS)
+        up.add_metric(self._labels, float(engine.alive))
+        yield up

@@ -164,7 +164,7 @@ class SupervisedEngine:
             client.on_finish(callback)
 
     def _step(self, stats: StepStats) -> None:
-        totals: dict[str, Any] = {name: getattr(self._before, name) + getattr(stats, name) for name in _TOTALS}
+        totals = {name: _sum(getattr(self._before, name), getattr(stats, name)) for name in _TOTALS}
         self.stats = msgspec.structs.replace(stats, **totals)
         for callback in self._on_step:
             callback(self.stats)
@@ -250,6 +250,13 @@ class SupervisedEngine:
         self._down = reason
         if not self.given_up.done():
             self.given_up.set_result(reason)
+
+
+def _sum(before: Any, now: Any) -> Any:
+    """Two totals, or two dicts of totals, as one."""
+    if isinstance(now, dict):
+        return {key: before.get(key, 0) + now.get(key, 0) for key in {**before, **now}}
+    return before + now
 
 
 async def _launch(config: EngineConfig, policy: Supervision, on_progress: ProgressCallback | None) -> EngineClient:

@@ -254,7 +254,7 @@ def test_a_full_queue_is_not_ready_and_still_healthy(launch: Launch) -> None:
     server = launch(
         "--simulate", "--simulate-step-seconds", "0.01", "--max-num-seqs", "1", "--max-queued-requests", "2"
     )
-    streams = Streams(server, ["a", "b", "c"], max_tokens=200)
+    streams = Streams(server, ["a", "b", "c"], max_tokens=80)
     until(lambda: server.metric("vllm:num_requests_waiting") == 2)
     response = httpx.get(f"{server.url}/health/ready")
     assert response.status_code == 503

@@ -34,7 +34,6 @@ OURS = {
     "nvfp4_weight_bytes", "nvfp4_kv_cache_bytes", "nvfp4_kv_cache_blocks", "nvfp4_kv_cache_used_blocks",
     "nvfp4_event_loop_lag_seconds", "nvfp4_invalid_outputs", "nvfp4_step_faults", "nvfp4_step_memory_faults",
     "nvfp4_degenerate_outputs", "nvfp4_engine_restarts", "nvfp4_engine_stalls", "nvfp4_engine_up",
-    "nvfp4_engine_stalled_seconds",
     "nvfp4_tokens_per_second", "nvfp4_layer_kernel_info", "nvfp4_numerics_info", "nvfp4_startup_seconds",
 }  # fmt: skip
 
