@@ -130,9 +130,12 @@ async def drain(server: Server, count: int) -> tuple[int, float, float]:
 
 
 def measure_outages(count: int, repeats: int, number: signal.Signals, stall: float, log: Path) -> list[Outage]:
-    arguments = [*SIMULATED, "--stall-timeout", str(stall), "--max-engine-restarts", str(repeats)]
-    with nvfp4_server(arguments, {}, 60, log) as server:
-        return [asyncio.run(outage(server, count, number)) for _ in range(repeats)]
+    """Each with a server of its own: a second restart within ten minutes waits first."""
+    found = []
+    for _ in range(repeats):
+        with nvfp4_server([*SIMULATED, "--stall-timeout", str(stall)], {}, 60, log) as server:
+            found.append(asyncio.run(outage(server, count, number)))
+    return found
 
 
 def measure_drain(count: int, log: Path) -> Drain:
