@@ -73,12 +73,19 @@ async def stream(client: httpx.AsyncClient, prompt: str, max_tokens: int) -> tup
     return last, time.monotonic()
 
 
-async def until_ready(client: httpx.AsyncClient, status: int) -> float:
-    """When /health/ready answered `status`; within 30 s."""
-    async with asyncio.timeout(30):
-        while (await client.get("/health/ready")).status_code != status:
-            await asyncio.sleep(POLL_SECONDS)
-    return time.monotonic()
+def until_ready(probe: httpx.Client, *statuses: int) -> list[float]:
+    """When /health/ready answered each of `statuses`, one after the other; within 60 s. For a thread of its own: the
+    event loop has streams to read, and an engine may be replaced before that looks again."""
+    found: list[float] = []
+    deadline = time.monotonic() + 60
+    while len(found) < len(statuses):
+        if probe.get("/health/ready").status_code == statuses[len(found)]:
+            found.append(time.monotonic())
+            continue
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"/health/ready did not answer {statuses[len(found)]} within 60 s")
+        time.sleep(POLL_SECONDS)
+    return found
 
 
 async def running(client: httpx.AsyncClient, count: int) -> None:
@@ -101,15 +108,15 @@ def is_left(pid: int) -> bool:
 async def outage(server: Server, count: int, number: signal.Signals) -> Outage:
     """Send `number` to the engine while `count` streams run."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-        streams = [asyncio.create_task(stream(client, f"stream {i}", ENDLESS)) for i in range(count)]
-        await running(client, count)
-        engine = engine_of(server.pid)
-        os.kill(engine, number)
-        sent = time.monotonic()
-        not_ready = await until_ready(client, 503)
-        restarted = await until_ready(client, 200)
-        ends = await asyncio.gather(*streams)
+    with httpx.Client(base_url=server.url, timeout=5) as probe:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            streams = [asyncio.create_task(stream(client, f"stream {i}", ENDLESS)) for i in range(count)]
+            await running(client, count)
+            engine = engine_of(server.pid)
+            os.kill(engine, number)
+            sent = time.monotonic()
+            not_ready, restarted = await asyncio.to_thread(until_ready, probe, 503, 200)
+            ends = await asyncio.gather(*streams)
     errors = [end for end, _ in ends if len(end) == 2 and '"error"' in end[0] and end[1] == "data: [DONE]"]
     last = max(at for _, at in ends)
     return Outage(last - sent, not_ready - sent, restarted - sent, len(errors), int(is_left(engine)))
@@ -118,13 +125,14 @@ async def outage(server: Server, count: int, number: signal.Signals) -> Outage:
 async def drain(server: Server, count: int) -> tuple[int, float, float]:
     """SIGTERM while `count` streams run: how many came to their end, seconds to 503, and to the last event."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-        streams = [asyncio.create_task(stream(client, f"stream {i}", SHORT)) for i in range(count)]
-        await running(client, count)
-        os.kill(server.pid, signal.SIGTERM)
-        sent = time.monotonic()
-        not_ready = await until_ready(client, 503)
-        ends = await asyncio.gather(*streams)
+    with httpx.Client(base_url=server.url, timeout=5) as probe:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            streams = [asyncio.create_task(stream(client, f"stream {i}", SHORT)) for i in range(count)]
+            await running(client, count)
+            os.kill(server.pid, signal.SIGTERM)
+            sent = time.monotonic()
+            (not_ready,) = await asyncio.to_thread(until_ready, probe, 503)
+            ends = await asyncio.gather(*streams)
     whole = sum(len(end) == 2 and '"length"' in end[0] and end[1] == "data: [DONE]" for end, _ in ends)
     return whole, not_ready - sent, max(at for _, at in ends) - sent
 
