@@ -167,6 +167,7 @@ class EngineConfig:
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
     device         "auto": a GPU if PyTorch can use one, else the CPU
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
+    machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
     """
 
     model: str = ""
@@ -176,6 +177,7 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
+    machine_limits: str = "off"
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -111,6 +111,12 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
     add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
     add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")
+    add(
+        "--machine-limits",
+        default="off",
+        metavar="LIMITS",
+        help="what steps are compared with in /metrics: off, measure (1 to 2 s, once per machine), or GB/s,GFLOP/s",
+    )
     add("--threads", type=flags.whole, help="compute threads (default: the machine's cores)")
     add("--max-model-len", type=flags.whole, help="tokens of prompt and answer together (default: the model's)")
     add("--max-num-seqs", type=flags.whole, default=64, help="requests in one step (default: %(default)s)")

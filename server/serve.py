@@ -118,6 +118,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
+        machine_limits=args.machine_limits,
         threads=args.threads,
         seed=args.seed,
         cache=CacheConfig(

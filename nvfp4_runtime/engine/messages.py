@@ -108,7 +108,12 @@ class TokenOutput(msgspec.Struct):
 
 
 class StepStats(msgspec.Struct):
-    """State after a step, and what the step did. Counters are totals since start."""
+    """State after a step, and what the step did. Counters are totals since start.
+
+    phase_seconds   time of all steps by phase, see StepClock
+    flops, ...      what all steps computed, read and wrote by estimate, see ModelCost
+    oldest_waiting  arrival of the request that has waited longest, time.monotonic(); 0: none waits
+    """
 
     num_running: int
     num_waiting: int
@@ -122,6 +127,19 @@ class StepStats(msgspec.Struct):
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    phase_seconds: dict[str, float] = {}
+    flops: float = 0.0
+    bytes_read: float = 0.0
+    bytes_written: float = 0.0
+    oldest_waiting: float = 0.0
+
+
+class MachineLimits(msgspec.Struct):
+    """What this machine can do at best, and where that is known from, for a person to read."""
+
+    read_bytes_per_second: float
+    flops_per_second: float
+    how: str
 
 
 class LayerGroup(msgspec.Struct):
@@ -162,6 +180,8 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     enable_prefix_caching: bool
     device: str = "cpu"
     pid: int = 0
+    scratch_bytes: dict[str, int] = {}
+    limits: MachineLimits | None = None
 
 
 class Progress(msgspec.Struct, tag=True):

@@ -333,6 +333,7 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            oldest_waiting=min((request.times.arrival for request in self.waiting), default=0.0),
         )
 
     def check(self) -> None:
