@@ -75,6 +75,7 @@ class TokenOutput(msgspec.Struct):
     error          with "error": why
     param          with "error": the request's field at fault, where the request is
     ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
+    times          with a request's first token and with its last word
     embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
     """
 
@@ -104,7 +105,7 @@ class TokenOutput(msgspec.Struct):
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
         self.ends_whole, self.embedding = later.ends_whole, later.embedding
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
-        self.times = later.times
+        self.times = later.times or self.times
 
 
 class StepStats(msgspec.Struct):
