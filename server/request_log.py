@@ -37,15 +37,14 @@ class RequestLog:
         outcome = f" {record.outcome}" if record.outcome else ""
         logger.log(
             level,
-            "%s %.200r %d %.3fs %s%s%s",
+            "%s %.200r %d %.3fs %s%s",
             record.method,
             record.path,
             record.status,
             record.seconds,
             record.request_id,
             outcome,
-            told,
-            extra={"fields": facts},
+            extra={"fields": facts, "tail": told},
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 LOG_FORMATS = ("text", "json")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FIELDS = "fields"  # logger.info(text, extra={FIELDS: {...}}): a record's facts, as keys of the JSON object
+TAIL = "tail"  # the same facts in words, where the message does not say them
 
 
 class JsonFormatter(logging.Formatter):
@@ -39,9 +40,16 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(found, ensure_ascii=False, default=str)
 
 
+class TextFormatter(logging.Formatter):
+    """Lines for people: a record's `tail`, if it has one, stands behind its message."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record) + str(getattr(record, TAIL, ""))
+
+
 def configure_logs(form: str, level: int | str, text: str = TEXT, **constant: str) -> None:
     """This process's log to stderr, in one of LOG_FORMATS; `text` is the format of lines for people."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(**constant) if form == "json" else logging.Formatter(text))
+    handler.setFormatter(JsonFormatter(**constant) if form == "json" else TextFormatter(text))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(form == "json")
