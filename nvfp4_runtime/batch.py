@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +32,31 @@ class KVLayer:
     def block_size(self) -> int:
         return self.k.shape[2]
 
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+
+@dataclass(frozen=True)
+class LatentLayer:
+    """One layer's latent vectors (multi-head latent attention).
+
+    latent  [num_blocks, block_size, kv_lora_rank + rope_dim]  bfloat16 or float32: normed latent, then the rotated key
+    """
+
+    latent: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.latent.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.latent.device
+
+
+CacheLayer = KVLayer | LatentLayer
+
 
 @dataclass(frozen=True)
 class ForwardBatch:
@@ -42,7 +69,7 @@ class ForwardBatch:
     seq_lens       int32 [B]              tokens visible to attention, the new ones included
     cu_seqlens_q   int32 [B + 1]          prefix sum of new tokens per sequence
     logits_rows    int64 [R]              rows of [0, T) whose logits are wanted
-    kv             one KVLayer per decoder layer
+    kv             one CacheLayer per decoder layer
     max_query_len  the most new tokens of any sequence; 1: every sequence decodes
     max_seq_len    no seq_lens entry is larger
 
@@ -57,6 +84,24 @@ class ForwardBatch:
     seq_lens: Tensor
     cu_seqlens_q: Tensor
     logits_rows: Tensor
-    kv: tuple[KVLayer, ...]
+    kv: tuple[CacheLayer, ...]
     max_query_len: int | None = None
     max_seq_len: int | None = None
+
+    def kv_layer(self, layer_id: int) -> KVLayer:
+        """The keys and values of a layer that keeps them."""
+        layer = self.kv[layer_id]
+        assert isinstance(layer, KVLayer)
+        return layer
+
+    @cached_property
+    def each_token(self) -> tuple[Tensor, Tensor]:
+        """(block_tables, seq_lens) as if every new token were a sequence of its own, that ends with it.
+
+        int32 [T, max_blocks] and int32 [T]. Where every sequence decodes these are the batch's own.
+        """
+        if self.max_query_len == 1:
+            return self.block_tables, self.seq_lens
+        counts = self.cu_seqlens_q.diff()
+        tables = self.block_tables.repeat_interleave(counts, dim=0, output_size=len(self.input_ids))
+        return tables, (self.positions + 1).to(torch.int32)

@@ -9,6 +9,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Numerics = Literal["w4a16", "w4a4", "w4a8"]
 HeadDtype = Literal["auto", "bf16", "fp8", "nvfp4"]
 KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
+ModelImpl = Literal["auto", "native", "transformers"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
@@ -60,6 +61,26 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values of all heads come from one short vector per token.
+
+    q_lora_rank      width between the two projections of the queries; None: one projection
+    kv_lora_rank     width of the latent vector, which is what the cache keeps
+    nope_dim, rope_dim, v_dim  per head: queries and keys without rope, with rope (one key for all heads), values
+    interleaved      rope turns neighbours (x0, x1), (x2, x3), ... instead of halves
+    scale            of the scores, YaRN's correction included
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder's code needs to know of its config.json, in one spelling.
 
@@ -89,12 +110,13 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
     num_draft_layers: int = 0
 
     @property
     def rotary_dim(self) -> int:
         """How many of a head's dimensions rope turns; the rest pass as they are."""
-        return int(self.head_dim * self.rope.partial_rotary_factor)
+        return self.mla.rope_dim if self.mla is not None else int(self.head_dim * self.rope.partial_rotary_factor)
 
 
 @dataclass(frozen=True)
@@ -165,6 +187,7 @@ class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
+    model_impl     "native": ours; "transformers": that library's module on our kernels; "auto": ours if there is one
     device         "auto": a GPU if PyTorch can use one, else the CPU
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
@@ -175,6 +198,7 @@ class EngineConfig:
     dtype: Dtype | Literal["auto"] = "auto"
     numerics: Numerics | Literal["auto"] = "auto"
     lm_head_dtype: HeadDtype = "auto"
+    model_impl: ModelImpl = "auto"
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True

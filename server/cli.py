@@ -110,6 +110,12 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="quantise a plain head at load, for speed; auto keeps what is stored",
     )
+    add(
+        "--model-impl",
+        choices=("auto", "native", "transformers"),
+        default="auto",
+        help="who implements the architecture: we, or the transformers library on our kernels; auto: we where we do",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
     add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
     add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")

@@ -127,6 +127,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         dtype=args.dtype,
         numerics=args.numerics,
         lm_head_dtype=args.lm_head_dtype,
+        model_impl=args.model_impl,
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,

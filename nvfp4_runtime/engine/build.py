@@ -7,7 +7,6 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,14 +35,10 @@ from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
 from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
 from nvfp4_runtime.kernels.transfer import finish_transfers
-from nvfp4_runtime.models import load_model
-from nvfp4_runtime.models.hf_config import parse_model_config
+from nvfp4_runtime.models import Model, describe_model, load_model
 from nvfp4_runtime.sampling.sampler import BatchSampler
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.worker import GrammarTrial
-
-if TYPE_CHECKING:
-    from nvfp4_runtime.models.llama import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +55,15 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
-    max_len = resolve_max_model_len(config.scheduler, context_limit(parse_model_config(checkpoint.raw_config)))
+    described = describe_model(checkpoint.raw_config, config.model_impl)
+    max_len = resolve_max_model_len(config.scheduler, context_limit(described))
     torch.set_num_threads(config.threads or physical_cores())
     backends = available_backends(config.backend, config.threads, "cpu" if gpu is None else "cuda")
     with phases.phase("weights"):
         dtype = _resolve_dtype(config, checkpoint.raw_config)
         stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
         kernels = Kernels(backends, dtype, config.numerics, stream, device)
-        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype)
+        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype, config.model_impl)
         num_uploaded, upload_seconds = finish_transfers(device)
     if num_uploaded:
         phases.carve("upload", upload_seconds, out_of="weights")
@@ -86,7 +82,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
             "leave it out, or quantise the model first: nvfp4 quantize SRC OUT",
             "--numerics",
         )
-    layers, token_bytes = layer_groups(kernels.choices), bytes_per_block(model.kv_specs, model.kv_dtype, 1)
+    layers = layer_groups(kernels.choices)
     limits = None
     if config.machine_limits != "off":
         with phases.phase("machine_limits"):
@@ -116,13 +112,13 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         scratch_bytes=placed.scratch_bytes,
         limits=limits,
     )
-    cost = ModelCost.of(model.config, layers, token_bytes)
+    cost = ModelCost.of(model.config, layers, model.kv_specs, model.kv_dtype)
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
     return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars, cost=cost)
 
 
-def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) -> Placement:
+def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) -> Placement:
     with phases.phase("kv_cache"):
         block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
@@ -135,7 +131,7 @@ def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) 
     return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner, clock=clock))
 
 
-def _warn_of_missing_scales(model: Decoder) -> None:
+def _warn_of_missing_scales(model: Model) -> None:
     if all(spec.has_scales for spec in model.kv_specs):
         return
     if model.kv_dtype == "fp8":

@@ -7,8 +7,10 @@ the processor too. A multiply-add is two operations.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec
 from nvfp4_runtime.config import ModelConfig
 from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled
@@ -58,8 +60,10 @@ class ModelCost:
     windows: dict[int | None, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: ModelConfig, layers: list[LayerGroup], kv_token_bytes: float) -> ModelCost:
-        """`kv_token_bytes`: keys and values of one token in all layers."""
+    def of(
+        cls, config: ModelConfig, layers: list[LayerGroup], kv_specs: Sequence[CacheSpec], kv_dtype: str
+    ) -> ModelCost:
+        """Of a model as it was loaded. Latent attention is counted absorbed, as it runs."""
         share = 1.0 if config.moe is None else config.moe.top_k / config.moe.num_experts
         stored = [group for group in layers if group.bits_per_weight > 0]
         head = [group for group in stored if group.name == HEAD]
@@ -72,9 +76,9 @@ class ModelCost:
             expert_share=share,
             row_flops=2 * _num_weights(head),
             head_bytes=_num_bytes(head),
-            pair_flops=4.0 * config.num_heads * config.head_dim,
-            kv_layer_bytes=kv_token_bytes / config.num_layers,
-            windows=dict(Counter(config.layer_windows or (None,) * config.num_layers)),
+            pair_flops=2.0 * config.num_heads * _attended(config),
+            kv_layer_bytes=sum(spec.bytes_per_token(kv_dtype) for spec in kv_specs) / len(kv_specs),
+            windows=dict(Counter(spec.window if isinstance(spec, AttentionSpec) else None for spec in kv_specs)),
         )
 
     def of_step(self, schedule: Schedule) -> Work:
@@ -94,6 +98,13 @@ class ModelCost:
                 seen = entry.stop if window is None else min(entry.stop, window + entry.count - 1)
                 work.bytes_read += num_layers * self.kv_layer_bytes * seen
         return work
+
+
+def _attended(config: ModelConfig) -> int:
+    """Values a head multiplies per pair of tokens: its key's and its value's."""
+    if config.mla is not None:
+        return 2 * config.mla.kv_lora_rank + config.mla.rope_dim
+    return 2 * config.head_dim
 
 
 def _num_bytes(groups: list[LayerGroup]) -> float:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.device import Device
 from nvfp4_runtime.engine.graphs import DecodeGraphs
 from nvfp4_runtime.engine.messages import Submit
@@ -115,7 +115,7 @@ class DeviceRunner(ModelRunner):
     def __init__(
         self,
         model: Model,
-        kv: tuple[KVLayer, ...],
+        kv: tuple[CacheLayer, ...],
         host_sampler: BatchSampler,
         device: Device,
         sampler: DeviceSampler,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
 from nvfp4_runtime.engine.staging import StepLists
@@ -38,14 +38,14 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Model, kv: tuple[KVLayer, ...], sampler: BatchSampler, clock: StepClock | None = None
+        self, model: Model, kv: tuple[CacheLayer, ...], sampler: BatchSampler, clock: StepClock | None = None
     ) -> None:
         self._model = model
         self._clock = clock or StepClock()
         self._kv = kv
         self._sampler = sampler
         self._block_size = kv[0].block_size
-        self._torch_device = kv[0].k.device
+        self._torch_device = kv[0].device
 
     @torch.inference_mode()
     def execute(self, schedule: Schedule) -> list[StepResult]:

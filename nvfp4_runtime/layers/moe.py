@@ -86,13 +86,12 @@ class Experts:
         self.gate_up = [kernels.grouped_linear("experts.gate_up_proj", half, names) for half in self.halves]
         self.down = kernels.grouped_linear("experts.down_proj", downs, names)
         self.silu_mul = kernels.silu_mul(inner)
-        self.experts = kernels.place(torch.arange(count + 1))
+        self.bounds = kernels.place(torch.arange(count + 1))
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, hidden], weights fp32 [T, k], chosen int64 [T, k] -> [T, hidden] of the stream's type."""
         num_tokens, top_k = chosen.shape
-        by_expert, order = chosen.flatten().sort(stable=True)
-        offsets = torch.searchsorted(by_expert, self.experts, out_int32=True)
+        order, offsets = by_expert(chosen, self.bounds)
         rows = x[order // top_k]  # [T * k, hidden], sorted by expert
         gate_up = [kernel(rows, offsets) for kernel in self.gate_up]
         y = self.down(self.silu_mul(gate_up[0] if len(gate_up) == 1 else torch.cat(gate_up, dim=-1)), offsets)
@@ -103,6 +102,17 @@ class Experts:
         for rank in range(1, top_k):
             total = total + ranked[:, rank] * weights[:, rank : rank + 1]
         return total.to(y.dtype)
+
+
+def by_expert(chosen: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, offsets) of a grouped multiplication over `chosen` int64 [T, k], an expert for each token and rank.
+
+    bounds   int64 [E + 1], 0 to E
+    order    int64 [T * k]: the flat places in `chosen`, sorted by expert, tokens of one in their order
+    offsets  int32 [E + 1]: see GroupedLinearKernel
+    """
+    experts, order = chosen.flatten().sort(stable=True)
+    return order, torch.searchsorted(experts, bounds, out_int32=True)
 
 
 class SharedExpert:

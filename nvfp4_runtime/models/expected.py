@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvfp4_runtime.checkpoint.doctor.expected import Expected, Mixture, Module
-from nvfp4_runtime.config import ModelConfig, MoEConfig
+from nvfp4_runtime.config import MLAConfig, ModelConfig, MoEConfig
 from nvfp4_runtime.models import ARCHITECTURES, harmless
 from nvfp4_runtime.models.hf_config import parse_model_config
 
@@ -45,6 +45,8 @@ def expected(config: Mapping[str, Any]) -> Expected | None:
 
 
 def _attention(model: ModelConfig) -> dict[str, Module]:
+    if model.mla is not None:
+        return _latent_attention(model, model.mla)
     hidden, dim = model.hidden_size, model.head_dim
     queries, keys = model.num_heads * dim, model.num_kv_heads * dim
     table = {
@@ -58,6 +60,26 @@ def _attention(model: ModelConfig) -> dict[str, Module]:
     if model.qk_norm:
         table |= {f"self_attn.{name}": _vector(dim) for name in ("q_norm", "k_norm")}
     return table
+
+
+def _latent_attention(model: ModelConfig, mla: MLAConfig) -> dict[str, Module]:
+    hidden, heads, rank = model.hidden_size, model.num_heads, mla.kv_lora_rank
+    queries = heads * (mla.nope_dim + mla.rope_dim)
+    table = {
+        "input_layernorm": _vector(hidden),
+        "self_attn.kv_a_proj_with_mqa": Module((rank + mla.rope_dim, hidden)),
+        "self_attn.kv_a_layernorm": _vector(rank),
+        "self_attn.kv_b_proj": Module((heads * (mla.nope_dim + mla.v_dim), rank)),
+        "self_attn.o_proj": Module((hidden, heads * mla.v_dim)),
+        "post_attention_layernorm": _vector(hidden),
+    }
+    if mla.q_lora_rank is None:
+        return table | {"self_attn.q_proj": Module((queries, hidden))}
+    return table | {
+        "self_attn.q_a_proj": Module((mla.q_lora_rank, hidden)),
+        "self_attn.q_a_layernorm": _vector(mla.q_lora_rank),
+        "self_attn.q_b_proj": Module((queries, mla.q_lora_rank)),
+    }
 
 
 def _feed_forward(hidden: int, inner: int, bias: bool = False) -> dict[str, Module]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from nvfp4_runtime.config import Dtype, ModelConfig
 from nvfp4_runtime.models.config_values import Raw, count, flag, number, token_ids, unsupported
+from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
 from nvfp4_runtime.models.hf_rope import parse_rope
 
@@ -42,6 +43,8 @@ FAMILIES = {
     "MixtralForCausalLM": Family(windows="all"),
     "Qwen2MoeForCausalLM": Family(qkv_bias=True, windows="unused"),
     "Qwen3MoeForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="unused"),
+    "DeepseekV3ForCausalLM": Family(),
+    "Glm4MoeLiteForCausalLM": Family(),
     "Glm4MoeForCausalLM": Family(qkv_bias="attention_bias", qk_norm="use_qk_norm", rotary_share=0.5),
 }
 
@@ -108,6 +111,7 @@ def parse_model_config(raw: Raw) -> ModelConfig:
         bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
         eos_token_ids=token_ids(raw, "eos_token_id"),
         moe=parse_moe(raw, ROUTERS[architecture], num_layers) if architecture in ROUTERS else None,
+        mla=parse_mla(raw, rope) if architecture in LATENT else None,
         num_draft_layers=count(raw, "num_nextn_predict_layers") if raw.get("num_nextn_predict_layers") else 0,
     )
 

@@ -16,14 +16,14 @@ class Router:
     renormalise  True, or the config field that decides
     size         the config field with an expert's intermediate size
     dense        which layers have none: "none"; "listed": mlp_only_layers and decoder_sparse_step say; "first":
-                 first_k_dense_replace does
+                 first_k_dense_replace does; "typed": mlp_layer_types does, or all but the first have one
     shared       the config field with the shared expert's size, or with the count of shared experts
     """
 
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: Literal[True] | str = "norm_topk_prob"
     size: str = "moe_intermediate_size"
-    dense: Literal["none", "listed", "first"] = "listed"
+    dense: Literal["none", "listed", "first", "typed"] = "listed"
     shared: str | None = None
     shared_gate: bool = False
 
@@ -33,6 +33,8 @@ ROUTERS = {
     "Qwen2MoeForCausalLM": Router(shared="shared_expert_intermediate_size", shared_gate=True),
     "Qwen3MoeForCausalLM": Router(),
     "Glm4MoeForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
+    "Glm4MoeLiteForCausalLM": Router(scoring="sigmoid", dense="typed", shared="n_shared_experts"),
+    "DeepseekV3ForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
 }
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -70,7 +72,11 @@ def parse_moe(raw: Raw, router: Router, num_layers: int) -> MoEConfig:
 def _layers(raw: Raw, router: Router, num_layers: int) -> tuple[bool, ...]:
     if router.dense == "none":
         return (True,) * num_layers
-    if router.dense == "first":
+    if router.dense == "typed" and (types := raw.get("mlp_layer_types")) is not None:
+        if not isinstance(types, list) or len(types) != num_layers or not {*types} <= {"dense", "sparse"}:
+            raise unsupported("mlp_layer_types", types, f'a list of {num_layers} times "dense" or "sparse"')
+        return tuple(kind == "sparse" for kind in types)
+    if router.dense in ("first", "typed"):
         dense = raw.get("first_k_dense_replace", 1)
         if type(dense) is not int or dense < 0:
             raise unsupported("first_k_dense_replace", dense, "a count of layers, 0 or more")

@@ -1,7 +1,8 @@
 """The pre-norm decoder with rotary grouped-query attention and a gated feed-forward or a mixture of them: Llama,
-Mistral, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE.
+Mistral, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3 and GLM-4-MoE-Lite.
 
-One parametrised class: biases, QK-norm, rope variant, windows, experts and the tied head come from ModelConfig.
+One parametrised class: biases, QK-norm, rope variant, windows, experts, latent attention and the tied head come from
+ModelConfig.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
-from nvfp4_runtime.cache.specs import AttentionSpec
+from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec, LatentSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
 from nvfp4_runtime.layers.head import lm_head
+from nvfp4_runtime.layers.mla import LatentAttention
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.moe import MoE
 from nvfp4_runtime.layers.norm import RMSNorm
@@ -92,9 +94,14 @@ class DecoderLayer:
     ) -> None:
         prefix, hidden, eps = _layer(layer_id), config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(ckpt, kernels, f"{prefix}.input_layernorm", hidden, eps)
-        self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
+        self.attention: Attention | LatentAttention
+        if config.mla is not None:
+            heads, name = config.num_heads, f"{prefix}.self_attn"
+            self.attention = LatentAttention(ckpt, kernels, config.mla, hidden, heads, name, layer_id, cos, sin)
+        else:
+            self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
+            self.input_norm.feed(self.attention.qkv_proj, kernels, "qkv_proj")
         self.post_attention_norm = RMSNorm(ckpt, kernels, f"{prefix}.post_attention_layernorm", hidden, eps)
-        self.input_norm.feed(self.attention.qkv_proj, kernels, "qkv_proj")
         self.mlp: MLP | MoE
         if config.moe is not None and config.moe.layers[layer_id]:
             self.mlp = MoE(ckpt, kernels, hidden, config.moe, _mixture(ckpt, prefix))
@@ -105,8 +112,12 @@ class DecoderLayer:
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(x, residual), both [T, hidden] -> the same for the next layer."""
-        normed, residual = self.input_norm.fed(x, residual)
-        x = self.attention(normed, batch)
+        if isinstance(self.attention, LatentAttention):
+            normed, residual = self.input_norm(x, residual)
+            x = self.attention(normed, batch)
+        else:
+            fed, residual = self.input_norm.fed(x, residual)
+            x = self.attention(fed, batch)
         if isinstance(self.mlp, MoE):
             normed, residual = self.post_attention_norm(x, residual)
             return self.mlp(normed), residual
@@ -114,9 +125,9 @@ class DecoderLayer:
         return self.mlp(fed), residual
 
     def ops(self) -> DecoderLayerOps | None:
-        """The same layer for a backend that runs all of them as one call; None for a mixture of experts."""
+        """The same layer for a backend that runs all of them as one call; None where one of its parts is not plain."""
         attention, mlp = self.attention, self.mlp
-        if isinstance(mlp, MoE):
+        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention):
             return None
         return DecoderLayerOps(
             input_norm=self.input_norm.op,
@@ -147,7 +158,9 @@ def _mixture(ckpt: Checkpoint, layer: str) -> str:
     return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
 
 
-def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> AttentionSpec:
+def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> CacheSpec:
+    if config.mla is not None:
+        return LatentSpec(config.mla.kv_lora_rank, config.mla.rope_dim)
     scales = ckpt.kv_scales(f"{_layer(layer_id)}.self_attn")
     k_scale, v_scale = scales or (1.0, 1.0)
     return AttentionSpec(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
-from nvfp4_runtime.config import ModelConfig, MoEConfig, RopeConfig
+from nvfp4_runtime.cache.specs import AttentionSpec, LatentSpec
+from nvfp4_runtime.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from nvfp4_runtime.engine.cost import ModelCost, Work
 from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled
@@ -22,6 +24,7 @@ def config(**changes: object) -> ModelConfig:
     return ModelConfig(**(facts | changes))  # type: ignore[arg-type]
 
 
+SPECS = (AttentionSpec(2, 16), AttentionSpec(2, 16))  # 128 bytes a token and layer
 LAYERS = [
     LayerGroup("qkv_proj", 2, "nvfp4", 4.5, 2 * 64 * 128 * 9 // 16, "cpu", "w4a16"),
     LayerGroup("lm_head", 1, "bf16", 16.0, 2 * 100 * 64, "cpu", "dense"),
@@ -35,7 +38,7 @@ def schedule(*entries: tuple[int, int, bool]) -> Schedule:
 
 
 def test_matrices_count_two_operations_per_weight_and_their_stored_bytes() -> None:
-    cost = ModelCost.of(config(), LAYERS, kv_token_bytes=256)
+    cost = ModelCost.of(config(), LAYERS, SPECS, "bfloat16")
     assert cost.token_flops == 2 * 2 * 64 * 128
     assert cost.row_flops == 2 * 100 * 64
     assert cost.step_bytes == LAYERS[0].num_bytes
@@ -47,9 +50,17 @@ def test_matrices_count_two_operations_per_weight_and_their_stored_bytes() -> No
 
 
 def test_a_step_without_rows_does_not_read_the_head_and_an_empty_one_reads_nothing() -> None:
-    cost = ModelCost.of(config(), LAYERS, kv_token_bytes=256)
+    cost = ModelCost.of(config(), LAYERS, SPECS, "bfloat16")
     assert cost.of_step(schedule((0, 3, False))).bytes_read == cost.step_bytes + 3 * 256
     assert cost.of_step(schedule()) == Work()
+
+
+def test_latent_attention_is_counted_over_the_latent_vector() -> None:
+    mla = MLAConfig(None, kv_lora_rank=32, nope_dim=16, rope_dim=8, v_dim=16, interleaved=False, scale=1.0)
+    cost = ModelCost.of(config(mla=mla), [], [LatentSpec(32, 8)] * 2, "bfloat16")
+    work = cost.of_step(schedule((9, 1, False)))
+    assert work.flops == 2 * 4 * 2 * (32 + 8 + 32) * 10
+    assert work.bytes_written == 2 * 2 * (32 + 8)
 
 
 @pytest.mark.parametrize("start", range(6))
@@ -66,7 +77,7 @@ def test_a_window_bounds_what_each_token_sees(start: int, count: int, window: in
 def test_of_routed_experts_a_token_computes_its_top_k_and_a_step_reads_those_it_touches() -> None:
     experts = LayerGroup("experts.down_proj", 2, "nvfp4", 4.5, 8 * 64 * 9 // 16, "cpu", "w4a16")
     moe = MoEConfig(num_experts=8, top_k=2, intermediate_size=16, layers=(True, True))
-    cost = ModelCost.of(config(moe=moe), [experts], kv_token_bytes=0)
+    cost = dataclasses.replace(ModelCost.of(config(moe=moe), [experts], SPECS, "bfloat16"), windows={})
     assert cost.token_flops == 2 * 8 * 64 / 4
     one, many = (cost.of_step(schedule((0, count, False))).bytes_read for count in (1, 200))
     assert one == pytest.approx(experts.num_bytes / 4)

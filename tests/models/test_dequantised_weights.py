@@ -24,6 +24,9 @@ CONFIGS = {
     "qwen2_moe": tiny.qwen2_moe_config(),
     "qwen3_moe": tiny.qwen3_moe_config(),
     "glm4_moe": tiny.glm4_moe_config(),
+    "glm4_moe_lite": tiny.glm4_moe_lite_config(),
+    "deepseek_v3": tiny.deepseek_v3_config(),
+    "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
 }
 PROMPT = torch.randint(0, 320, (70,), generator=torch.Generator().manual_seed(1)).tolist()
 

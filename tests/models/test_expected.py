@@ -26,6 +26,9 @@ CONFIGS = [
     tiny.qwen2_moe_config(),
     tiny.qwen3_moe_config(mlp_only_layers=[0]),
     tiny.glm4_moe_config(),
+    tiny.glm4_moe_lite_config(),
+    tiny.deepseek_v3_config(),
+    tiny.deepseek_v3_config(q_lora_rank=None),
 ]
 
 
