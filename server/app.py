@@ -36,14 +36,16 @@ from server.routes import (
     precision,
     responses,
     tokenize,
+    ui,
 )
 from server.state import ServerState
 from server.tracing import Tracer
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None) -> FastAPI:
-    """The ASGI application over a running engine, which it closes when it ends. Reads no environment, no files.
+    """The ASGI application over a running engine, which it closes when it ends.
 
+    Reads no environment, and no files but those of the page.
     `tracer`: where requests are traced.
     """
     metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
@@ -84,6 +86,8 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
         health,
     ):
         app.include_router(routes.router)
+    page = ui.static_files() if config.ui else {}
+    app.include_router(ui.ui_router(page))
     app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(NVFP4Error, _runtime_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -91,7 +95,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
-        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
     observers: list[Observer] = [metrics.http]
     if config.log_requests:
         observers.append(RequestLog(text.tokenizer.decode if config.log_prompts else None))

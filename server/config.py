@@ -36,6 +36,7 @@ class ServerConfig:
     stored_responses_bytes    bound on what /v1/responses keeps; the oldest go first
     stored_responses_seconds  how long it keeps one
     log_requests, log_prompts one line in the log per request; the beginning of its prompt in it
+    ui                        the page at / is served
     default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
     """
 
@@ -57,6 +58,7 @@ class ServerConfig:
     stored_responses_seconds: float = 3600.0
     log_requests: bool = True
     log_prompts: bool = False
+    ui: bool = True
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
+from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
 from nvfp4_runtime.config import Dtype, EngineConfig
@@ -19,7 +20,7 @@ from nvfp4_runtime.engine.cost import ModelCost
 from nvfp4_runtime.engine.device import describe, resolve_device
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.limits import machine_limits
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
 from nvfp4_runtime.engine.plan import (
     check_limits,
@@ -55,6 +56,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        checkpoint.adapters = tuple(Adapter.open(adapter, config.max_lora_rank) for adapter in config.adapters)
     described = describe_model(checkpoint.raw_config, config.model_impl)
     max_len = resolve_max_model_len(config.scheduler, context_limit(described))
     torch.set_num_threads(config.threads or physical_cores())
@@ -111,6 +113,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         device=describe(device),
         scratch_bytes=placed.scratch_bytes,
         limits=limits,
+        adapters=[AdapterInfo(a.name, str(a.path), a.rank) for a in checkpoint.adapters],
     )
     cost = ModelCost.of(model.config, layers, model.kv_specs, model.kv_dtype)
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
@@ -125,7 +128,7 @@ def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) ->
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
         kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
     clock = StepClock()
-    runner = ModelRunner(model, kv, BatchSampler(), clock)
+    runner = ModelRunner(model, kv, BatchSampler(), [adapter.name for adapter in config.adapters], clock)
     with phases.phase("warm_up"):
         runner.warm_up()
     return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner, clock=clock))

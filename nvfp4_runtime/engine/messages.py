@@ -27,6 +27,7 @@ class Submit(msgspec.Struct, tag=True):
     """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
 
     priority  lower goes first
+    adapter   the name of a loaded LoRA adapter, "": the model as it is
     pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
     """
 
@@ -37,6 +38,7 @@ class Submit(msgspec.Struct, tag=True):
     cache_salt: str = ""
     priority: int = 0
     pooling: Pooling | None = None
+    adapter: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -114,6 +116,7 @@ class StepStats(msgspec.Struct):
     phase_seconds   time of all steps by phase, see StepClock
     flops, ...      what all steps computed, read and wrote by estimate, see ModelCost
     oldest_waiting  arrival of the request that has waited longest, time.monotonic(); 0: none waits
+    running_adapters, waiting_adapters  names of the LoRA adapters that some such request has, each once
     """
 
     num_running: int
@@ -133,6 +136,8 @@ class StepStats(msgspec.Struct):
     bytes_read: float = 0.0
     bytes_written: float = 0.0
     oldest_waiting: float = 0.0
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
 
 
 class MachineLimits(msgspec.Struct):
@@ -141,6 +146,14 @@ class MachineLimits(msgspec.Struct):
     read_bytes_per_second: float
     flops_per_second: float
     how: str
+
+
+class AdapterInfo(msgspec.Struct):
+    """A loaded LoRA adapter: the name that requests choose it by, its folder, its largest rank."""
+
+    name: str
+    path: str
+    rank: int
 
 
 class LayerGroup(msgspec.Struct):
@@ -183,6 +196,10 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     pid: int = 0
     scratch_bytes: dict[str, int] = {}
     limits: MachineLimits | None = None
+    adapters: list[AdapterInfo] = []
+
+    def has_adapter(self, name: str) -> bool:
+        return any(adapter.name == name for adapter in self.adapters)
 
 
 class Progress(msgspec.Struct, tag=True):
