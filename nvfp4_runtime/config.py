@@ -220,6 +220,8 @@ class EngineConfig:
     self_test      kernels are compared with the reference, and a sanity prompt is run, before the engine is ready
     max_lora_rank  adapters of a higher rank are refused
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
+    machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
+    log_format     "text" or "json": how the engine's process writes its log
     """
 
     model: str = ""
@@ -231,6 +233,8 @@ class EngineConfig:
     backend: str = "auto"
     cuda_graphs: bool = True
     self_test: bool = False
+    machine_limits: str = "off"
+    log_format: str = "text"
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

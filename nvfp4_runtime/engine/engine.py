@@ -6,11 +6,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from nvfp4_runtime.engine.cost import ModelCost, Work
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
 from nvfp4_runtime.engine.pace import Pace
 from nvfp4_runtime.engine.recovery import Executor, Recovery
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduler
+from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.structured.compiler import GrammarCompiler
@@ -63,7 +65,7 @@ def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
 
 
 class Engine:
-    """Requests in, tokens out.
+    """Requests in, tokens out. `clock` and `cost` say what steps took and computed, for the statistics.
 
     on_long_step  called before a step that is expected to take long, with the seconds
     """
@@ -75,8 +77,13 @@ class Engine:
         info: EngineInfo,
         seed: int = 0,
         grammars: GrammarCompiler | None = None,
+        clock: StepClock | None = None,
+        cost: ModelCost | None = None,
     ) -> None:
         self.grammars = grammars
+        self._clock = clock or StepClock()
+        self._cost = cost or ModelCost()
+        self._work = Work()
         self.scheduler = scheduler
         self.executor = executor
         self.recovery = Recovery(scheduler, executor, self._restore_grammar)
@@ -133,6 +140,7 @@ class Engine:
         """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
         self._num_step_tokens = 0
+        self._clock.start()
         outputs, num_prompt_tokens = self._turn()
         stats = self.scheduler.stats()
         self._num_steps += 1
@@ -142,6 +150,12 @@ class Engine:
         self.pace.observe(self._num_step_tokens, stats.step_seconds)
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
         stats.step_prompt_tokens = num_prompt_tokens
+        stats.phase_seconds = self._clock.seconds
+        stats.flops, stats.bytes_read, stats.bytes_written = (
+            self._work.flops,
+            self._work.bytes_read,
+            self._work.bytes_written,
+        )
         return outputs, stats
 
     def _announce(self, schedule: Schedule) -> None:
@@ -153,7 +167,12 @@ class Engine:
     def _turn(self) -> tuple[list[TokenOutput], int]:
         """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
         schedule, outputs = self.recovery.schedule()
+        self._clock.lap("schedule")
         if schedule.entries:
             self._announce(schedule)
-            outputs += self.recovery.commit(schedule, self.recovery.execute(schedule))
+            results = self.recovery.execute(schedule)
+            self._clock.lap("model")
+            self._work.add(self._cost.of_step(schedule))
+            outputs += self.recovery.commit(schedule, results)
+            self._clock.lap("commit")
         return outputs, schedule.num_prompt_tokens

@@ -78,6 +78,7 @@ class OverlappedEngine(Engine):
         before, self._under_way = self._under_way, None
         schedule, ended = self.recovery.schedule()
         outputs += ended
+        self._clock.lap("schedule")
         failure: Exception | None = None
         if schedule.entries:
             self._announce(schedule)
@@ -85,6 +86,7 @@ class OverlappedEngine(Engine):
                 self._under_way = _Flight(schedule, self.executor.launch(schedule))
             except Exception as error:  # noqa: BLE001 - handled below, after the step before it
                 failure = error
+        self._clock.lap("launch")
         if before is not None:
             landed, num_prompt_tokens = self._land(before) if failure is None else self._compute_again(before)
             outputs += landed
@@ -100,7 +102,11 @@ class OverlappedEngine(Engine):
         except Exception as error:  # noqa: BLE001 - handed on
             outputs, more = self._land_failed(flight, error)
             return outputs, num_prompt_tokens + more
-        return self.recovery.commit(flight.schedule, results), num_prompt_tokens
+        self._clock.lap("wait")
+        self._work.add(self._cost.of_step(flight.schedule))
+        outputs = self.recovery.commit(flight.schedule, results)
+        self._clock.lap("commit")
+        return outputs, num_prompt_tokens
 
     def _land_failed(self, flight: _Flight, error: Exception) -> tuple[list[TokenOutput], int]:
         """Compute a step again, and the one behind it, which took tokens from it: both waited for."""

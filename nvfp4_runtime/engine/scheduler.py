@@ -289,7 +289,8 @@ class Scheduler:
         request.num_pending -= 1
         request.append(result.token_id)
         self._watch(request)
-        if request.times.first_token == 0.0:
+        first = request.times.first_token == 0.0
+        if first:
             request.times.first_token = now
         output = TokenOutput(
             request.id,
@@ -297,6 +298,7 @@ class Scheduler:
             logprobs=None if result.logprob is None else [result.logprob],
             prompt_logprobs=scored,
             num_cached_tokens=max(request.num_cached_tokens, 0),
+            times=request.times if first else None,
         )
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
@@ -366,6 +368,7 @@ class Scheduler:
             prefix_cache_hits=self.prefix_hits,
             num_invalid_outputs=self.num_invalid,
             num_degenerate_outputs=self.num_degenerate,
+            oldest_waiting=min((request.times.arrival for request in self.waiting), default=0.0),
             running_adapters=sorted({request.adapter for request in self.running if request.adapter}),
             waiting_adapters=sorted({request.adapter for request in self.waiting if request.adapter}),
         )

@@ -32,6 +32,10 @@ _TOTALS = (
     "num_faults",
     "num_memory_faults",
     "num_degenerate_outputs",
+    "phase_seconds",
+    "flops",
+    "bytes_read",
+    "bytes_written",
 )
 
 
