@@ -3,7 +3,8 @@
 Where it is raised decides how the guilty request is found.
 
 execute, sample   the scheduler's state is as it was, so the same entries run again, halves at a time, until the one
-                  that fails alone is known. What they write into the cache they write once more, to the same slots.
+                  that fails alone is known. What they write into the cache they write once more, to the same slots;
+                  a model's recurrent states, which a failed step may have moved on, are computed from the first token.
                   Out of memory, the request that ranks last first gives its blocks back and the rest is tried once.
 schedule, commit  the state may be half changed. Everything that follows from the requests' tokens (blocks, queues,
                   what is computed) is made anew from them, as after a preemption of all; the request that was being
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from nvfp4_runtime.engine.messages import TokenOutput
@@ -158,6 +160,20 @@ class Recovery:
         assert len(results) == len(entries), f"{len(results)} results for {len(entries)} entries"
         return results
 
+    def _rerun(self, entries: Sequence[Scheduled]) -> Sequence[StepResult]:
+        """As `_run`, for entries that were run before and failed."""
+        if not self._scheduler.num_state_slots:
+            return self._run(entries)
+        for entry in entries:
+            entry.request.hidden_sum = None  # a mean is summed from the first token again
+        whole = [replace(entry, start=0, count=entry.stop) for entry in entries]
+        return [
+            result
+            if (scores := result.prompt_logprobs) is None
+            else replace(result, prompt_logprobs=scores[entry.start :])
+            for entry, result in zip(entries, self._run(whole), strict=True)
+        ]
+
     def _with_more_memory(
         self, entries: list[Scheduled], results: dict[int, StepResult]
     ) -> tuple[list[Scheduled], Exception | None]:
@@ -177,7 +193,7 @@ class Recovery:
         if not rest:
             return [], None
         try:
-            results.update((id(entry), result) for entry, result in zip(rest, self._run(rest), strict=True))
+            results.update((id(entry), result) for entry, result in zip(rest, self._rerun(rest), strict=True))
         except Exception as error:  # noqa: BLE001 - goes to _isolate, which logs it
             self._restore(rest)
             return rest, error
@@ -191,7 +207,7 @@ class Recovery:
         middle = len(entries) // 2
         for half in (entries[:middle], entries[middle:]):
             try:
-                results.update((id(entry), result) for entry, result in zip(half, self._run(half), strict=True))
+                results.update((id(entry), result) for entry, result in zip(half, self._rerun(half), strict=True))
             except Exception as again:  # noqa: BLE001 - logged when one entry is left
                 self._restore(half)
                 self._isolate(half, again, results)
