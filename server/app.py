@@ -36,6 +36,7 @@ from server.routes import (
     tokenize,
 )
 from server.state import ServerState
+from server.turnstile import Turnstile
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -> FastAPI:
@@ -71,6 +72,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
+    app.add_middleware(Turnstile)
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
