@@ -34,13 +34,17 @@ from server.routes import (
     models,
     responses,
     tokenize,
+    ui,
 )
 from server.state import ServerState
 from server.turnstile import Turnstile
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -> FastAPI:
-    """The ASGI application over a running engine, which it closes when it ends. Reads no environment, no files."""
+    """The ASGI application over a running engine, which it closes when it ends.
+
+    Reads no environment, and no files but those of the page.
+    """
     metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
     engine.on_step(metrics.on_step)
     engine.on_output(metrics.on_output)
@@ -67,6 +71,8 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
     for routes in (completions, chat, responses, messages, embeddings, tokenize, invocations, models, health):
         app.include_router(routes.router)
+    page = ui.static_files() if config.ui else {}
+    app.include_router(ui.ui_router(page))
     app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(NVFP4Error, _runtime_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -75,7 +81,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.add_middleware(Turnstile)
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
-        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
     app.add_middleware(RequestContext)
     return app
 
