@@ -95,12 +95,17 @@ def _take(request: Request, count: int) -> Scheduled:
 
 @dataclass
 class Scheduler:
-    """Waiting and running requests over one block pool."""
+    """Waiting and running requests over one block pool.
+
+    num_state_slots  of a model that keeps states beside its blocks, one for each running request; slot 0 is nobody's.
+                     Such states are not found again by prefix: `enable_prefix_caching` must be off
+    """
 
     config: SchedulerConfig
     pool: BlockPool
     block_size: int
     enable_prefix_caching: bool = True
+    num_state_slots: int = 0
     hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     waiting: list[Request] = field(default_factory=list)  # both sorted by rank
     running: list[Request] = field(default_factory=list)
@@ -109,6 +114,11 @@ class Scheduler:
     prefix_queries: int = 0
     prefix_hits: int = 0
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        assert not (self.num_state_slots and self.enable_prefix_caching), "states are not cached by prefix"
+        assert self.num_state_slots in (0, self.config.max_num_seqs), "a running request has one slot"
+        self._free_slots = list(range(self.num_state_slots, 0, -1))
 
     @property
     def has_work(self) -> bool:
@@ -171,6 +181,8 @@ class Scheduler:
             request.num_computed = start
             request.num_published = len(cached)
             request.status = Status.RUNNING
+            if self.num_state_slots:
+                request.state_slot = self._free_slots.pop()
             self._note_admission(request, start)
             self.waiting.pop(0)
             insort(self.running, request, key=_rank)
@@ -207,6 +219,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
         request.block_ids = []
+        if request.state_slot:
+            self._free_slots.append(request.state_slot)
+            request.state_slot = 0
         request.num_computed = 0
         request.num_published = 0
         request.num_pending = 0  # a token on its way is not waited for: it will be sampled again
@@ -275,7 +290,8 @@ class Scheduler:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
         request.num_pending -= 1
         request.append(result.token_id)
-        if request.times.first_token == 0.0:
+        first = request.times.first_token == 0.0
+        if first:
             request.times.first_token = now
         output = TokenOutput(
             request.id,
@@ -283,6 +299,7 @@ class Scheduler:
             logprobs=None if result.logprob is None else [result.logprob],
             prompt_logprobs=scored,
             num_cached_tokens=max(request.num_cached_tokens, 0),
+            times=request.times if first else None,
         )
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
@@ -333,6 +350,7 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            oldest_waiting=min((request.times.arrival for request in self.waiting), default=0.0),
             running_adapters=sorted({request.adapter for request in self.running if request.adapter}),
             waiting_adapters=sorted({request.adapter for request in self.waiting if request.adapter}),
         )
@@ -341,6 +359,8 @@ class Scheduler:
         """Assert that every block and every request is accounted for."""
         self.pool.check(request.block_ids for request in self.running)
         assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
+        slots = sorted([*self._free_slots, *(r.state_slot for r in self.running if self.num_state_slots)])
+        assert slots == list(range(1, self.num_state_slots + 1)), "a state slot is lost or shared"
         alive = {request.id for request in self.running} | {request.id for request in self.waiting}
         assert alive == set(self.requests), "requests and queues disagree"
 
