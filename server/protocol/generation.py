@@ -28,6 +28,7 @@ NOT_WITH_BEAM_SEARCH = (
     "bad_words",
     "prompt_logprobs",
     "logprob_token_ids",
+    "thinking_token_budget",
 )
 
 
@@ -74,6 +75,7 @@ class GenerationRequest(StructuredFields, RequestBody):
     echo: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    thinking_token_budget: Annotated[Int, Field(ge=0)] | None = None
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] = "left"
     priority: Int = 0

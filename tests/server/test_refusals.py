@@ -24,7 +24,7 @@ NOT_HONOURED = [
     ("early_stopping", True), ("length_penalty", 0.5), ("logprob_token_ids", [1]), ("session_id", "s"),
     ("return_token_offsets", True), ("routed_experts_prompt_start", 3), ("kv_transfer_params", {"a": 1}),
     ("ec_transfer_params", {"a": 1}), ("vllm_xargs", {"a": 1}), ("repetition_detection", {"a": 1}),
-    ("thinking_token_budget", 5), ("best_of", 3), ("best_of", True), ("functions", []),
+    ("thinking_token_budget", -1), ("best_of", 3), ("best_of", True), ("functions", []),
     ("function_call", "auto"), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
     ("guided_grammar", "root ::= x"), ("guided_decoding_backend", "auto"),
 ]  # fmt: skip
