@@ -176,7 +176,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
-    add("--simulate-step-seconds", type=float, default=0.0, help="how long each simulated step takes")
+    add("--simulate-step-seconds", type=float, help="how long each simulated step takes (default: no time)")
     add("--simulate-script", metavar="TEXT", help="what the simulated model says, over and over")
 
 

@@ -163,7 +163,9 @@ class GrammarCompiler:
             tokenizer = self._load()
             ids = filter(tokenizer.is_special_token, range(tokenizer.vocab_size))
             eos = {tokenizer.eos_token, *self._vocabulary.eos_token_ids}
-            self._special = {tokenizer.decode_bytes([i]).decode("utf-8", "replace"): i for i in ids if i not in eos}
+            found = {tokenizer.decode_bytes([i]).decode("utf-8", "replace"): i for i in ids if i not in eos}
+            # rows of the model without a token are called <[id]>
+            self._special = {text: token_id for text, token_id in found.items() if text != f"<[{token_id}]>"}
         return self._special
 
     def _token_bytes(self, token_id: int) -> bytes:

@@ -32,4 +32,8 @@ NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "return_assistant_tokens_mask": (False,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
 }

@@ -31,7 +31,8 @@ NOT_HONOURED = [
 NOT_HONOURED_COMPLETION = [("suffix", "end"), ("prompt_embeds", "AAAA")]
 NOT_HONOURED_CHAT = [
     ("reasoning_effort", "low"), ("chat_template", "{{ x }}"), ("media_io_kwargs", {"a": 1}),
-    ("mm_processor_kwargs", {"a": 1}), ("return_assistant_tokens_mask", True),
+    ("mm_processor_kwargs", {"a": 1}), ("return_assistant_tokens_mask", True), ("modalities", ["text", "audio"]),
+    ("audio", {"voice": "x"}), ("web_search_options", {}), ("verbosity", "low"),
 ]  # fmt: skip
 
 
@@ -266,3 +267,12 @@ async def test_unknown_model_is_a_404_in_vllms_words(serve: Serve) -> None:
         assert_error(response, 404, "model", "The model `other` does not exist.")
         assert response.json()["error"]["type"] == "NotFoundError"
         assert (await server.post(path, body_for(path, model="tiny-alias"))).json()["model"] == "tiny-alias"
+
+
+@pytest.mark.parametrize("path", [*BOTH, "/v1/responses", "/tokenize"])
+async def test_json_that_is_nested_too_deep_to_read_is_a_400(serve: Serve, path: str) -> None:
+    server = await serve()
+    content = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    response = await server.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert_error(response, 400, None, "nested too deep")
+    assert response.json()["error"]["type"] == "BadRequestError"
