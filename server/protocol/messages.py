@@ -56,11 +56,12 @@ class AnthropicToolChoice(BaseModel):
 
 
 class Thinking(BaseModel):
-    """Whether the model may reason, and for how many tokens at most."""
+    """Whether the model may reason, and for how many tokens at most. It is shown whole, never left out."""
 
     model_config = ConfigDict(extra="allow")
     type: Literal["enabled", "disabled"]
     budget_tokens: Int | None = None
+    display: Literal["summarized"] | None = None
 
 
 class OutputConfig(BaseModel):

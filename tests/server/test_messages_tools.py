@@ -151,6 +151,7 @@ async def test_output_format_is_a_schema(serve: Serve) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 1024}, "max_tokens"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),
         ({"thinking": {"type": "adaptive"}}, "thinking"),
+        ({"thinking": {"type": "disabled", "display": "omitted"}}, "thinking"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 1100}, "--reasoning-parser"),
         ({"output_config": {"effort": "high"}}, "output_config"),
         ({"output_format": {"type": "text"}}, "output_format"),
