@@ -9,6 +9,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Numerics = Literal["w4a16", "w4a4", "w4a8"]
 HeadDtype = Literal["auto", "bf16", "fp8", "nvfp4"]
 KVDtype = Literal["bfloat16", "float32", "fp8", "nvfp4"]
+ModelImpl = Literal["auto", "native", "transformers"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
@@ -32,10 +33,59 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of a layer's feed-forward.
+
+    scoring             how the router's logits become scores: softmax over all experts, or each expert's sigmoid
+    correction_bias     scores are chosen by score + bias; the bias does not weigh the experts' results
+    num_groups          experts in equal groups; only those of the `top_groups` best groups can be chosen, a group being
+                        as good as its two best experts
+    renormalise         chosen scores are divided by their sum; then all are multiplied by `scale`
+    shared_size         intermediate size of the expert that every token passes, 0: none
+    shared_gate         its result is multiplied by the sigmoid of one more projection of the input
+    layers[i]           whether layer i has the mixture or a plain feed-forward
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    layers: tuple[bool, ...]
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = True
+    scale: float = 1.0
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values of all heads come from one short vector per token.
+
+    q_lora_rank      width between the two projections of the queries; None: one projection
+    kv_lora_rank     width of the latent vector, which is what the cache keeps
+    nope_dim, rope_dim, v_dim  per head: queries and keys without rope, with rope (one key for all heads), values
+    interleaved      rope turns neighbours (x0, x1), (x2, x3), ... instead of halves
+    scale            of the scores, YaRN's correction included
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder's code needs to know of its config.json, in one spelling.
 
-    `layer_windows[i]` is layer i's sliding window in tokens, or None for full attention.
+    `layer_windows[i]` is layer i's sliding window in tokens, or None for full attention. `num_draft_layers` follow the
+    last layer in the files: they predict further tokens (multi-token prediction) and are not read.
     """
 
     architecture: str
@@ -59,6 +109,14 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
+    num_draft_layers: int = 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions rope turns; the rest pass as they are."""
+        return self.mla.rope_dim if self.mla is not None else int(self.head_dim * self.rope.partial_rotary_factor)
 
 
 @dataclass(frozen=True)
@@ -125,11 +183,21 @@ class SimulatedConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter to load beside the model: the name that requests choose it by, and its local folder."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
+    model_impl     "native": ours; "transformers": that library's module on our kernels; "auto": ours if there is one
     device         "auto": a GPU if PyTorch can use one, else the CPU
+    max_lora_rank  adapters of a higher rank are refused
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     """
 
@@ -137,6 +205,7 @@ class EngineConfig:
     dtype: Dtype | Literal["auto"] = "auto"
     numerics: Numerics | Literal["auto"] = "auto"
     lm_head_dtype: HeadDtype = "auto"
+    model_impl: ModelImpl = "auto"
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
@@ -145,3 +214,5 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     simulated: SimulatedConfig | None = None
+    adapters: tuple[AdapterConfig, ...] = ()
+    max_lora_rank: int = 64

@@ -34,12 +34,16 @@ from server.routes import (
     models,
     responses,
     tokenize,
+    ui,
 )
 from server.state import ServerState
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -> FastAPI:
-    """The ASGI application over a running engine, which it closes when it ends. Reads no environment, no files."""
+    """The ASGI application over a running engine, which it closes when it ends.
+
+    Reads no environment, and no files but those of the page.
+    """
     metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
     engine.on_step(metrics.on_step)
     engine.on_output(metrics.on_output)
@@ -66,6 +70,8 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
     for routes in (completions, chat, responses, messages, embeddings, tokenize, invocations, models, health):
         app.include_router(routes.router)
+    page = ui.static_files() if config.ui else {}
+    app.include_router(ui.ui_router(page))
     app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(NVFP4Error, _runtime_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -73,7 +79,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
-        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
     app.add_middleware(RequestContext)
     return app
 

@@ -18,7 +18,7 @@ from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Er
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from server.errors import GenerationError
-from server.generation import ChoiceState, Generation, Job, Piece
+from server.generation import ChoiceState, Generation, Job, Piece, chosen_adapter
 from server.protocol.generation import GenerationRequest
 from server.state import ServerState
 
@@ -169,6 +169,7 @@ class BeamGeneration:
             request_id=request_id,
             cache_salt=self._request.cache_salt or "",
             priority=self._request.priority,
+            adapter=chosen_adapter(self._engine, self._request.model),
         )
         self._num_submitted += 1
         self._running.add(request_id)

@@ -108,6 +108,20 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="quantise a plain head at load, for speed; auto keeps what is stored",
     )
+    add(
+        "--model-impl",
+        choices=("auto", "native", "transformers"),
+        default="auto",
+        help="who implements the architecture: we, or the transformers library on our kernels; auto: we where we do",
+    )
+    add(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="LoRA adapters (PEFT folders), chosen by a request's model; may repeat",
+    )
+    add("--max-lora-rank", type=flags.whole, default=64, help="adapters of a higher rank are refused (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
     add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
     add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")
@@ -173,6 +187,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="for what /v1/responses keeps (default: 64MiB)",
     )
     add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
+    add("--no-ui", action="store_true", help="do not serve the page at /")
     add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")

@@ -35,6 +35,7 @@ class ServerConfig:
     pooling                   how /v1/embeddings makes one vector of a prompt, where the request does not say
     stored_responses_bytes    bound on what /v1/responses keeps; the oldest go first
     stored_responses_seconds  how long it keeps one
+    ui                        the page at / is served
     default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
     """
 
@@ -54,6 +55,7 @@ class ServerConfig:
     pooling: Pooling = "last"
     stored_responses_bytes: int = 64 << 20
     stored_responses_seconds: float = 3600.0
+    ui: bool = True
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 

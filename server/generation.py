@@ -93,6 +93,11 @@ class ChoiceState:
                 self._thinking.push(token_id)
 
 
+def chosen_adapter(engine: AsyncEngine, model: str | None) -> str:
+    """The LoRA adapter that a request's `model` names, "" for none."""
+    return model if model and engine.info.has_adapter(model) else ""
+
+
 class Generation:
     """The running choices of one HTTP request. Submits all or none; `close` aborts what still runs.
 
@@ -124,6 +129,7 @@ class Generation:
                     request_id=f"{request_id}-{job.index}",
                     cache_salt=request.cache_salt or "",
                     priority=request.priority,
+                    adapter=chosen_adapter(engine, request.model),
                 )
                 self._streams.append(stream)
                 metrics.start(stream.request_id, len(job.prompt_token_ids), job.params.max_tokens or 0)

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, TokenOutput
 from server.lean_histogram import LeanHistogram
+from server.recent import RecentRequests
 
 ENGINE = "0"  # vLLM numbers its data-parallel engines; we run one
 RATE_WINDOW_SECONDS = 10.0
@@ -60,6 +61,7 @@ class _Request:
     """What a request's last observations need; complete when released by the server and finished by the engine.
 
     arrival, last_token   time.monotonic()
+    cached_tokens         of the prompt, found in the prefix cache
     num_tokens            of those that came from the engine
     ended_as, num_taken   finish reason and tokens of the answer, where a stop string ended it
     """
@@ -67,6 +69,7 @@ class _Request:
     prompt_tokens: int
     max_tokens: int
     arrival: float
+    cached_tokens: int = 0
     num_tokens: int = 0
     last_token: float = 0.0
     ended_as: str | None = None
@@ -84,10 +87,21 @@ class Metrics:
         self._requests: dict[str, _Request] = {}
         self._last = initial
         self._recent: deque[tuple[float, int, int]] = deque()
+        self.recent_requests = RecentRequests()
         self._num_arrived = 0
         self._declare_load()
         self._declare_requests(info.max_model_len)
         self._declare_ours(info)
+        self._lora: Gauge | None = None
+        self._lora_shown: tuple[str, ...] = ()
+        if info.adapters:
+            self._num_adapters = str(len(info.adapters))
+            self._lora = Gauge(
+                "vllm:lora_requests_info",
+                "When the LoRA adapters in use last changed (seconds since 1970); which, by its labels.",
+                ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+                registry=self.registry,
+            )
         self.observe_state(initial)
 
     # -- declarations -----------------------------------------------------------------------------------------------
@@ -222,6 +236,15 @@ class Metrics:
         self.waiting_capacity.set(stats.num_waiting)
         self.kv_usage.set(stats.num_used_blocks / max(1, stats.num_total_blocks))
         self.used_blocks.set(stats.num_used_blocks)
+        if self._lora is not None:
+            self._show_adapters(self._lora, ",".join(stats.running_adapters), ",".join(stats.waiting_adapters))
+
+    def _show_adapters(self, gauge: Gauge, running: str, waiting: str) -> None:
+        """One sample at a time: one for every combination there ever was would only grow."""
+        if (running, waiting) != self._lora_shown:
+            self._lora_shown = (running, waiting)
+            gauge.clear()
+            gauge.labels(self._num_adapters, running, waiting).set_to_current_time()
 
     def on_step(self, stats: StepStats) -> None:
         """After each engine step (and after aborts between steps, which do not count as one)."""
@@ -256,14 +279,18 @@ class Metrics:
             self.ttft.observe(now - request.arrival)
             self.prompt_tokens.inc(request.prompt_tokens)
             self.prompt_tokens_cached.inc(output.num_cached_tokens)
+            request.cached_tokens = output.num_cached_tokens
         else:
             self.itl.observe((now - request.last_token) / count, count)
         request.num_tokens += count
         request.last_token = now
 
     def failed(self, request_id: str) -> None:
-        if self._requests.pop(request_id, None) is not None:
+        if (request := self._requests.pop(request_id, None)) is not None:
             self.request_success.labels(*self._labels, "error").inc()
+            self.recent_requests.add(
+                request_id, "error", request.prompt_tokens, request.cached_tokens, request.num_tokens
+            )
 
     def released(self, request_id: str) -> None:
         """The server has taken a request's last token, or is no longer interested in it."""
@@ -288,12 +315,15 @@ class Metrics:
         if output is None or not request.released:
             return
         del self._requests[request_id]
-        self.request_success.labels(*self._labels, request.ended_as or output.finish_reason).inc()
+        reason = request.ended_as or output.finish_reason
+        assert reason is not None, "the last output of a request says why it ended"
+        self.request_success.labels(*self._labels, reason).inc()
         self.request_prompt_tokens.observe(request.prompt_tokens)
         taken = request.num_tokens if request.num_taken is None else request.num_taken
         self.request_generation_tokens.observe(taken)
         self.params_max_tokens.observe(request.max_tokens)
         times = output.times
+        self.recent_requests.add(request_id, reason, request.prompt_tokens, request.cached_tokens, taken, times)
         if times is None:
             return
         self.e2e.observe(times.finished - times.arrival)

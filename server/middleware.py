@@ -6,7 +6,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -71,10 +71,14 @@ class RequestContext:
 
 
 class RequireKey:
-    """401 for everything but /health* without one of the accepted keys. Hashes are compared in constant time."""
+    """401 for everything but /health* and `open_paths` without one of the accepted keys.
 
-    def __init__(self, app: ASGIApp, key_hashes: Sequence[bytes]) -> None:
+    Hashes are compared in constant time.
+    """
+
+    def __init__(self, app: ASGIApp, key_hashes: Sequence[bytes], open_paths: Collection[str] = ()) -> None:
         self._app = app
+        self._open_paths = frozenset(open_paths)
         self._key_hashes = tuple(key_hashes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,9 +88,8 @@ class RequireKey:
         body = error_body("Unauthorized: this server needs an API key", "AuthenticationError", 401)
         await json_response(in_dialect(body, scope["path"]), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
-    @staticmethod
-    def _is_open(path: str) -> bool:
-        return path == "/health" or path.startswith("/health/")
+    def _is_open(self, path: str) -> bool:
+        return path == "/health" or path.startswith("/health/") or path in self._open_paths
 
     def _accepts(self, scope: Scope) -> bool:
         scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")

@@ -6,7 +6,7 @@ import json
 import sys
 
 from nvfp4_runtime import __version__
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from server.config import ServerConfig
 
 
@@ -47,6 +47,7 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
         ("backends", backend_line(info)),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
         *(("other ops" if i == 0 else "", line) for i, line in enumerate(op_lines(info))),
+        *(("adapters" if i == 0 else "", adapter_line(each)) for i, each in enumerate(info.adapters)),
         ("weights", f"{megabytes(sum(info.weight_bytes.values()))}" + (f": {weights}" if weights else "")),
         (
             "KV cache",
@@ -65,6 +66,10 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     lines = [f"nvfp4 {__version__}", *(f"  {label:<10}{text}" for label, text in rows)]
     lines += ["", f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def adapter_line(adapter: AdapterInfo) -> str:
+    return f"{adapter.name} (LoRA, rank {adapter.rank}): {adapter.path}"
 
 
 def backend_line(info: EngineInfo) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import json
 import logging
 import math
 import os
@@ -15,12 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
+from nvfp4_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
 from nvfp4_runtime.engine.client import EngineClient
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
@@ -67,7 +68,11 @@ def serve(args: argparse.Namespace) -> int:
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    code = _run(_serve(args, engine_config(args, model or ""), config, sock, started))
+    engine = engine_config(args, model or "")
+    for adapter in engine.adapters:
+        if adapter.name in config.served_model_names:
+            raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
+    code = _run(_serve(args, engine, config, sock, started))
     gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
     return code
 
@@ -103,6 +108,7 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         pooling=args.embedding_pooling,
         stored_responses_bytes=args.response_store_memory,
         stored_responses_seconds=args.response_store_ttl,
+        ui=not args.no_ui,
     )
 
 
@@ -122,6 +128,9 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         dtype=args.dtype,
         numerics=args.numerics,
         lm_head_dtype=args.lm_head_dtype,
+        model_impl=args.model_impl,
+        adapters=adapter_flags(args.lora_modules or []),
+        max_lora_rank=args.max_lora_rank,
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
@@ -142,6 +151,32 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         ),
         simulated=simulated,
     )
+
+
+def adapter_flags(values: Sequence[str]) -> tuple[AdapterConfig, ...]:
+    """`name=path`, or vLLM's JSON object with name and path, as often as given. ConfigError for what is neither."""
+    found: list[AdapterConfig] = []
+    for value in values:
+        name, _, path = value.partition("=")
+        if value.lstrip().startswith("{"):
+            try:
+                given = json.loads(value)
+            except ValueError as error:
+                raise _no_adapter(value, f"it is no JSON: {error}") from error
+            unknown = given.keys() - {"name", "path", "base_model_name"}
+            if unknown:
+                raise _no_adapter(value, f"unknown {', '.join(sorted(unknown))}")
+            name, path = given.get("name", ""), given.get("path", "")
+        if not all(isinstance(part, str) and part.strip() for part in (name, path)):
+            raise _no_adapter(value, "expected name=path")
+        if any(name == other.name for other in found):
+            raise _no_adapter(value, f"the name {name!r} is given twice")
+        found.append(AdapterConfig(name, os.path.expanduser(path)))
+    return tuple(found)
+
+
+def _no_adapter(value: str, why: str) -> ConfigError:
+    return ConfigError(f"{value[:200]!r} names no LoRA adapter: {why}", "--lora-modules")
 
 
 def resolve_model(model: str | None, allow_download: bool) -> Path:

@@ -56,10 +56,10 @@ class ServerState:
         return f"nvfp4-{__version__}-{info.numerics}-{info.dtype}-kv-{info.kv_dtype}"
 
     def resolve_model(self, asked: str | None) -> str:
-        """The name to answer with. ModelNotFoundError for a model that is not served here."""
+        """The name to answer with: the model's, or an adapter's. ModelNotFoundError for one that is not served here."""
         if not asked:
             return self.model_name
-        if asked not in self.config.served_model_names:
+        if asked not in self.config.served_model_names and not self.engine.info.has_adapter(asked):
             raise ModelNotFoundError(asked)
         return asked
 

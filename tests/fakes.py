@@ -130,6 +130,7 @@ class FakeEngine:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        adapter: str = "",
     ) -> TokenStream:
         if self.death_reason is not None:
             raise EngineDeadError(self.death_reason)

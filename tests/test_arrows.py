@@ -127,8 +127,8 @@ def runtime_violations(module: str, imported: str) -> str | None:
     top = imported.split(".")[0]
     if top in PRODUCT and top != RUNTIME:
         return f"the runtime does not know {top}"
-    if top == "transformers":
-        return "transformers is for tests and benchmarks"
+    if top == "transformers" and not module.startswith(f"{RUNTIME}.models.from_transformers."):
+        return "transformers is for models/from_transformers, tests and benchmarks"
     if top != RUNTIME:
         return None
     part, target = part_of(module), part_of(imported)

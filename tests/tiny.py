@@ -27,8 +27,30 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+LATENT_LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+LINEARS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+    *LATENT_LINEARS,
+)
+_SIGMOID = ("glm4_moe", "glm4_moe_lite", "deepseek_v3")  # DeepSeek-V3's router
+_FUSED = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+    "w1": "gate_up",
+    "w3": "gate_up",
+}
 
 
 def llama_config(**overrides: Any) -> Config:
@@ -69,6 +91,53 @@ def qwen3_config(**overrides: Any) -> Config:
     return {**config, **overrides}
 
 
+def mixtral_config(**overrides: Any) -> Config:
+    """Mixtral: the best two of four experts."""
+    config = llama_config(architectures=["MixtralForCausalLM"], model_type="mixtral", sliding_window=None)
+    return {**config, "num_local_experts": 4, "num_experts_per_tok": 2, **overrides}
+
+
+def qwen2_moe_config(**overrides: Any) -> Config:
+    """Qwen2-MoE: biases on q, k and v, a gated shared expert beside the routed ones."""
+    config = qwen2_config(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe")
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return {**config, **sizes, "shared_expert_intermediate_size": 48, "norm_topk_prob": False, **overrides}
+
+
+def qwen3_moe_config(**overrides: Any) -> Config:
+    """Qwen3-MoE: normed heads, eight experts in every layer."""
+    config = qwen3_config(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return {**config, **sizes, "norm_topk_prob": True, **overrides}
+
+
+def glm4_moe_config(**overrides: Any) -> Config:
+    """GLM-4-MoE: half of a head turns, sigmoid scores with a correction, a dense first layer, one shared expert."""
+    config = llama_config(architectures=["Glm4MoeForCausalLM"], model_type="glm4_moe", attention_bias=True)
+    config["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": 0.5}
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    router = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
+    return {**config, **sizes, **router, "norm_topk_prob": True, "use_qk_norm": True, **overrides}
+
+
+def deepseek_v3_config(**overrides: Any) -> Config:
+    """DeepSeek-V3: latent attention, and the mixture that GLM-4-MoE took over."""
+    config = glm4_moe_config(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", attention_bias=False)
+    del config["head_dim"], config["use_qk_norm"]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0}
+    rope = {"rope_theta": 10000.0, **yarn, "mscale_all_dim": 1.0}
+    sizes = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    return {**config, "num_key_value_heads": 4, "rope_parameters": rope, **sizes, **overrides}
+
+
+def glm4_moe_lite_config(**overrides: Any) -> Config:
+    """GLM-4.7-Flash: DeepSeek-V3's layers without YaRN."""
+    config = deepseek_v3_config(architectures=["Glm4MoeLiteForCausalLM"], model_type="glm4_moe_lite")
+    types = ["dense"] + ["sparse"] * (config["num_hidden_layers"] - 1)
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    return {**config, "rope_parameters": rope, "n_group": 1, "mlp_layer_types": types, **overrides}
+
+
 def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
     """Weights for `config` in Hugging Face names; norms near 1, biases and matrices small normals."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,14 +146,21 @@ def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.flo
         return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    qkv_bias = config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
-    o_bias = bool(config.get("attention_bias")) and config["model_type"] != "qwen2"
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", hidden // heads)
+    kind = config["model_type"]
+    qkv_bias = kind in ("qwen2", "qwen2_moe") or bool(config.get("attention_bias"))
+    o_bias = bool(config.get("attention_bias")) and kind not in ("qwen2", "qwen2_moe", "glm4_moe")
     shapes = {
         "self_attn.q_proj": (heads * head_dim, hidden, qkv_bias),
         "self_attn.k_proj": (kv_heads * head_dim, hidden, qkv_bias),
         "self_attn.v_proj": (kv_heads * head_dim, hidden, qkv_bias),
         "self_attn.o_proj": (hidden, heads * head_dim, o_bias),
+    }
+    latent = _latent_shapes(config)
+    if latent:
+        shapes = {name: (*shape, False) for name, shape in latent.items() if len(shape) == 2}
+    dense = {
         "mlp.gate_proj": (inner, hidden, bool(config.get("mlp_bias"))),
         "mlp.up_proj": (inner, hidden, bool(config.get("mlp_bias"))),
         "mlp.down_proj": (hidden, inner, bool(config.get("mlp_bias"))),
@@ -92,11 +168,17 @@ def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.flo
     tensors = {"model.embed_tokens.weight": normal(vocab, hidden, std=1.0)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        for name, (n, k, bias) in shapes.items():
+        mixture = _mixture_shapes(config, layer)
+        for name, (n, k, bias) in {**shapes, **(mixture or dense)}.items():
             tensors[f"{prefix}.{name}.weight"] = normal(n, k, std=k**-0.5)
             if bias:
                 tensors[f"{prefix}.{name}.bias"] = normal(n, std=0.1)
-        if config["model_type"] == "qwen3":
+        for name, shape in latent.items():
+            if len(shape) == 1:
+                tensors[f"{prefix}.{name}.weight"] = 1 + normal(*shape, std=0.1)
+        if mixture and kind in _SIGMOID:
+            tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = normal(config["n_routed_experts"], std=0.1)
+        if kind in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
             tensors[f"{prefix}.self_attn.q_norm.weight"] = 1 + normal(head_dim, std=0.1)
             tensors[f"{prefix}.self_attn.k_norm.weight"] = 1 + normal(head_dim, std=0.1)
         tensors[f"{prefix}.input_layernorm.weight"] = 1 + normal(hidden, std=0.1)
@@ -105,6 +187,58 @@ def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.flo
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = normal(vocab, hidden, std=hidden**-0.5)
     return tensors
+
+
+def _latent_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The matrices and norms of latent attention; none for other models."""
+    if "kv_lora_rank" not in config:
+        return {}
+    hidden, heads, rank, q_rank = (
+        config[f] for f in ("hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank")
+    )
+    nope, rope, v = (config[f] for f in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_a_proj_with_mqa": (rank + rope, hidden),
+        "kv_a_layernorm": (rank,),
+        "kv_b_proj": (heads * (nope + v), rank),
+        "o_proj": (hidden, heads * v),
+    }
+    if q_rank is None:
+        shapes["q_proj"] = (heads * (nope + rope), hidden)
+    else:
+        shapes |= {
+            "q_a_proj": (q_rank, hidden),
+            "q_a_layernorm": (q_rank,),
+            "q_b_proj": (heads * (nope + rope), q_rank),
+        }
+    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _mixture_shapes(config: Config, layer: int) -> dict[str, tuple[int, int, bool]]:
+    """The matrices of a layer's mixture of experts under the hub's names; none where the layer has none."""
+    kind, hidden = config["model_type"], config["hidden_size"]
+    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe", *_SIGMOID):
+        return {}
+    if layer < config.get("first_k_dense_replace", 0) or layer in config.get("mlp_only_layers", ()):
+        return {}
+    block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+
+    def feed_forward(prefix: str, inner: int) -> dict[str, tuple[int, int, bool]]:
+        sizes = {gate: (inner, hidden, False), up: (inner, hidden, False), down: (hidden, inner, False)}
+        return {f"{block}.{prefix}.{name}": size for name, size in sizes.items()}
+
+    field = next(name for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config)
+    inner = config["intermediate_size"] if kind == "mixtral" else config["moe_intermediate_size"]
+    shapes = {f"{block}.gate": (config[field], hidden, False)}
+    for expert in range(config[field]):
+        shapes |= feed_forward(f"experts.{expert}", inner)
+    if kind == "qwen2_moe":
+        shapes |= feed_forward("shared_expert", config["shared_expert_intermediate_size"])
+        shapes[f"{block}.shared_expert_gate"] = (1, hidden, False)
+    if kind in _SIGMOID:
+        shapes |= feed_forward("shared_experts", inner * config["n_shared_experts"])
+    return shapes
 
 
 def write_plain(
@@ -284,7 +418,11 @@ def _write_common(folder: Path, config: Config, tokenizer: bool) -> None:
 
 def _is_packed(name: str, exclude: Sequence[str]) -> bool:
     module, _, kind = name.rpartition(".")
-    linear = kind == "weight" and re.match(r"model\.layers\.\d+\.", name) and module.rpartition(".")[2] in LINEARS
+    linear = (
+        kind == "weight"
+        and re.match(r"model\.layers\.\d+\.", name)
+        and module.rpartition(".")[2] in (*LINEARS, *LATENT_LINEARS)
+    )
     return bool(linear) and not any(fnmatch.fnmatchcase(module, pattern) for pattern in exclude)
 
 

@@ -1,4 +1,4 @@
-"""The tensors behind block ids: one pair of paged K and V per decoder layer."""
+"""The tensors behind block ids: one pair of paged K and V, or one of latent vectors, per decoder layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nvfp4_runtime.batch import KVLayer
-from nvfp4_runtime.cache.specs import AttentionSpec
+from nvfp4_runtime.batch import CacheLayer, KVLayer, LatentLayer
+from nvfp4_runtime.cache.specs import CacheSpec, LatentSpec
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -19,20 +19,24 @@ _DTYPES = {
 }
 
 
-def bytes_per_block(specs: Sequence[AttentionSpec], kv_dtype: str, block_size: int) -> int:
+def bytes_per_block(specs: Sequence[CacheSpec], kv_dtype: str, block_size: int) -> int:
     """Bytes one block id takes over all layers."""
     return block_size * sum(spec.bytes_per_token(kv_dtype) for spec in specs)
 
 
 def allocate(
-    specs: Sequence[AttentionSpec], kv_dtype: str, num_blocks: int, block_size: int, device: torch.device
-) -> tuple[KVLayer, ...]:
-    """Zeroed caches [num_blocks, H_kv, block_size, D], one per layer; NVFP4 ones as codes and block scales.
+    specs: Sequence[CacheSpec], kv_dtype: str, num_blocks: int, block_size: int, device: torch.device
+) -> tuple[CacheLayer, ...]:
+    """Zeroed caches, one per layer: as KVLayer or LatentLayer describes them.
 
     Zeroed because a padded read of an unwritten slot must be finite; the pages stay untouched until first use.
     """
-    layers = []
+    layers: list[CacheLayer] = []
     for spec in specs:
+        if isinstance(spec, LatentSpec):
+            width = spec.kv_lora_rank + spec.rope_dim
+            layers.append(LatentLayer(_zeros((num_blocks, block_size, width), _DTYPES[kv_dtype], device)))
+            continue
         shape = (num_blocks, spec.num_kv_heads, block_size)
         width = spec.head_dim // 2 if kv_dtype == "nvfp4" else spec.head_dim
         k, v = (_zeros((*shape, width), _DTYPES[kv_dtype], device) for _ in "kv")

@@ -26,3 +26,18 @@ class AttentionSpec:
         if kv_dtype == "nvfp4":
             return 2 * self.num_kv_heads * (self.head_dim // 2 + self.head_dim // 16)
         return 2 * self.num_kv_heads * self.head_dim * {"bfloat16": 2, "float32": 4, "fp8": 1}[kv_dtype]
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The latent vector and the rotated key of one layer of multi-head latent attention, per token."""
+
+    kv_lora_rank: int
+    rope_dim: int
+    has_scales: bool = False
+
+    def bytes_per_token(self, kv_dtype: str) -> int:
+        return (self.kv_lora_rank + self.rope_dim) * {"bfloat16": 2, "float32": 4}[kv_dtype]
+
+
+CacheSpec = AttentionSpec | LatentSpec

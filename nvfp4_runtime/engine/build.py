@@ -7,18 +7,18 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
+from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
 from nvfp4_runtime.config import Dtype, EngineConfig
 from nvfp4_runtime.engine.device import describe, resolve_device
 from nvfp4_runtime.engine.engine import Engine
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
 from nvfp4_runtime.engine.plan import (
     check_limits,
@@ -33,14 +33,10 @@ from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
 from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
 from nvfp4_runtime.kernels.transfer import finish_transfers
-from nvfp4_runtime.models import load_model
-from nvfp4_runtime.models.hf_config import parse_model_config
+from nvfp4_runtime.models import Model, describe_model, load_model
 from nvfp4_runtime.sampling.sampler import BatchSampler
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.worker import GrammarTrial
-
-if TYPE_CHECKING:
-    from nvfp4_runtime.models.llama import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +53,16 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
-    max_len = resolve_max_model_len(config.scheduler, context_limit(parse_model_config(checkpoint.raw_config)))
+        checkpoint.adapters = tuple(Adapter.open(adapter, config.max_lora_rank) for adapter in config.adapters)
+    described = describe_model(checkpoint.raw_config, config.model_impl)
+    max_len = resolve_max_model_len(config.scheduler, context_limit(described))
     torch.set_num_threads(config.threads or physical_cores())
     backends = available_backends(config.backend, config.threads, "cpu" if gpu is None else "cuda")
     with phases.phase("weights"):
         dtype = _resolve_dtype(config, checkpoint.raw_config)
         stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
         kernels = Kernels(backends, dtype, config.numerics, stream, device)
-        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype)
+        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype, config.model_impl)
         num_uploaded, upload_seconds = finish_transfers(device)
     if num_uploaded:
         phases.carve("upload", upload_seconds, out_of="weights")
@@ -105,25 +103,26 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
         enable_prefix_caching=config.cache.enable_prefix_caching,
         device=describe(device),
+        adapters=[AdapterInfo(a.name, str(a.path), a.rank) for a in checkpoint.adapters],
     )
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
     return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars)
 
 
-def _on_cpu(config: EngineConfig, model: Decoder, max_len: int, phases: Phases) -> Placement:
+def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) -> Placement:
     with phases.phase("kv_cache"):
         block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
         kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
-    runner = ModelRunner(model, kv, BatchSampler())
+    runner = ModelRunner(model, kv, BatchSampler(), [adapter.name for adapter in config.adapters])
     with phases.phase("warm_up"):
         runner.warm_up()
     return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner))
 
 
-def _warn_of_missing_scales(model: Decoder) -> None:
+def _warn_of_missing_scales(model: Model) -> None:
     if all(spec.has_scales for spec in model.kv_specs):
         return
     if model.kv_dtype == "fp8":

@@ -102,6 +102,7 @@ class AsyncEngine(Protocol):
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        adapter: str = "",
     ) -> TokenStream: ...
 
     def abort(self, request_id: str) -> None: ...
@@ -198,16 +199,18 @@ class EngineClient:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        adapter: str = "",
     ) -> TokenStream:
         """Admit a request or raise at once: RequestError (400), QueueFullError (429), EngineDeadError (503)."""
         self._require_alive()
-        check_request(prompt_token_ids, params, self.info)
+        check_request(prompt_token_ids, params, self.info, adapter)
         if request_id in self._streams:
             raise errors.InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
         bound = self.info.max_num_seqs + self.info.max_queued_requests
         if len(self._streams) >= bound:
             raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
-        self._send(Submit(request_id, prompt_token_ids, params, time.monotonic(), cache_salt, priority, pooling))
+        now = time.monotonic()
+        self._send(Submit(request_id, prompt_token_ids, params, now, cache_salt, priority, pooling, adapter))
         stream = self._streams[request_id] = TokenStream(request_id)
         return stream
 

@@ -25,8 +25,11 @@ class Executor(Protocol):
         ...
 
 
-def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
+def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo, adapter: str = "") -> None:
     """Refuse now what could never be served: called by whoever admits (client process, LLM, engine)."""
+    if adapter and not info.has_adapter(adapter):
+        loaded = ", ".join(repr(one.name) for one in info.adapters) or "none"
+        raise InvalidParameterError(f"the adapter {adapter!r} is not loaded; loaded are: {loaded}", "model")
     params.validate(info.vocab_size)
     _check_choice(params, info)
     if not prompt_token_ids:
@@ -93,7 +96,7 @@ class Engine:
 
     def add(self, submit: Submit) -> None:
         """Accept a request or raise RequestError / QueueFullError. What is accepted ends with a finish_reason."""
-        check_request(submit.prompt_token_ids, submit.params, self.info)
+        check_request(submit.prompt_token_ids, submit.params, self.info, submit.adapter)
         if submit.request_id in self.scheduler.requests:
             raise InvalidParameterError(f"request id {submit.request_id!r} is in use", "request_id")
         if not self.has_room:

@@ -23,7 +23,7 @@ from nvfp4_runtime.sampling.on_device import DeviceSampler, TorchSampler
 from nvfp4_runtime.sampling.sampler import BatchSampler
 
 if TYPE_CHECKING:
-    from nvfp4_runtime.models.llama import Decoder
+    from nvfp4_runtime.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Gpu:
         """Where one runner's steps go, in order; its graphs share their memory with no other's."""
         return CudaDevice(self.device)
 
-    def place(self, config: EngineConfig, model: Decoder, max_len: int, phases: Phases, kernels: Kernels) -> Placement:
+    def place(self, config: EngineConfig, model: Model, max_len: int, phases: Phases, kernels: Kernels) -> Placement:
         """Warm up and measure over two blocks, give the cache what is left, capture the decode steps."""
         vocab_size, block_size = model.config.vocab_size, config.cache.block_size
         sampler, sizes = device_sampler(kernels, vocab_size), decode_sizes(config, kernels)
@@ -148,7 +148,8 @@ class Gpu:
         def runner(num_blocks: int, longest: int) -> DeviceRunner:
             kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, self.device)
             capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), longest, vocab_size)
-            return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity)
+            names = [adapter.name for adapter in config.adapters]
+            return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity, names)
 
         with phases.phase("warm_up"):
             measured = measure(lambda: runner(2, max_len), sizes, self.memory, self.free)

@@ -27,6 +27,7 @@ class Submit(msgspec.Struct, tag=True):
     """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
 
     priority  lower goes first
+    adapter   the name of a loaded LoRA adapter, "": the model as it is
     pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
     """
 
@@ -37,6 +38,7 @@ class Submit(msgspec.Struct, tag=True):
     cache_salt: str = ""
     priority: int = 0
     pooling: Pooling | None = None
+    adapter: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -108,7 +110,10 @@ class TokenOutput(msgspec.Struct):
 
 
 class StepStats(msgspec.Struct):
-    """State after a step, and what the step did. Counters are totals since start."""
+    """State after a step, and what the step did. Counters are totals since start.
+
+    running_adapters, waiting_adapters  names of the LoRA adapters that some such request has, each once
+    """
 
     num_running: int
     num_waiting: int
@@ -122,6 +127,16 @@ class StepStats(msgspec.Struct):
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
+
+
+class AdapterInfo(msgspec.Struct):
+    """A loaded LoRA adapter: the name that requests choose it by, its folder, its largest rank."""
+
+    name: str
+    path: str
+    rank: int
 
 
 class LayerGroup(msgspec.Struct):
@@ -162,6 +177,10 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     enable_prefix_caching: bool
     device: str = "cpu"
     pid: int = 0
+    adapters: list[AdapterInfo] = []
+
+    def has_adapter(self, name: str) -> bool:
+        return any(adapter.name == name for adapter in self.adapters)
 
 
 class Progress(msgspec.Struct, tag=True):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import AdapterRows, CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
 from nvfp4_runtime.engine.staging import StepLists
@@ -33,12 +33,16 @@ class Model(Protocol):
 class ModelRunner:
     """The executor over a real model. Holds the KV tensors and nothing about any request."""
 
-    def __init__(self, model: Model, kv: tuple[KVLayer, ...], sampler: BatchSampler) -> None:
+    def __init__(
+        self, model: Model, kv: tuple[CacheLayer, ...], sampler: BatchSampler, adapters: Sequence[str] = ()
+    ) -> None:
+        """`adapters`: names of the loaded LoRA adapters, in the order in which the model's layers hold them."""
         self._model = model
+        self._adapters = {name: i for i, name in enumerate(adapters)}
         self._kv = kv
         self._sampler = sampler
         self._block_size = kv[0].block_size
-        self._torch_device = kv[0].k.device
+        self._torch_device = kv[0].device
 
     @torch.inference_mode()
     def execute(self, schedule: Schedule) -> list[StepResult]:
@@ -95,7 +99,15 @@ class ModelRunner:
             kv=self._kv,
             max_query_len=max(entry.count for entry in schedule.entries),
             max_seq_len=max(lists.seq_lens),
+            adapters=self.adapter_rows(schedule),
         )
+
+    def adapter_rows(self, schedule: Schedule) -> AdapterRows | None:
+        """Which of the step's new tokens pass which adapter; None for a step without."""
+        if not any(entry.request.adapter for entry in schedule.entries):
+            return None
+        found = [self._adapters.get(e.request.adapter, -1) for e in schedule.entries for _ in range(e.count)]
+        return AdapterRows.of(found, len(self._adapters), self._torch_device)
 
     def _results(
         self, schedule: Schedule, rows: Sequence[range], logits: Tensor, masks: Masks | None = None

@@ -229,7 +229,7 @@ class Scheduler:
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         hashes = request.block_hashes
         while len(hashes) < count:
-            parent = hashes[-1] if hashes else salt_hash(self.hash_key, request.cache_salt)
+            parent = hashes[-1] if hashes else salt_hash(self.hash_key, request.cache_salt, request.adapter)
             start = len(hashes) * self.block_size
             hashes.append(chain_hash(self.hash_key, parent, request.tokens[start : start + self.block_size]))
         return hashes[:count]
@@ -333,6 +333,8 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            running_adapters=sorted({request.adapter for request in self.running if request.adapter}),
+            waiting_adapters=sorted({request.adapter for request in self.waiting if request.adapter}),
         )
 
     def check(self) -> None:

@@ -20,7 +20,7 @@ from nvfp4_runtime.engine.scheduler import Schedule, Scheduled
 from nvfp4_runtime.errors import CheckpointError, ConfigError
 from nvfp4_runtime.evaluate.divergence import Rows
 from nvfp4_runtime.evaluate.windows import Windows
-from nvfp4_runtime.models.hf_config import parse_model_config
+from nvfp4_runtime.models import describe_model
 from nvfp4_runtime.quantize.default_model import default_bf16, ensure_default_model
 from nvfp4_runtime.sampling.params import SamplingParams
 
@@ -54,7 +54,7 @@ class Scorer:
         """Raises ConfigError for windows beyond the model's context, CheckpointError for tokens it does not have, and
         what loading raises."""
         window = windows.size
-        limit = context_limit(parse_model_config(read_config(side.folder)))
+        limit = context_limit(describe_model(read_config(side.folder)))
         if window > limit:
             raise ConfigError(
                 f"a window of {window} tokens exceeds the context of {side.folder}, which is {limit}", "--window"

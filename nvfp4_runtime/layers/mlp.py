@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import Tensor
 
+from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
-from nvfp4_runtime.config import ModelConfig
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
@@ -16,8 +16,9 @@ from nvfp4_runtime.layers.linear import Linear
 class MLP:
     """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp"."""
 
-    def __init__(self, ckpt: Checkpoint, kernels: Kernels, config: ModelConfig, prefix: str) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def __init__(
+        self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str, *, bias: bool = False
+    ) -> None:
         self.gate_up_proj = Linear.fused(
             ckpt,
             kernels,
@@ -25,9 +26,9 @@ class MLP:
             [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
             [inner, inner],
             hidden,
-            bias=config.mlp_bias,
+            bias=bias,
         )
-        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=bias)
         self.silu_mul = kernels.silu_mul(inner)
         self._quantizes: QuantizingActivation | None = None
         self._quantized_under: Tensor | None = None
@@ -36,9 +37,9 @@ class MLP:
             self._quantizes, self._quantized_under = kernel, taker.quantized_input_scale
             kernels.record_fusion("silu_mul", "down_proj")
 
-    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        gate_up = self.gate_up_proj(x)
+        gate_up = self.gate_up_proj(x, adapters)
         if self._quantizes is not None and self._quantized_under is not None:
             return self.down_proj(self._quantizes.quantize(gate_up, self._quantized_under, True))
-        return self.down_proj(self.silu_mul(gate_up))
+        return self.down_proj(self.silu_mul(gate_up), adapters)

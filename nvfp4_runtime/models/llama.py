@@ -1,6 +1,8 @@
-"""The pre-norm decoder with rotary grouped-query attention and a gated feed-forward: Llama, Mistral, Qwen2, Qwen3.
+"""The pre-norm decoder with rotary grouped-query attention and a gated feed-forward or a mixture of them: Llama,
+Mistral, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3 and GLM-4-MoE-Lite.
 
-One parametrised class: biases, QK-norm, rope variant, windows and the tied head come from ModelConfig.
+One parametrised class: biases, QK-norm, rope variant, windows, experts, latent attention and the tied head come from
+ModelConfig.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
-from nvfp4_runtime.cache.specs import AttentionSpec
+from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec, LatentSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
 from nvfp4_runtime.layers.head import lm_head
+from nvfp4_runtime.layers.mla import LatentAttention
 from nvfp4_runtime.layers.mlp import MLP
+from nvfp4_runtime.layers.moe import MoE
 from nvfp4_runtime.layers.norm import RMSNorm
 from nvfp4_runtime.layers.rope import rope_tables
 
@@ -45,14 +49,15 @@ class Decoder:
         self.max_positions = max_positions or config.max_position_embeddings
         embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
-        tables = rope_tables(config.rope, config.head_dim, self.max_positions)
+        tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
         cos, sin = (kernels.place(table) for table in tables)
         self.layers = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
         self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
-        ops = DecoderOps(self.embedding, [layer.ops() for layer in self.layers], self.norm.op)
-        self.run_as_one = kernels.decoder(ops)
+        layer_ops = [ops for layer in self.layers if (ops := layer.ops()) is not None]
+        plain = len(layer_ops) == config.num_layers
+        self.run_as_one = kernels.decoder(DecoderOps(self.embedding, layer_ops, self.norm.op)) if plain else None
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
 
@@ -62,7 +67,8 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
-        return self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch)
+        as_one = None if batch.adapters is not None else self.run_as_one
+        return self._op_by_op(batch) if as_one is None else as_one(batch)
 
     def _op_by_op(self, batch: ForwardBatch) -> Tensor:
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
@@ -89,22 +95,41 @@ class DecoderLayer:
     ) -> None:
         prefix, hidden, eps = _layer(layer_id), config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(ckpt, kernels, f"{prefix}.input_layernorm", hidden, eps)
-        self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
+        self.attention: Attention | LatentAttention
+        if config.mla is not None:
+            heads, name = config.num_heads, f"{prefix}.self_attn"
+            self.attention = LatentAttention(ckpt, kernels, config.mla, hidden, heads, name, layer_id, cos, sin)
+        else:
+            self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
+            self.input_norm.feed(self.attention.qkv_proj, kernels, "qkv_proj")
         self.post_attention_norm = RMSNorm(ckpt, kernels, f"{prefix}.post_attention_layernorm", hidden, eps)
-        self.mlp = MLP(ckpt, kernels, config, f"{prefix}.mlp")
-        self.input_norm.feed(self.attention.qkv_proj, kernels, "qkv_proj")
-        self.post_attention_norm.feed(self.mlp.gate_up_proj, kernels, "gate_up_proj")
+        self.mlp: MLP | MoE
+        if config.moe is not None and config.moe.layers[layer_id]:
+            self.mlp = MoE(ckpt, kernels, hidden, config.moe, _mixture(ckpt, prefix))
+        else:
+            inner = config.intermediate_size
+            self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias)
+            self.post_attention_norm.feed(self.mlp.gate_up_proj, kernels, "gate_up_proj")
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(x, residual), both [T, hidden] -> the same for the next layer."""
-        normed, residual = self.input_norm.fed(x, residual)
-        x = self.attention(normed, batch)
-        normed, residual = self.post_attention_norm.fed(x, residual)
-        return self.mlp(normed), residual
+        if isinstance(self.attention, LatentAttention):
+            normed, residual = self.input_norm(x, residual)
+            x = self.attention(normed, batch)
+        else:
+            fed, residual = self.input_norm.fed(x, residual)
+            x = self.attention(fed, batch)
+        if isinstance(self.mlp, MoE):
+            normed, residual = self.post_attention_norm(x, residual)
+            return self.mlp(normed, batch.adapters), residual
+        fed, residual = self.post_attention_norm.fed(x, residual)
+        return self.mlp(fed, batch.adapters), residual
 
-    def ops(self) -> DecoderLayerOps:
-        """The same layer for a backend that runs all of them as one call."""
+    def ops(self) -> DecoderLayerOps | None:
+        """The same layer for a backend that runs all of them as one call; None where one of its parts is not plain."""
         attention, mlp = self.attention, self.mlp
+        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention):
+            return None
         return DecoderLayerOps(
             input_norm=self.input_norm.op,
             qkv=attention.qkv_proj.only_kernel,
@@ -128,7 +153,15 @@ def _layer(layer_id: int) -> str:
     return f"model.layers.{layer_id}"
 
 
-def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> AttentionSpec:
+def _mixture(ckpt: Checkpoint, layer: str) -> str:
+    """Mixtral's files call the mixture otherwise than everybody else's."""
+    mixtral = f"{layer}.block_sparse_moe"
+    return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
+
+
+def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> CacheSpec:
+    if config.mla is not None:
+        return LatentSpec(config.mla.kv_lora_rank, config.mla.rope_dim)
     scales = ckpt.kv_scales(f"{_layer(layer_id)}.self_attn")
     k_scale, v_scale = scales or (1.0, 1.0)
     return AttentionSpec(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import CacheLayer, ForwardBatch, KVLayer
 from nvfp4_runtime.cache.paged_kv import allocate
 from nvfp4_runtime.cache.specs import AttentionSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
@@ -23,9 +23,13 @@ from nvfp4_runtime.checkpoint.pages import release_pages
 from nvfp4_runtime.config import KVDtype
 from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.attention import Attention
+from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.rope import rope_tables
 from nvfp4_runtime.models import ARCHITECTURES
 from nvfp4_runtime.models.hf_config import parse_architecture, parse_model_config
+from nvfp4_runtime.models.hf_mla import LATENT
+from nvfp4_runtime.models.hf_moe import ROUTERS
 from nvfp4_runtime.models.llama import DecoderLayer
 from nvfp4_runtime.nvfp4.weight import Weight
 
@@ -89,10 +93,11 @@ class Walk:
         """Raises ConfigError without sequences, UnsupportedFormatError for a model without DecoderLayers,
         CheckpointError for tokens that the model does not have."""
         architecture = parse_architecture(ckpt.raw_config)
-        if ARCHITECTURES.get(architecture) != "llama":
+        unlike = (*ROUTERS, *LATENT)  # they have layers of other shapes
+        known = sorted(name for name, module in ARCHITECTURES.items() if module == "llama" and name not in unlike)
+        if architecture not in known:
             raise UnsupportedFormatError(
-                f"calibration runs {', '.join(sorted(a for a, m in ARCHITECTURES.items() if m == 'llama'))} layer by "
-                f"layer, found {architecture}; quantise it without --calib"
+                f"calibration runs {', '.join(known)} layer by layer, found {architecture}; quantise it without --calib"
             )
         if not sequences:
             raise ConfigError("the calibration text has no tokens", "--calib")
@@ -108,7 +113,9 @@ class Walk:
         num_blocks = 1 + max(sum(-(-len(ids) // BLOCK_SIZE) for ids in step) for step in steps)
         self._kv_dtype: KVDtype = "float32" if kernels.dtype == "float32" else "bfloat16"
         spec = AttentionSpec(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, window=None)
-        (self.kv,) = allocate([spec], self._kv_dtype, num_blocks, BLOCK_SIZE, torch.device("cpu"))
+        (kv,) = allocate([spec], self._kv_dtype, num_blocks, BLOCK_SIZE, torch.device("cpu"))
+        assert isinstance(kv, KVLayer)
+        self.kv = kv
         embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         stream = getattr(torch, kernels.stream)
         self.steps = []
@@ -157,7 +164,7 @@ class LayerRun:
             elif site == "gate_up":
                 step.h, step.residual = layer.post_attention_norm(layer.attention.o_proj(step.h), step.residual)
             else:
-                step.h = layer.mlp.silu_mul(layer.mlp.gate_up_proj(step.h))
+                step.h = _feed_forward(layer).silu_mul(_feed_forward(layer).gate_up_proj(step.h))
         return [step.h for step in self._walk.steps]
 
     @torch.inference_mode()
@@ -165,7 +172,7 @@ class LayerRun:
         """The layer's output becomes the input of the next."""
         layer = self._walk.build(self._layer_id)
         for step in self._walk.steps:
-            step.x = layer.mlp.down_proj(step.h)
+            step.x = _feed_forward(layer).down_proj(step.h)
             step.h = step.x
         self._walk.ckpt.release()
 
@@ -181,9 +188,15 @@ class LayerRun:
         self.kv_amax = (max(k, float(cache.k.abs().max())), max(v, float(cache.v.abs().max())))
 
 
+def _feed_forward(layer: DecoderLayer) -> MLP:
+    assert isinstance(layer.mlp, MLP), "Walk refuses mixtures of experts"
+    return layer.mlp
+
+
 def _attend(layer: DecoderLayer, step: Step) -> Tensor:
     a = layer.attention
-    kv: KVLayer = step.batch.kv[a.layer_id]
+    assert isinstance(a, Attention), "Walk refuses latent attention"
+    kv = step.batch.kv_layer(a.layer_id)
     qkv = a.qkv_proj(step.h)
     q = a.rope(qkv, step.batch.positions, a.cos, a.sin, a.q_norm, a.k_norm, a.eps, kv, step.batch.slot_mapping)
     return a.attend(q, kv, step.batch, a.scale)
@@ -218,7 +231,7 @@ def deal(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
     return steps
 
 
-def prefill_batch(sequences: Sequence[list[int]], kv: tuple[KVLayer, ...]) -> ForwardBatch:
+def prefill_batch(sequences: Sequence[list[int]], kv: tuple[CacheLayer, ...]) -> ForwardBatch:
     """Prompts from their start, each in blocks of its own; logits of the last token only, since none are wanted."""
     lengths = [len(ids) for ids in sequences]
     num_blocks = [-(-length // BLOCK_SIZE) for length in lengths]

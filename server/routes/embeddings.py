@@ -14,7 +14,7 @@ from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 from server.errors import GenerationError, json_response, renamed_params
-from server.generation import off_loop, until_disconnect
+from server.generation import chosen_adapter, off_loop, until_disconnect
 from server.openapi import json_responses
 from server.prompts import encode_prompts, fit, num_chars
 from server.protocol.embeddings import EmbeddingRequest
@@ -43,6 +43,7 @@ class _Embedding:
                     cache_salt=body.cache_salt or "",
                     priority=body.priority,
                     pooling=body.pooling or server.config.pooling,
+                    adapter=chosen_adapter(server.engine, body.model),
                 )
                 self._streams.append(stream)
                 self._running.add(stream.request_id)

@@ -12,18 +12,35 @@ from nvfp4_runtime.config import CacheConfig, EngineConfig, KVDtype, SchedulerCo
 from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.errors import KernelError
+from tests import tiny
 from tests.engine.helpers import run_to_end, submit, tokens_of
-from tests.tiny import tiny_llama, tiny_nvfp4_llama, tiny_qwen2, tiny_qwen3
+from tests.tiny import tiny_llama, tiny_nvfp4_llama
 
 NEW_TOKENS = 12
 PROMPTS = [[7] * 3, list(range(10, 50)), [300, 5, 9], list(range(10, 45)), [1], list(range(200, 263))]
 
 
-@pytest.fixture(scope="module", params=[tiny_llama, tiny_qwen2, tiny_qwen3], ids=["llama", "qwen2", "qwen3"])
+FAMILIES = {
+    "llama": tiny.llama_config(),
+    "qwen2": tiny.qwen2_config(),
+    "qwen3": tiny.qwen3_config(),
+    "mixtral": tiny.mixtral_config(),
+    "qwen2_moe": tiny.qwen2_moe_config(),
+    "qwen3_moe": tiny.qwen3_moe_config(),
+    "glm4_moe": tiny.glm4_moe_config(),
+    "glm4_moe_lite": tiny.glm4_moe_lite_config(),
+    "deepseek_v3": tiny.deepseek_v3_config(),
+    "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
     """A plain float32 model folder and transformers' greedy continuation of each prompt."""
     transformers = pytest.importorskip("transformers")
-    folder = request.param(tmp_path_factory.mktemp("tiny") / "model", seed=3)
+    config = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.write_plain(folder, config, tiny.random_tensors(config, seed=3), shards=2)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = []
     for prompt in PROMPTS:

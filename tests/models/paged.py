@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import CacheLayer, ForwardBatch
 from nvfp4_runtime.cache.paged_kv import allocate
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Dtype, KVDtype, Numerics
@@ -44,7 +44,7 @@ class PagedRunner:
         self.model = model
         self.block_size = block_size
         device = torch.device("cpu")
-        self.kv: tuple[KVLayer, ...] = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, device)
+        self.kv: tuple[CacheLayer, ...] = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, device)
         # block 0 is the null block
         shuffled = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
         self.free: list[int] = shuffled.tolist()

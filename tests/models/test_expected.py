@@ -6,7 +6,7 @@ import pytest
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.shards import Shards
-from nvfp4_runtime.checkpoint.stored import modules
+from nvfp4_runtime.checkpoint.stored import loose, modules
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.models import ARCHITECTURES, load_model
@@ -22,6 +22,13 @@ CONFIGS = [
     tiny.qwen2_config(),
     tiny.qwen3_config(),
     tiny.qwen3_config(attention_bias=True),
+    tiny.mixtral_config(),
+    tiny.qwen2_moe_config(),
+    tiny.qwen3_moe_config(mlp_only_layers=[0]),
+    tiny.glm4_moe_config(),
+    tiny.glm4_moe_lite_config(),
+    tiny.deepseek_v3_config(),
+    tiny.deepseek_v3_config(q_lora_rank=None),
 ]
 
 
@@ -35,9 +42,10 @@ def test_the_table_names_exactly_what_the_loader_reads(tmp_path, config):
     load_model(
         Checkpoint.open(folder), Kernels([ReferenceBackend()], "float32")
     )  # which refuses a folder with too few tensors or too many
-    wanted = expected(config)
     shards = Shards(folder)
     stored = {layer.prefix: layer for layer in modules(shards)}
+    wanted = expected(config).placed(set(stored))
+    assert {item.info.name: item.info.shape for item in loose(shards)} == wanted.loose
     table = {name: module for name, module in wanted.modules.items() if not module.optional}
     assert set(stored) == set(table)
     for name, module in table.items():
@@ -45,6 +53,6 @@ def test_the_table_names_exactly_what_the_loader_reads(tmp_path, config):
         assert ("bias" in stored[name].tensors) is module.bias
 
 
-@pytest.mark.parametrize("names", [None, [], ["A", "B"], ["Qwen3MoeForCausalLM"], "LlamaForCausalLM", [None], [{}]])
+@pytest.mark.parametrize("names", [None, [], ["A", "B"], ["DbrxForCausalLM"], "LlamaForCausalLM", [None], [{}]])
 def test_architectures_without_a_model_have_no_table(names):
     assert expected({"architectures": names}) is None

@@ -10,6 +10,7 @@ import pytest
 from nvfp4_runtime.config import RopeConfig
 from nvfp4_runtime.errors import UnsupportedFormatError
 from nvfp4_runtime.models.hf_config import parse_model_config
+from tests import tiny
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -105,7 +106,7 @@ def test_original_length_beside_the_rope_fields_takes_precedence() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architectures is 'MambaForCausalLM'; expected one of Llama"),
+        ({"architectures": ["MambaForCausalLM"]}, "architectures is 'MambaForCausalLM'; expected one of DeepseekV3"),
         ({"architectures": []}, "architectures is []"),
         ({"architectures": None}, "architectures is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected silu"),
@@ -149,3 +150,41 @@ def test_a_count_of_full_layers_that_is_none_is_refused(value: object) -> None:
     raw = QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": value}
     with pytest.raises(UnsupportedFormatError, match="max_window_layers"):
         parse_model_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_experts": None}, "num_experts is None"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9; expected at most num_experts (8)"),
+        ({"num_experts_per_tok": "2"}, "num_experts_per_tok is '2'"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is None"),
+        ({"mlp_only_layers": [7]}, "mlp_only_layers is [7]; expected a list of layers from 0 to 1"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; expected false for this architecture"),
+        ({"n_group": 2}, "n_group is 2; expected 1 for this architecture"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_by_field_and_value(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedFormatError, match=re.escape(named)):
+        parse_model_config({**tiny.qwen3_moe_config(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_group": 3}, "n_group is 3; expected a divisor of 8"),
+        ({"n_group": 8}, "n_group is 8"),
+        ({"topk_group": 3}, "n_group is 2"),
+        ({"n_group": 4, "num_experts_per_tok": 3}, "num_experts_per_tok is 3; expected at most the experts in"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "an even share of head_dim 16"),
+    ],
+)
+def test_groups_and_partial_rope_that_cannot_be_are_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedFormatError, match=re.escape(named)):
+        parse_model_config({**tiny.glm4_moe_config(), **change})

@@ -46,7 +46,7 @@ def test_every_architecture_with_a_class_has_a_config_family() -> None:
 def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
     tiny_llama(tmp_path, architectures=["BertModel"])
     with pytest.raises(UnsupportedFormatError, match=r"'BertModel'.*LlamaForCausalLM.*Qwen3ForCausalLM"):
-        load(tmp_path)
+        load_model(Checkpoint.open(tmp_path), Kernels([ReferenceBackend()], "float32"), impl="native")
 
 
 def test_cache_type_follows_the_checkpoint_unless_told(tmp_path: Path) -> None:

@@ -39,6 +39,38 @@ LLAMA3 = {
     "original_max_position_embeddings": 128,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+QWEN_MOE = {
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}
+GLM_MOE = {
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+DEEPSEEK_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -68,6 +100,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 9}),
     "mistral without window": ("Mistral", {"head_dim": 16, "sliding_window": None}),
+    "mixtral": ("Mixtral", {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3 moe": ("Qwen3Moe", {**QWEN_MOE, "norm_topk_prob": True}),
+    "qwen3 moe, scores as they are": ("Qwen3Moe", {**QWEN_MOE, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "qwen2 moe": (
+        "Qwen2Moe",
+        {**QWEN_MOE, "shared_expert_intermediate_size": 48, "num_hidden_layers": 4, "decoder_sparse_step": 2},
+    ),
+    "glm4 moe": ("Glm4Moe", {**GLM_MOE, "attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2}),
+    "deepseek v3": ("DeepseekV3", {**DEEPSEEK, "rope_parameters": DEEPSEEK_YARN}),
+    "deepseek v3, one query projection": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}),
+    "glm4 moe lite": ("Glm4MoeLite", {**DEEPSEEK, "qk_nope_head_dim": 24, "n_group": 1, "topk_group": 1}),
+    "glm4 moe in groups": ("Glm4Moe", {**GLM_MOE, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
 }
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]
 
@@ -80,6 +124,9 @@ def make(family: str, values: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.1)
+        for name, buffer in model.named_buffers():
+            if "correction" in name:
+                buffer.normal_(std=0.1)
     return model
 
 

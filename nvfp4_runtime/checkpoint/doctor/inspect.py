@@ -121,7 +121,7 @@ def examine(
     quant = detect(folder, config)
     shards = LooseShards(folder)
     layers = list(modules(shards))
-    wanted, refusal = _expected(config, expect)
+    wanted, refusal = _expected(config, expect, {layer.prefix for layer in layers})
     advance = progress("reading", work_bytes(layers, parent))
     return Case(
         folder=folder,
@@ -174,12 +174,13 @@ def report(case: Case, parent: Path | None, memories: tuple[int, ...], began: fl
     )
 
 
-def _expected(config: dict[str, Any], expect: Expect) -> tuple[Expected | None, str | None]:
-    """What the model reads, or why it cannot be built."""
+def _expected(config: dict[str, Any], expect: Expect, stored: set[str]) -> tuple[Expected | None, str | None]:
+    """What the model reads, named as in these files, or why it cannot be built."""
     try:
-        return expect(config), None
+        wanted = expect(config)
     except UnsupportedFormatError as error:
         return None, str(error)
+    return None if wanted is None else wanted.placed(stored), None
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import CacheLayer, ForwardBatch, KVLayer
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_tensor
 from nvfp4_runtime.kernels.cpu.linear import NativeLinear
@@ -68,7 +68,7 @@ class NativeDecoder:
         )
         for layer in self._layers:
             self._add(layer)
-        self._kv: tuple[KVLayer, ...] = ()
+        self._kv: tuple[CacheLayer, ...] = ()
 
     def _add(self, layer: DecoderLayerOps) -> None:
         rope, attention = layer.rope, layer.attention
@@ -148,12 +148,13 @@ class NativeDecoder:
         )
         return out
 
-    def _set_cache(self, kv: tuple[KVLayer, ...]) -> None:
+    def _set_cache(self, kv: tuple[CacheLayer, ...]) -> None:
         if len(kv) != len(self._layers):
             raise KernelError(f"{len(self._layers)} layers need as many KV caches, found {len(kv)}")
         self._kv = ()  # should one be refused, the next call starts again: some addresses are already the new ones
         for i, (layer, cache) in enumerate(zip(self._layers, kv, strict=True)):
             assert isinstance(layer.rope, NativeRope)
+            assert isinstance(cache, KVLayer)
             checked = layer.rope.cache
             arguments = checked.arguments(cache)
             self._decoder.set_cache(i, *arguments, checked.num_blocks, checked.block_size, *checked.blocks)

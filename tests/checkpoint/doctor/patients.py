@@ -31,7 +31,7 @@ def parent_tensors(experts: bool = False, **config: int) -> tuple[tiny.Config, T
     tensors = tiny.random_tensors(full, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     if experts:
-        full |= {"num_experts": NUM_EXPERTS, "architectures": ["Qwen3MoeForCausalLM"]}
+        full |= {"num_experts": NUM_EXPERTS, "architectures": ["BailingMoeForCausalLM"]}
         tensors = {name: t for name, t in tensors.items() if ".mlp." not in name}
         for layer in range(full["num_hidden_layers"]):
             for e in range(NUM_EXPERTS):

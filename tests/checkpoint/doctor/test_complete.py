@@ -14,6 +14,15 @@ from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.models import load_model
 from nvfp4_runtime.models.expected import expected
 from tests.checkpoint.doctor.patients import DOWN, UP, Q, edit, edit_json, found, sound
+from tests.tiny import (
+    glm4_moe_config,
+    mixtral_config,
+    qwen2_moe_config,
+    qwen3_moe_config,
+    random_tensors,
+    write_modelopt,
+    write_plain,
+)
 
 DOWN_1 = DOWN.replace("layers.0", "layers.1")
 
@@ -160,3 +169,35 @@ def test_a_layer_number_of_thousands_of_digits_is_only_a_name(tmp_path):
     name = f"model.layers.{'9' * 5000}.input_layernorm.weight"
     edit(folder, lambda tensors: tensors.update({name: torch.ones(64, dtype=torch.bfloat16)}))
     assert errors(folder) == {"tensor-unexpected"}
+
+
+@pytest.mark.parametrize("config", [mixtral_config(), qwen2_moe_config(), qwen3_moe_config(), glm4_moe_config()])
+def test_served_mixtures_are_sound_and_a_lost_expert_is_named(tmp_path, config):
+    folder = write_modelopt(tmp_path, config, random_tensors(config, dtype=torch.bfloat16))
+    assert errors(folder) == set()
+    block = "block_sparse_moe" if config["model_type"] == "mixtral" else "mlp"
+    lost = f"model.layers.1.{block}.experts.2.{'w2' if block == 'block_sparse_moe' else 'down_proj'}"
+
+    def lose(tensors):
+        for name in [name for name in tensors if name.startswith(f"{lost}.")]:
+            del tensors[name]
+
+    edit(folder, lose)
+    assert lost in found(inspect(folder, expect=expected), "tensor-missing").layers
+    assert_the_loader_refuses(folder)
+
+
+def test_stacked_experts_of_another_size_are_named(tmp_path):
+    config = qwen3_moe_config()
+    tensors = random_tensors(config, dtype=torch.bfloat16)
+    for prefix in [f"model.layers.{i}.mlp.experts" for i in range(2)]:
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}.{expert}.{name}.weight") for expert in range(8)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        tensors[f"{prefix}.gate_up_proj"], tensors[f"{prefix}.down_proj"] = torch.cat([gate, up], dim=1), down
+    folder = write_plain(tmp_path, config, tensors)
+    assert errors(folder) == set()
+    edit_json(folder, "config.json", lambda c: c.update(moe_intermediate_size=16))
+    assert errors(folder) == {"shape-mismatch"}
+    assert_the_loader_refuses(folder)

@@ -72,6 +72,9 @@ def _absent(case: Case, expected: Expected, reported: set[str]) -> Iterator[str]
     for name, module in expected.modules.items():
         if name not in case.by_name and not module.optional and name not in reported:
             yield name
+    for name in expected.loose:
+        if name not in case.shards:
+            yield name
 
 
 def _without_bias(case: Case, expected: Expected) -> Iterator[str]:
@@ -120,6 +123,10 @@ def shapes(case: Case) -> Iterable[Finding]:
         layer = case.by_name.get(name)
         if layer is not None and layer.stored.problem is None and (what := _mismatch(case, layer, module)) is not None:
             wrong.setdefault(what, []).append(name)
+    for name, shape in case.expected.loose.items():
+        info = case.shards.info(name)
+        if info is not None and (info.dtype not in PLAIN or info.shape != shape):
+            wrong.setdefault(f"are {info}, and config.json implies plain {list(shape)}", []).append(name)
     for what, names in wrong.items():
         yield from about(
             "shape-mismatch",
@@ -133,6 +140,9 @@ def shapes(case: Case) -> Iterable[Finding]:
 def _mismatch(case: Case, layer: Measured, module: Module) -> str | None:
     stored, wanted = layer.stored, list(module.shape)
     info = case.shards.require(stored.tensors["weight"])
+    if module.experts:
+        found, wanted = [stored.experts, stored.n, stored.k], [module.experts, *wanted]
+        return None if found == wanted else f"are stacks of the shape {found}, and config.json implies {wanted}"
     if not module.linear or is_plain(stored):
         if info.dtype not in PLAIN:
             return f"are stored as {info}, and config.json implies plain {wanted}"
@@ -160,7 +170,8 @@ def unexpected(case: Case) -> Iterable[Finding]:
             names.append(layer.stored.tensors["bias"])
     for item in case.loose:
         of_lost = item.info.name.rpartition(".")[0] in lost
-        if item.kind != "kv_scale" and not of_lost and not expected.excuses(item.info.name):
+        read = item.kind == "kv_scale" or item.info.name in expected.loose
+        if not read and not of_lost and not expected.excuses(item.info.name):
             names.append(item.info.name)
     yield from about(
         "tensor-unexpected",

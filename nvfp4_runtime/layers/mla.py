@@ -1,0 +1,108 @@
+"""Multi-head latent attention (DeepSeek): one short latent vector a token serves all heads, as keys and as values.
+
+The two halves of kv_b_proj are absorbed: queries are brought into the latent space, attention runs there, and its
+result is brought out again. So the cache holds kv_lora_rank + rope_dim values a token, whatever the number of heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch, LatentLayer
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import MLAConfig
+from nvfp4_runtime.kernels.ops import GroupedLinearKernel, MLASpec
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.linear import Linear, load_weight
+from nvfp4_runtime.layers.norm import RMSNorm
+from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
+
+_INNER_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm, whatever config.json says of the other norms
+
+
+class LatentAttention:
+    """One layer's attention, `prefix` being e.g. "model.layers.3.self_attn".
+
+    cos, sin  the rope tables of rope_dim, shared by all layers
+    """
+
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        config: MLAConfig,
+        hidden: int,
+        num_heads: int,
+        prefix: str,
+        layer_id: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        self.config, self.num_heads, self.layer_id = config, num_heads, layer_id
+        self.cos, self.sin = cos, sin
+        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
+        rank, rope, q_rank = config.kv_lora_rank, config.rope_dim, config.q_lora_rank
+        queries = num_heads * (config.nope_dim + rope)
+        self.q_norm: RMSNorm | None = None
+        if q_rank is not None:
+            self.q_norm = RMSNorm(ckpt, kernels, f"{prefix}.q_a_layernorm", q_rank, _INNER_NORM_EPS)
+            self.q_b_proj = Linear.single(ckpt, kernels, f"{prefix}.q_b_proj", queries, q_rank)
+        names = [f"{prefix}.{'q_proj' if q_rank is None else 'q_a_proj'}", f"{prefix}.kv_a_proj_with_mqa"]
+        self.widths = [queries if q_rank is None else q_rank, rank, rope]
+        self.down_proj = Linear.fused(ckpt, kernels, "q_kv_a_proj", names, [self.widths[0], rank + rope], hidden)
+        self.kv_norm = RMSNorm(ckpt, kernels, f"{prefix}.kv_a_layernorm", rank, _INNER_NORM_EPS)
+        self.into_latent, self.out_of_latent = _absorbed(ckpt, kernels, config, num_heads, f"{prefix}.kv_b_proj")
+        self.heads = kernels.place(torch.arange(num_heads + 1, dtype=torch.int32))
+        self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, num_heads * config.v_dim)
+        self.attend = kernels.mla_decode(MLASpec(num_heads, rank, rope, kernels.dtype, kernels.dtype))
+
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """x [T, hidden] -> [T, hidden]; the new tokens' latent vectors are in the cache afterwards."""
+        cache, num_tokens = batch.kv[self.layer_id], x.shape[0]
+        assert isinstance(cache, LatentLayer)
+        q, latent, key = torch.split(self.down_proj(x, batch.adapters), self.widths, dim=-1)
+        if self.q_norm is not None:
+            q = self.q_b_proj(self.q_norm(q.contiguous(), None)[0], batch.adapters)
+        per_head = q.view(num_tokens, self.num_heads, -1)
+        q_nope, q_rope = torch.split(per_head, [self.config.nope_dim, self.config.rope_dim], dim=-1)
+        turned = self._turn(torch.cat([q_rope, key.unsqueeze(1)], dim=1), batch.positions).to(self.dtype)
+        latent = self.kv_norm(latent.contiguous(), None)[0]
+        cache.latent.flatten(0, 1)[batch.slot_mapping] = torch.cat([latent, turned[:, -1]], dim=-1)
+        seen = self._by_head(self.into_latent, q_nope.to(self.dtype)).to(self.dtype)
+        tables, lengths = batch.each_token
+        out = self.attend(
+            seen, turned[:, :-1].contiguous(), cache.latent, tables.contiguous(), lengths, self.config.scale
+        )
+        return self.o_proj(self._by_head(self.out_of_latent, out).flatten(1).to(self.dtype), batch.adapters)
+
+    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding of [T, H, rope_dim]; what were neighbours come out as halves, for queries and keys alike."""
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        first, second = (x[..., 0::2], x[..., 1::2]) if self.config.interleaved else x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def _by_head(self, kernel: GroupedLinearKernel, x: Tensor) -> Tensor:
+        """Each head's own matrix: [T, H, K] -> [T, H, N], contiguous. Heads are to the kernel what experts are."""
+        num_tokens, num_heads, k = x.shape
+        rows = x.transpose(0, 1).reshape(num_heads * num_tokens, k).contiguous()
+        y = kernel(rows, self.heads * num_tokens)
+        return y.view(num_heads, num_tokens, y.shape[-1]).transpose(0, 1).contiguous()
+
+
+def _absorbed(
+    ckpt: Checkpoint, kernels: Kernels, config: MLAConfig, num_heads: int, prefix: str
+) -> tuple[GroupedLinearKernel, GroupedLinearKernel]:
+    """kv_b_proj [H * (nope + v), rank] as a matrix per head from nope to rank, and one from rank to v.
+
+    A quantised one is used as the float32 values it stands for: transposed, its blocks would lie across the sums.
+    """
+    weight = load_weight(ckpt, prefix, num_heads * (config.nope_dim + config.v_dim), config.kv_lora_rank, bias=False)
+    heads = _plain(weight).view(num_heads, config.nope_dim + config.v_dim, config.kv_lora_rank)
+    keys: list[Weight] = [DenseWeight(head[: config.nope_dim].t().contiguous()) for head in heads]
+    values: list[Weight] = [DenseWeight(head[config.nope_dim :].contiguous()) for head in heads]
+    return kernels.grouped_linear("kv_b_proj.k", keys), kernels.grouped_linear("kv_b_proj.v", values)
+
+
+def _plain(weight: Weight) -> Tensor:
+    return weight.weight if isinstance(weight, DenseWeight) else weight.dequantize()

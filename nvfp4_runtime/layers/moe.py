@@ -1,0 +1,134 @@
+"""A mixture of experts: a router picks some for each token; their results are weighed and summed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import AdapterRows
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import MoEConfig
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.linear import linear_kernel, load_weight
+from nvfp4_runtime.layers.mlp import MLP
+from nvfp4_runtime.nvfp4.weight import can_fuse, fuse
+
+
+class MoE:
+    """One layer's mixture, `prefix` being e.g. "model.layers.3.mlp".
+
+    A token's result depends on that token alone: experts compute row by row, and results are summed in the order in
+    which the router ranked them, not in the order in which experts ran.
+    """
+
+    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
+        self.config = config
+        self.router = Router(ckpt, kernels, hidden, config, prefix)
+        self.experts = Experts(ckpt, kernels, hidden, config, f"{prefix}.experts")
+        self.shared: SharedExpert | None = None
+        if config.shared_size:
+            self.shared = SharedExpert(ckpt, kernels, hidden, config, prefix)
+
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """x [T, hidden] -> [T, hidden] of the stream's type. Adapters: on the shared expert, not on routed ones."""
+        weights, chosen = self.router(x)
+        y = self.experts(x, weights, chosen)
+        return y if self.shared is None else y + self.shared(x, adapters)
+
+
+class Router:
+    """Scores every expert for every token. Its weight is read in FP32 precision whatever it is stored in."""
+
+    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
+        weight = load_weight(ckpt, f"{prefix}.gate", config.num_experts, hidden, bias=False)
+        self.project = linear_kernel(kernels, "router", weight, [f"{prefix}.gate"], out_dtype="float32")
+        self.config = config
+        self.correction: Tensor | None = None
+        if config.correction_bias:
+            bias = ckpt.tensor(f"{prefix}.gate.e_score_correction_bias", (config.num_experts,))
+            self.correction = kernels.place(bias.to(torch.float32))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> (weights fp32 [T, top_k], experts int64 [T, top_k]), best first."""
+        return route(self.project(x), self.config, self.correction)
+
+
+def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Router logits fp32 [T, E] to (weights fp32 [T, top_k], experts int64 [T, top_k]), best first.
+
+    correction  fp32 [E], added to the scores for choosing only
+    Source: Mixtral; DeepSeek-V3 for groups, sigmoid scores and the correction.
+    """
+    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
+    ranked = scores if correction is None else scores + correction
+    if config.num_groups > 1:
+        groups = ranked.view(-1, config.num_groups, config.num_experts // config.num_groups)  # [T, G, E / G]
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
+        kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        ranked = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    chosen = ranked.topk(config.top_k, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if config.renormalise:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)  # sigmoids may all be 0
+    return weights * config.scale, chosen
+
+
+class Experts:
+    """All experts' gated feed-forwards: two grouped multiplications over the tokens sorted by expert."""
+
+    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
+        count, inner = config.num_experts, config.intermediate_size
+        gates = ckpt.experts(prefix, "gate_proj", count, inner, hidden)
+        ups = ckpt.experts(prefix, "up_proj", count, inner, hidden)
+        downs = ckpt.experts(prefix, "down_proj", count, hidden, inner)
+        names = [f"{prefix}.{i}" for i in range(count)]
+        pairs = list(zip(gates, ups, strict=True))
+        self.halves = [gates, ups] if not all(can_fuse(pair) for pair in pairs) else [[fuse(pair) for pair in pairs]]
+        self.gate_up = [kernels.grouped_linear("experts.gate_up_proj", half, names) for half in self.halves]
+        self.down = kernels.grouped_linear("experts.down_proj", downs, names)
+        self.silu_mul = kernels.silu_mul(inner)
+        self.bounds = kernels.place(torch.arange(count + 1))
+
+    def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, hidden], weights fp32 [T, k], chosen int64 [T, k] -> [T, hidden] of the stream's type."""
+        num_tokens, top_k = chosen.shape
+        order, offsets = by_expert(chosen, self.bounds)
+        rows = x[order // top_k]  # [T * k, hidden], sorted by expert
+        gate_up = [kernel(rows, offsets) for kernel in self.gate_up]
+        y = self.down(self.silu_mul(gate_up[0] if len(gate_up) == 1 else torch.cat(gate_up, dim=-1)), offsets)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        ranked = y[places].view(num_tokens, top_k, y.shape[1])
+        total = ranked[:, 0] * weights[:, :1]
+        for rank in range(1, top_k):
+            total = total + ranked[:, rank] * weights[:, rank : rank + 1]
+        return total.to(y.dtype)
+
+
+def by_expert(chosen: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, offsets) of a grouped multiplication over `chosen` int64 [T, k], an expert for each token and rank.
+
+    bounds   int64 [E + 1], 0 to E
+    order    int64 [T * k]: the flat places in `chosen`, sorted by expert, tokens of one in their order
+    offsets  int32 [E + 1]: see GroupedLinearKernel
+    """
+    experts, order = chosen.flatten().sort(stable=True)
+    return order, torch.searchsorted(experts, bounds, out_int32=True)
+
+
+class SharedExpert:
+    """The feed-forward that every token passes, behind a gate of its own where the model has one."""
+
+    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
+        name = f"{prefix}.shared_expert" if config.shared_gate else f"{prefix}.shared_experts"
+        self.mlp = MLP(ckpt, kernels, hidden, config.shared_size, name)
+        self.gate = None
+        if config.shared_gate:
+            weight = load_weight(ckpt, f"{prefix}.shared_expert_gate", 1, hidden, bias=False)
+            self.gate = linear_kernel(
+                kernels, "shared_expert_gate", weight, [f"{prefix}.shared_expert_gate"], out_dtype="float32"
+            )
+
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        y = self.mlp(x, adapters)
+        return y if self.gate is None else (y * self.gate(x).sigmoid()).to(y.dtype)

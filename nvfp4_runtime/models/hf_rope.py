@@ -1,0 +1,67 @@
+"""The rotary embedding that a config.json asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from nvfp4_runtime.config import RopeConfig
+from nvfp4_runtime.models.config_values import LIMIT, Raw, number, optional_number, unsupported
+
+
+def parse_rope(raw: Raw, max_position: int, share: float | None = None) -> RopeConfig:
+    """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4).
+
+    share  of a head's dimensions that turn, where the config does not say; None: all, and no config may say otherwise
+    """
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(field) or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise unsupported(field, rope, "one set of values for all layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise unsupported(f"{field}.rope_type", kind, "default, linear, llama3 or yarn")
+    partial = number(
+        rope if rope.get("partial_rotary_factor") is not None else raw, "partial_rotary_factor", share or 1.0
+    )
+    if not 0 < partial <= 1 or (share is None and partial != 1):
+        raise unsupported("partial_rotary_factor", partial, "1.0" if share is None else "more than 0, at most 1")
+    if rope.get("mrope_section") is not None:
+        raise unsupported(f"{field}.mrope_section", rope["mrope_section"], "no multimodal rope")
+    place = rope if rope.get("rope_theta") else raw
+    theta = number(place, "rope_theta", 10000.0)
+    if theta <= 1:
+        raise unsupported("rope_theta", theta, "more than 1")
+    if kind == "default":
+        return RopeConfig(theta=theta, partial_rotary_factor=partial)
+    # a few models keep the original length beside the rope fields; there it takes precedence
+    original = (
+        raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_position
+    )
+    if isinstance(original, bool) or not isinstance(original, int | float) or not 1 <= original <= LIMIT:
+        raise unsupported(f"{field}.original_max_position_embeddings", original, "a positive number of tokens")
+    factor = rope.get("factor")
+    if factor is None and kind == "yarn":
+        factor = max_position / original
+    numbers: dict[str, Any] = {"factor": factor}
+    if kind == "llama3":
+        numbers |= {name: rope.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LIMIT:
+            raise unsupported(f"{field}.{name}", value, f"a positive number, as rope type {kind} needs")
+        numbers[name] = float(value)
+    if kind == "llama3" and numbers["low_freq_factor"] == numbers["high_freq_factor"]:
+        raise unsupported(f"{field}.high_freq_factor", numbers["high_freq_factor"], "more than low_freq_factor")
+    return RopeConfig(
+        theta=theta,
+        kind=cast(Literal["linear", "llama3", "yarn"], kind),
+        original_max_position_embeddings=int(original),
+        beta_fast=number(rope, "beta_fast", 32.0) or 32.0,
+        beta_slow=number(rope, "beta_slow", 1.0) or 1.0,
+        attention_factor=optional_number(rope, "attention_factor"),
+        mscale=optional_number(rope, "mscale"),
+        mscale_all_dim=optional_number(rope, "mscale_all_dim"),
+        truncate=bool(rope.get("truncate", True)),
+        partial_rotary_factor=partial,
+        **numbers,
+    )
