@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, check_num_logprobs, note_unknown, token_biases
+from server.protocol.fields import Count, Int, Number, RequestBody, ShortStr, check_num_logprobs, note_unknown, token_biases
 from server.protocol.not_honoured import NOT_HONOURED, REPLACED
 from server.structured import StructuredFields
 
@@ -75,7 +75,7 @@ class GenerationRequest(StructuredFields, RequestBody):
     echo: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
-    thinking_token_budget: Annotated[Int, Field(ge=0)] | None = None
+    thinking_token_budget: Count | None = None
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] = "left"
     priority: Int = 0

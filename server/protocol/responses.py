@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Count, Int, Number, RequestBody, ShortStr, note_unknown
 from server.protocol.response_items import messages_of
 from server.reasoning.request import EFFORTS
 from server.structured import JsonObject
@@ -117,7 +117,7 @@ class ResponsesRequest(RequestBody):
     parallel_tool_calls: bool = True
     structured_outputs: JsonObject | None = None
     chat_template_kwargs: dict[ShortStr, Any] | None = None
-    thinking_token_budget: Int | None = None
+    thinking_token_budget: Count | None = None
     include_reasoning: bool | None = None
 
     @property

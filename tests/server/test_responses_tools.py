@@ -132,6 +132,7 @@ async def test_result_goes_back_in_the_next_turn(serve: Serve) -> None:
         ({"reasoning": {"effort": "huge"}}, "reasoning", "huge"),
         ({"reasoning": {"summary": "auto"}}, "reasoning", "summary"),
         ({"thinking_token_budget": 5}, "thinking_token_budget", "--reasoning-parser"),
+        ({"thinking_token_budget": -1}, "thinking_token_budget", ""),
     ],
 )
 async def test_what_cannot_be_had_is_a_400_naming_the_field(
