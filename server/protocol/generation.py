@@ -9,7 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
-from server.protocol.fields import Count, Int, Number, RequestBody, ShortStr, check_num_logprobs, note_unknown, token_biases
+from server.protocol.fields import (
+    Count,
+    Int,
+    Number,
+    RequestBody,
+    ShortStr,
+    check_num_logprobs,
+    note_unknown,
+    token_biases,
+)
 from server.protocol.not_honoured import NOT_HONOURED, REPLACED
 from server.structured import StructuredFields
 
