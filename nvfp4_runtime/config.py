@@ -199,6 +199,8 @@ class EngineConfig:
     device         "auto": a GPU if PyTorch can use one, else the CPU
     max_lora_rank  adapters of a higher rank are refused
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
+    machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
+    log_format     "text" or "json": how the engine's process writes its log
     """
 
     model: str = ""
@@ -209,6 +211,8 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
+    machine_limits: str = "off"
+    log_format: str = "text"
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -20,6 +20,7 @@ from nvfp4_runtime.text.detokenizer import Detokenizer
 from server.errors import GenerationError
 from server.generation import ChoiceState, Generation, Job, Piece, chosen_adapter
 from server.protocol.generation import GenerationRequest
+from server.request_record import note
 from server.state import ServerState
 
 RETRY_SECONDS = 0.02
@@ -93,6 +94,7 @@ class BeamGeneration:
             self.close()
             raise
         self._metrics.accepted(request.n)
+        note(self.choices)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """One piece per choice, best beam first."""
@@ -104,7 +106,7 @@ class BeamGeneration:
             for search, group in zip(searches, self._groups, strict=True):
                 for choice, beam in zip(group, await search, strict=True):
                     choice.took(beam.token_ids)
-                    choice.finished = True
+                    choice.finished, choice.finish_reason = True, "stop" if beam.ended else "length"
                     yield self._piece(choice.job, beam)
         finally:
             for search in searches:
@@ -191,6 +193,7 @@ class BeamGeneration:
                 if output.logprobs:
                     for choice in group:
                         choice.num_cached_tokens = output.num_cached_tokens
+                        choice.times = output.times
                     self._running.discard(stream.request_id)
                     self._metrics.released(stream.request_id)
                     return output.logprobs[0]

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, TokenOutput
+from server.engine_metrics import EngineMetrics
 from server.lean_histogram import LeanHistogram
 from server.recent import RecentRequests
+from server.request_metrics import RequestMetrics
 
 ENGINE = "0"  # vLLM numbers its data-parallel engines; we run one
 RATE_WINDOW_SECONDS = 10.0
@@ -92,6 +94,8 @@ class Metrics:
         self._declare_load()
         self._declare_requests(info.max_model_len)
         self._declare_ours(info)
+        self.engine = EngineMetrics(self._labels, info, self.registry, self._oldest_in_engine)
+        self.http = RequestMetrics(self._labels, one_two_five(info.max_model_len), self.registry)
         self._lora: Gauge | None = None
         self._lora_shown: tuple[str, ...] = ()
         if info.adapters:
@@ -127,6 +131,14 @@ class Metrics:
         tokens = one_two_five(max_model_len)
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that gave a token.")
         self.prompt_tokens_cached = self._counter("vllm:prompt_tokens_cached", "Of these, found in the prefix cache.")
+        by_source = Counter(
+            "vllm:prompt_tokens_by_source",
+            "The same by where their KV came from.",
+            ("model_name", "engine", "source"),
+            registry=self.registry,
+        )
+        self.prompt_tokens_computed = by_source.labels(*self._labels, "local_compute")
+        self.prompt_tokens_hit = by_source.labels(*self._labels, "local_cache_hit")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self.request_success = Counter(
             "vllm:request_success",
@@ -139,6 +151,9 @@ class Metrics:
         self.request_prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", tokens)
         self.request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Generated tokens per request.", tokens
+        )
+        self.prefill_computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens per request that were not cached.", tokens
         )
         self.params_n = self._histogram("vllm:request_params_n", "The n of each HTTP request.", _CHOICES)
         self.params_max_tokens = self._histogram(
@@ -279,6 +294,8 @@ class Metrics:
             self.ttft.observe(now - request.arrival)
             self.prompt_tokens.inc(request.prompt_tokens)
             self.prompt_tokens_cached.inc(output.num_cached_tokens)
+            self.prompt_tokens_hit.inc(output.num_cached_tokens)
+            self.prompt_tokens_computed.inc(request.prompt_tokens - output.num_cached_tokens)
             request.cached_tokens = output.num_cached_tokens
         else:
             self.itl.observe((now - request.last_token) / count, count)
@@ -319,6 +336,7 @@ class Metrics:
         assert reason is not None, "the last output of a request says why it ended"
         self.request_success.labels(*self._labels, reason).inc()
         self.request_prompt_tokens.observe(request.prompt_tokens)
+        self.prefill_computed.observe(request.prompt_tokens - output.num_cached_tokens)
         taken = request.num_tokens if request.num_taken is None else request.num_taken
         self.request_generation_tokens.observe(taken)
         self.params_max_tokens.observe(request.max_tokens)
@@ -343,6 +361,9 @@ class Metrics:
         self.generation_tokens.inc(self._num_arrived)
         self._num_arrived = 0
         return generate_latest(self.registry)
+
+    def _oldest_in_engine(self) -> float | None:
+        return min((each.arrival for each in self._requests.values() if each.last_output is None), default=None)
 
     def _forget(self, now: float) -> None:
         while self._recent and self._recent[0][0] < now - RATE_WINDOW_SECONDS:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from server.config import ServerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressLine:
@@ -29,6 +32,40 @@ class ProgressLine:
     def done(self) -> None:
         if self._moving and self._phase:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class LoggedProgress:
+    """The same in the log, a record per phase."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        if phase != self._phase:
+            logger.info("loading: %s", phase, extra={"fields": {"phase": phase}})
+        self._phase = phase
+
+    def done(self) -> None:
+        """Nothing to wipe away."""
+
+
+def print_ready(info: EngineInfo, config: ServerConfig, url: str) -> None:
+    print(ready_screen(info, config, url), flush=True)
+
+
+def log_ready(info: EngineInfo, config: ServerConfig, url: str) -> None:
+    """What matters of the screen, as one record. All of it: GET /v1/precision."""
+    facts = {
+        "version": __version__,
+        "url": url,
+        "model": config.served_model_names[0],
+        "numerics": info.numerics,
+        "device": info.device,
+        "weight_bytes": sum(info.weight_bytes.values()),
+        "kv_cache_bytes": info.kv_bytes,
+        "startup_seconds": info.startup_seconds,
+    }
+    logger.info("ready at %s", url, extra={"fields": facts})
 
 
 def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:

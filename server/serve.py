@@ -23,14 +23,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
 from nvfp4_runtime.engine.client import EngineClient
+from nvfp4_runtime.engine.messages import EngineInfo
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
-from server.config import ServerConfig, environment_flags, read_api_keys
+from server.config import ServerConfig, environment_flags, read_api_keys, traces_wanted
 from server.reasoning.parsers import reasoning_style
-from server.screen import ProgressLine, ready_screen
+from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.tools.parsers import tool_style
+from server.tracing import Tracer, otlp_exporter
 
 if TYPE_CHECKING:
     import uvicorn
@@ -62,6 +64,9 @@ def serve(args: argparse.Namespace) -> int:
     model = args.model or environment_flags(["model"]).get("model")
     model = None if model is None else os.path.expanduser(model)
     config = server_config(args, model)
+    exporter = None
+    if args.otlp_traces_endpoint is not None or traces_wanted():
+        exporter = otlp_exporter(args.otlp_traces_endpoint)
     sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
     if not args.simulate:
         model = str(resolve_model(model, args.allow_download))
@@ -72,9 +77,13 @@ def serve(args: argparse.Namespace) -> int:
     for adapter in engine.adapters:
         if adapter.name in config.served_model_names:
             raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
-    code = _run(_serve(args, engine, config, sock, started))
-    gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
-    return code
+    tracer = None if exporter is None else Tracer(exporter)
+    try:
+        return _run(_serve(args, engine, config, sock, started, tracer))
+    finally:
+        if tracer is not None:
+            tracer.close()
+        gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
@@ -108,6 +117,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         pooling=args.embedding_pooling,
         stored_responses_bytes=args.response_store_memory,
         stored_responses_seconds=args.response_store_ttl,
+        log_requests=not args.no_log_requests,
+        log_prompts=args.log_prompts,
         ui=not args.no_ui,
     )
 
@@ -134,6 +145,8 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
+        machine_limits=args.machine_limits,
+        log_format=args.log_format,
         threads=args.threads,
         seed=args.seed,
         cache=CacheConfig(
@@ -291,10 +304,15 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 
 async def _serve(
-    args: argparse.Namespace, engine_config: EngineConfig, config: ServerConfig, sock: socket.socket, started: float
+    args: argparse.Namespace,
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    sock: socket.socket,
+    started: float,
+    tracer: Tracer | None,
 ) -> int:
     stop = _StopSignal()
-    progress = ProgressLine()
+    progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
     launch = asyncio.create_task(EngineClient.launch(engine_config, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
@@ -318,23 +336,30 @@ async def _serve(
     engine.info.startup_seconds |= {"web": web_seconds, "tokenizer": tokenizer_seconds}  # beside the engine's phases
     engine.info.startup_seconds["ready"] = time.monotonic() - started
     try:
-        return await _run_http(engine, text, config, sock, stop)
+        announce = print_ready if args.log_format == "text" else log_ready
+        return await _run_http(engine, text, config, sock, stop, tracer, announce)
     finally:
         await engine.close()
 
 
 async def _run_http(
-    engine: EngineClient, text: TextProcessor, config: ServerConfig, sock: socket.socket, stop: _StopSignal
+    engine: EngineClient,
+    text: TextProcessor,
+    config: ServerConfig,
+    sock: socket.socket,
+    stop: _StopSignal,
+    tracer: Tracer | None,
+    announce: Callable[[EngineInfo, ServerConfig, str], None],
 ) -> int:
     from server.app import create_app
 
-    app = create_app(engine, text, config)
+    app = create_app(engine, text, config, tracer)
     server = _make_server(app, config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
-        print(ready_screen(engine.info, config, url_of(sock)), flush=True)
+        announce(engine.info, config, url_of(sock))
     stop.then(lambda again: _stop_serving(server, app, again))
     watch = asyncio.create_task(_until_dead(engine))
     await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)

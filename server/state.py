@@ -18,6 +18,7 @@ from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.form import Styles
 from server.metrics import Metrics
+from server.request_record import note
 from server.response_store import ResponseStore
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -82,6 +83,7 @@ class Answer:
         base = sane_request_id(request.headers.get("x-request-id")) or body.request_id
         unique = secrets.token_hex(8)
         answer_id = f"{prefix}-{base or unique}"
+        note((), model, answer_id)
         return cls(answer_id, f"{answer_id}-{unique}" if base else answer_id, model, int(time.time()))
 
 

@@ -161,4 +161,5 @@ class Gpu:
         if sizes:
             with phases.phase("capture") as report:
                 executor.capture(sizes, report)
-        return Placement(num_blocks, max_len, functools.partial(OverlappedEngine, executor=executor))
+        scratch = {"step": measured.step, "cuda_graphs": measured.graphs}
+        return Placement(num_blocks, max_len, functools.partial(OverlappedEngine, executor=executor), scratch)

@@ -13,6 +13,7 @@ from nvfp4_runtime.batch import AdapterRows, CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
 from nvfp4_runtime.engine.staging import StepLists
+from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.sampling.masks import Masks
 from nvfp4_runtime.sampling.sampler import BatchSampler, prompt_logprobs
 from nvfp4_runtime.sampling.state import Logprob
@@ -31,13 +32,22 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """The executor over a real model. Holds the KV tensors and nothing about any request."""
+    """The executor over a real model. Holds the KV tensors and nothing about any request.
+
+    `adapters`: names of the loaded LoRA adapters, in the order in which the model's layers hold them.
+    `clock` laps the parts of `execute`: prepare, model, sample.
+    """
 
     def __init__(
-        self, model: Model, kv: tuple[CacheLayer, ...], sampler: BatchSampler, adapters: Sequence[str] = ()
+        self,
+        model: Model,
+        kv: tuple[CacheLayer, ...],
+        sampler: BatchSampler,
+        adapters: Sequence[str] = (),
+        clock: StepClock | None = None,
     ) -> None:
-        """`adapters`: names of the loaded LoRA adapters, in the order in which the model's layers hold them."""
         self._model = model
+        self._clock = clock or StepClock()
         self._adapters = {name: i for i, name in enumerate(adapters)}
         self._kv = kv
         self._sampler = sampler
@@ -54,7 +64,13 @@ class ModelRunner:
             return self._execute_apart(schedule)
         rows = [wanted_rows(entry) for entry in schedule.entries]
         masks = self._sampler.begin([entry.request.sampling for entry in schedule.entries if entry.samples])
-        return self._results(schedule, rows, self.logits(schedule, rows), masks)
+        batch = self.prepare(schedule, rows)
+        self._clock.lap("prepare")
+        logits = self._model.forward(batch)
+        self._clock.lap("model")
+        results = self._results(schedule, rows, logits, masks)
+        self._clock.lap("sample")
+        return results
 
     def _execute_apart(self, schedule: Schedule) -> list[StepResult]:
         results: dict[int, StepResult] = {}

@@ -275,7 +275,8 @@ class Scheduler:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
         request.num_pending -= 1
         request.append(result.token_id)
-        if request.times.first_token == 0.0:
+        first = request.times.first_token == 0.0
+        if first:
             request.times.first_token = now
         output = TokenOutput(
             request.id,
@@ -283,6 +284,7 @@ class Scheduler:
             logprobs=None if result.logprob is None else [result.logprob],
             prompt_logprobs=scored,
             num_cached_tokens=max(request.num_cached_tokens, 0),
+            times=request.times if first else None,
         )
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
@@ -333,6 +335,7 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            oldest_waiting=min((request.times.arrival for request in self.waiting), default=0.0),
             running_adapters=sorted({request.adapter for request in self.running if request.adapter}),
             waiting_adapters=sorted({request.adapter for request in self.waiting if request.adapter}),
         )
