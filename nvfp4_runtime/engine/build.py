@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
-from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
+from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block, state_bytes
 from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
@@ -70,12 +70,22 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     if num_uploaded:
         phases.carve("upload", upload_seconds, out_of="weights")
     _warn_of_missing_scales(model)
+    states = state_bytes(model.kv_specs, config.scheduler.max_num_seqs + 1)
+    if states and gpu is not None:
+        raise ConfigError(f"{model.config.architecture} keeps states, and runs on CPUs only: --device cpu", "--device")
+    if states and config.cache.enable_prefix_caching:
+        logger.info("no prefix caching: %s keeps states that are not found again by prefix", model.config.architecture)
+    caching = config.cache.enable_prefix_caching and not states
     if gpu is None:
         placed = _on_cpu(config, model, max_len, phases)
     else:
         placed = gpu.place(config, model, max_len, phases, kernels)
     scheduler = Scheduler(
-        config.scheduler, BlockPool(placed.num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
+        config.scheduler,
+        BlockPool(placed.num_blocks),
+        config.cache.block_size,
+        caching,
+        config.scheduler.max_num_seqs if states else 0,
     )
     numerics, numerics_reason = _numerics(kernels)
     if config.numerics not in ("auto", numerics):
@@ -100,7 +110,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         block_size=config.cache.block_size,
         num_blocks=placed.num_blocks,
         kv_dtype=model.kv_dtype,
-        kv_bytes=placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
+        kv_bytes=states + placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
         dtype=kernels.dtype,
         numerics=numerics,
         numerics_reason=numerics_reason,
@@ -109,7 +119,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         eos_token_ids=eos_token_ids(checkpoint.path, model.config.eos_token_ids),
         startup_seconds=phases.seconds,
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
-        enable_prefix_caching=config.cache.enable_prefix_caching,
+        enable_prefix_caching=caching,
         device=describe(device),
         scratch_bytes=placed.scratch_bytes,
         limits=limits,
@@ -126,7 +136,8 @@ def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) ->
         block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
-        kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
+        slots, cpu = config.scheduler.max_num_seqs + 1, torch.device("cpu")
+        kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, cpu, slots)
     clock = StepClock()
     runner = ModelRunner(model, kv, BatchSampler(), [adapter.name for adapter in config.adapters], clock)
     with phases.phase("warm_up"):

@@ -30,6 +30,7 @@ class Request:
     tokens               prompt and output together, as far as they are known
     num_pending          tokens that scheduled steps will sample and nobody has read yet; they count in `num_tokens`
     num_computed         tokens whose KV is in `block_ids` once every scheduled step has run
+    state_slot           of the model's states while it runs, where the model has any; 0: none
     block_hashes         chained hashes of the full blocks of `tokens`, as far as they were needed
     num_published        how many blocks this request has made findable
     num_cached_tokens    prompt tokens whose KV was found, at first admission; -1 before it
@@ -74,6 +75,7 @@ class Request:
         self.num_computed = 0
         self.epoch = 0
         self.block_ids: list[int] = []
+        self.state_slot = 0
         self.block_hashes: list[bytes] = []
         self.num_published = 0
         self.num_cached_tokens = -1

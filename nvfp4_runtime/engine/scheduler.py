@@ -95,12 +95,17 @@ def _take(request: Request, count: int) -> Scheduled:
 
 @dataclass
 class Scheduler:
-    """Waiting and running requests over one block pool."""
+    """Waiting and running requests over one block pool.
+
+    num_state_slots  of a model that keeps states beside its blocks, one for each running request; slot 0 is nobody's.
+                     Such states are not found again by prefix: `enable_prefix_caching` must be off
+    """
 
     config: SchedulerConfig
     pool: BlockPool
     block_size: int
     enable_prefix_caching: bool = True
+    num_state_slots: int = 0
     hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     waiting: list[Request] = field(default_factory=list)  # both sorted by rank
     running: list[Request] = field(default_factory=list)
@@ -109,6 +114,11 @@ class Scheduler:
     prefix_queries: int = 0
     prefix_hits: int = 0
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        assert not (self.num_state_slots and self.enable_prefix_caching), "states are not cached by prefix"
+        assert self.num_state_slots in (0, self.config.max_num_seqs), "a running request has one slot"
+        self._free_slots = list(range(self.num_state_slots, 0, -1))
 
     @property
     def has_work(self) -> bool:
@@ -171,6 +181,8 @@ class Scheduler:
             request.num_computed = start
             request.num_published = len(cached)
             request.status = Status.RUNNING
+            if self.num_state_slots:
+                request.state_slot = self._free_slots.pop()
             self._note_admission(request, start)
             self.waiting.pop(0)
             insort(self.running, request, key=_rank)
@@ -207,6 +219,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
         request.block_ids = []
+        if request.state_slot:
+            self._free_slots.append(request.state_slot)
+            request.state_slot = 0
         request.num_computed = 0
         request.num_published = 0
         request.num_pending = 0  # a token on its way is not waited for: it will be sampled again
@@ -344,6 +359,8 @@ class Scheduler:
         """Assert that every block and every request is accounted for."""
         self.pool.check(request.block_ids for request in self.running)
         assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
+        slots = sorted([*self._free_slots, *(r.state_slot for r in self.running if self.num_state_slots)])
+        assert slots == list(range(1, self.num_state_slots + 1)), "a state slot is lost or shared"
         alive = {request.id for request in self.running} | {request.id for request in self.waiting}
         assert alive == set(self.requests), "requests and queues disagree"
 

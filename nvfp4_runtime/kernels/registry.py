@@ -24,6 +24,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -212,6 +214,9 @@ class Kernels:
     def mla_decode(self, spec: MLASpec) -> MLAKernel:
         return self._record(spec).mla_decode(spec)
 
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        return self._record(spec).mamba2(spec)
+
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
 
@@ -279,7 +284,9 @@ class Kernels:
         reason = "writes its result as NVFP4, scales swizzled"
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
-    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec) -> Backend:
+    def _record(
+        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
+    ) -> Backend:
         backend, reason = self._choose(spec)
         self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))
         return backend

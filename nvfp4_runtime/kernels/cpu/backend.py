@@ -32,6 +32,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -55,6 +57,7 @@ except ImportError as e:
     _missing = str(e)
 
 NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
+_NO_MAMBA2 = "no native kernel for Mamba-2"
 _NO_MLA = "no native kernel for multi-head latent attention"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
 FP8_SCALE_STEP = 64  # csrc/types.h: kPlainChunk
@@ -98,6 +101,8 @@ class CPUBackend:
             return "extension not built"
         if isinstance(spec, MLASpec):
             return _NO_MLA
+        if isinstance(spec, Mamba2Spec):
+            return _NO_MAMBA2
         if isinstance(spec, QuantizeSpec):
             return None
         if spec.dtype not in ("bfloat16", "float32"):
@@ -163,6 +168,9 @@ class CPUBackend:
     def mla_decode(self, spec: MLASpec) -> MLAKernel:
         raise KernelError(_NO_MLA)
 
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        raise KernelError(_NO_MAMBA2)
+
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
             return "extension not built"
@@ -207,7 +215,7 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
         return {"hidden": spec.hidden}
     if isinstance(spec, ActivationSpec):
         return {"twice the width": 2 * spec.width}
-    assert not isinstance(spec, MLASpec)  # refused before anybody asks
+    assert not isinstance(spec, MLASpec | Mamba2Spec)  # refused before anybody asks
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     heads = {"the number of heads": spec.num_heads, "of KV heads": spec.num_kv_heads, "head_dim": spec.head_dim}
     return heads | {"the width of q, k and v": width}
