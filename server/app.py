@@ -40,6 +40,7 @@ from server.routes import (
 )
 from server.state import ServerState
 from server.tracing import Tracer
+from server.turnstile import Turnstile
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None) -> FastAPI:
@@ -93,6 +94,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
+    app.add_middleware(Turnstile)
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)

@@ -73,6 +73,7 @@ class Tokenizer:
         spelled = {raw.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         self._byte_tokens = spelled if "ByteFallback" in decoder_types else {}
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
         texts = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._prefixes = frozenset(text[:end] for text in texts for end in range(1, len(text)))
@@ -189,6 +190,19 @@ class Tokenizer:
         if found is None:
             found = self._bytes[token_id] = self._token_bytes(token_id)
         return found
+
+    def whole_text(self, token_id: int) -> str | None:
+        """A token's text if its bytes are whole characters, else None."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text: str | None = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._whole_texts[token_id] = text
+        return text
 
     def token_text(self, token_id: int) -> str:
         """A token alone as text, for logprobs; parts of characters show as U+FFFD."""

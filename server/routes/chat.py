@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from server.streaming import ChunkWriter, EventStream
 
 router = APIRouter()
 ROLE = "assistant"
+_ONLY_CONTENT = {"content"}
 
 
 class Chat:
@@ -81,6 +83,8 @@ class Chat:
         always = body.logprobs or body.return_token_ids
         echo = self.echo_text()
         begun: set[int] = set()
+        only_text = not (always or continuous)
+        writers = [chunks.text_chunk(partial(_content, i)) for i in range(body.n)]
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 extra = {"usage": usage_of(self.generation.choices, body.n, details)} if continuous else {}
@@ -93,6 +97,10 @@ class Chat:
                         yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
                 ends = piece.finish_reason is not None
                 deltas = self.writers[piece.index].push(piece.text, ends)
+                if only_text and not ends and all(delta.keys() == _ONLY_CONTENT for delta in deltas):
+                    for delta in deltas:
+                        yield writers[piece.index](delta["content"])
+                    continue
                 if not deltas and (always or ends):
                     deltas = [{} if self.writers[piece.index].calls else {"content": ""}]
                 for i, delta in enumerate(deltas):
@@ -151,6 +159,10 @@ class Chat:
             "token_ids": choice.token_ids if self.body.return_token_ids else None,
             "routed_experts": None,
         }
+
+
+def _content(index: int, text: str) -> dict[str, Any]:
+    return _delta(index, {"content": text})
 
 
 def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -120,8 +121,15 @@ class _Completion:
         details = self.server.config.enable_prompt_tokens_details
         chunks = ChunkWriter(answer.id, "text_completion", answer.created, answer.model, self.server.fingerprint)
         always = body.logprobs is not None or body.return_token_ids
+        continuous = with_usage and options is not None and options.continuous_usage_stats
+        only_text = not (always or body.echo or continuous)
+        writers = [chunks.text_chunk(partial(self.text_choice, i)) for i in range(len(self.choices))]
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
+                if only_text and piece.finish_reason is None:
+                    if piece.text:
+                        yield writers[piece.index](piece.text)
+                    continue
                 choice = self.take(piece)
                 text, entries = piece.text, list[TokenLogprob | None](piece.logprobs)
                 begins = not choice.begun and (body.echo or body.return_token_ids)
@@ -135,7 +143,7 @@ class _Completion:
                 if begins and body.return_token_ids:
                     written["prompt_token_ids"] = choice.prompt.token_ids
                 extra = {}
-                if with_usage and options is not None and options.continuous_usage_stats:
+                if continuous:
                     extra["usage"] = usage_of(self.generation.choices, body.n, details)
                 yield chunks.choice(written, extra, last=piece.finish_reason is not None)
         if with_usage:
@@ -147,11 +155,16 @@ class _Completion:
         logprobs = None
         if choice.logprobs is not None:
             logprobs = choice.logprobs.of(entries, choice.prompt.token_ids[0])
-        written: dict[str, Any] = {"index": piece.index, "text": text, "logprobs": logprobs}
-        written |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        written = self.text_choice(piece.index, text)
+        written |= {"logprobs": logprobs, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
         if self.body.return_token_ids:
             written["token_ids"] = piece.token_ids
         return written
+
+    @staticmethod
+    def text_choice(index: int, text: str) -> dict[str, Any]:
+        """A choice's text as it goes on, with nothing else to say of it."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     async def whole(self) -> dict[str, Any]:
         """The unstreamed answer: all fields, nulls included."""
