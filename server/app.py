@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.client import AsyncEngine
-from nvfp4_runtime.errors import NVFP4Error
+from nvfp4_runtime.errors import InvalidParameterError, NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
@@ -116,4 +116,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, RecursionError):
+        error = InvalidParameterError("the body is not readable: its JSON is nested too deep")
+        return error_response(error, request.url.path)
     return status_response(error.status_code, error.detail, error.headers, request.url.path)

@@ -16,6 +16,7 @@ from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
 from nvfp4_runtime.engine.messages import RequestTimes, TokenLogprob, TokenOutput
 from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
+from nvfp4_runtime.structured.thinking import ThinkingSpan, ThinkingState
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from server.errors import GenerationError
@@ -32,11 +33,12 @@ class ClientDisconnected(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One choice to generate: what the engine is told, and the position in the answer."""
+    """One choice to generate: what the engine is told, the position in the answer, and where its reasoning may be."""
 
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
+    span: ThinkingSpan | None = None
 
 
 @dataclass(slots=True)
@@ -76,6 +78,22 @@ class ChoiceState:
     finished: bool = False
     finish_reason: str | None = None
     times: RequestTimes | None = None
+    _thinking: ThinkingState | None = None
+
+    def __post_init__(self) -> None:
+        self._thinking = None if self.job.span is None else ThinkingState(self.job.span)
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """None where nothing is known of reasoning."""
+        return None if self._thinking is None else self._thinking.num_tokens
+
+    def took(self, token_ids: Sequence[int]) -> None:
+        """Count tokens of the answer."""
+        self.num_tokens += len(token_ids)
+        if self._thinking is not None:
+            for token_id in token_ids:
+                self._thinking.push(token_id)
 
 
 def chosen_adapter(engine: AsyncEngine, model: str | None) -> str:
@@ -214,7 +232,7 @@ class Generation:
                 if output.num_cached_tokens > choice.num_cached_tokens:
                     choice.num_cached_tokens = output.num_cached_tokens
                 piece = self._piece(choice.job.index, output, detokenizer)
-                choice.num_tokens += len(piece.token_ids)
+                choice.took(piece.token_ids)
                 if piece.finish_reason is not None:
                     choice.finished, choice.finish_reason = True, piece.finish_reason
                     if detokenizer.stopped_by is not None:
@@ -251,10 +269,12 @@ class Generation:
         return Piece(index, text, token_ids[:num_taken], logprobs[:num_taken], "stop", detokenizer.stopped_by)
 
 
-def make_jobs(prompts: Sequence[list[int]], params: Sequence[SamplingParams], n: int) -> list[Job]:
+def make_jobs(
+    prompts: Sequence[list[int]], params: Sequence[SamplingParams], n: int, span: ThinkingSpan | None = None
+) -> list[Job]:
     """Prompt-major: choice prompt x n + i, with seed + i when a seed is given."""
     return [
-        Job(p * n + i, ids, one if one.seed is None else _with_seed(one, one.seed + i))
+        Job(p * n + i, ids, one if one.seed is None else _with_seed(one, one.seed + i), span)
         for p, (ids, one) in enumerate(zip(prompts, params, strict=True))
         for i in range(n)
     ]

@@ -84,13 +84,18 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         if tracer is not None:
             tracer.close()
+        gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     names = args.served_model_name or ["simulated"]
     if not all(name.strip() for name in names):
         raise ConfigError("an empty name is no request's; give one, or leave the flag out", "--served-model-name")
-    if not 0 <= args.simulate_step_seconds < math.inf:
+    if not args.simulate:
+        for flag, given in (("step-seconds", args.simulate_step_seconds), ("script", args.simulate_script)):
+            if given is not None:
+                raise ConfigError(f"--simulate-{flag} says how to simulate; it needs --simulate", f"--simulate-{flag}")
+    elif not 0 <= (args.simulate_step_seconds or 0.0) < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
     tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
     reasoning_style(args.reasoning_parser, None)
@@ -128,7 +133,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             max_model_len=SimulatedConfig.max_model_len if args.max_model_len is None else args.max_model_len,
             script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
             eos_token_id=tokenizer.eos_token_ids[0],
-            step_seconds=args.simulate_step_seconds,
+            step_seconds=args.simulate_step_seconds or 0.0,
         )
     return EngineConfig(
         model=model,

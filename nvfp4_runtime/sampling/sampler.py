@@ -54,6 +54,9 @@ class BatchSampler:
             if not math.isfinite(value):
                 answers.append(Sampled(-1, finite=False))
                 continue
+            if (forced := state.forced_token) is not None:
+                answers.append(_forced(row, forced, state))
+                continue
             if state.grammar is not None:
                 answers.append(self._sample_structured(row, token_id, state, state.grammar, masks))
                 continue
@@ -122,6 +125,15 @@ def _failure(grammar: GrammarState) -> Sampled | None:
     if grammar.error is None:
         return None
     return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+
+
+def _forced(row: FloatRow, token_id: int, state: SamplingState) -> Sampled:
+    """A token that comes whatever its logit is. Its log-probability is the model's own."""
+    if state.grammar is not None:
+        state.grammar.accept(token_id)
+        if (failure := _failure(state.grammar)) is not None:
+            return failure
+    return _answer(row, token_id, state)
 
 
 def _only_chooses(state: SamplingState) -> bool:

@@ -175,6 +175,11 @@ class Tokenizer:
         token: str | None = self._raw.id_to_token(token_id) if token_id >= 0 else None
         return token or ""
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token that the vocabulary spells so; None without one."""
+        found: int | None = self._raw.token_to_id(token)
+        return found
+
     def byte_of(self, token_id: int) -> int | None:
         """The byte that a byte-fallback token such as <0x0A> stands for; None for every other token."""
         return self._byte_tokens.get(token_id)
@@ -223,8 +228,7 @@ class Tokenizer:
 
     def _id_of(self, role: str) -> int | None:
         text = self.special_tokens.get(role)
-        token_id: int | None = self._raw.token_to_id(text) if text is not None else None
-        return token_id
+        return self.id_of(text) if text is not None else None
 
     def _encode(self, raw: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
         try:

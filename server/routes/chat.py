@@ -18,6 +18,7 @@ from server.errors import json_response
 from server.form import AnswerForm
 from server.formatting import TokenNames, usage_of
 from server.generation import Piece, make_jobs, off_loop, until_disconnect
+from server.message import Delta
 from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, bad_words_token_ids, encode_chat, fit, output_budget
 from server.protocol.chat import ChatCompletionRequest
@@ -50,19 +51,17 @@ class Chat:
         self.form = AnswerForm(body, server.styles, prompt.text)
         bad_words = bad_words_token_ids(body.bad_words, server.text.tokenizer)
         params = body.sampling_params(budget, server.config.default_sampling, body.prompt_logprobs, bad_words)
-        params = msgspec.structs.replace(params, structured=self.form.structured)
-        jobs = make_jobs([self.prompt_token_ids], [params], body.n)
+        params = msgspec.structs.replace(params, structured=self.form.structured, thinking=self.form.thinking)
+        jobs = make_jobs([self.prompt_token_ids], [params], body.n, self.form.span)
         kept = self.form.kept_special_ids(server.text.tokenizer)
         self.generation = start_generation(server, body, answer.engine_id, jobs, kept)
         self.writers = [self.form.writer() for _ in range(body.n)]
 
-    async def content_pieces(self) -> AsyncGenerator[Piece, None]:
-        """The generation's pieces with their content alone: for endpoints that show no reasoning."""
+    async def news(self) -> AsyncGenerator[tuple[Piece, list[Delta]], None]:
+        """The generation's pieces, each with what is new of its choice's message."""
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
-                deltas = self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
-                piece.text = "".join(delta.get("content", "") for delta in deltas)
-                yield piece
+                yield piece, self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
 
     def echo_text(self) -> str:
         """echo: the last message's text, if it is the assistant's own, comes before the new text."""

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.structured.thinking import ThinkingBudget
 from server.beam_search import start_generation
 from server.errors import json_response
 from server.formatting import CompletionLogprobs, TokenNames, usage_of
@@ -21,11 +22,13 @@ from server.generation import ChoiceState, Piece, make_jobs, off_loop, until_dis
 from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, bad_words_token_ids, encode_prompts, fit, num_chars, output_budget
 from server.protocol.completions import CompletionRequest
+from server.reasoning.tokens import thinking_of
 from server.state import Answer, ServerState
 from server.streaming import ChunkWriter, EventStream
 
 router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
+PROMPT_END = 16  # tokens that are looked at for an opened reasoning
 
 
 @dataclass
@@ -68,7 +71,8 @@ class _Completion:
             budget = output_budget(asked, default, len(ids), limit, "max_tokens")
             defaults = server.config.default_sampling
             one = body.sampling_params(budget, defaults, self._prompt_logprobs(), bad_words)
-            params.append(msgspec.structs.replace(one, structured=body.structured_spec()))
+            thinking = self._thinking(ids)
+            params.append(msgspec.structs.replace(one, structured=body.structured_spec(), thinking=thinking))
             fitted.append(prompt if ids is prompt.token_ids and prompt.text else EncodedPrompt("", ids))
         jobs = make_jobs([prompt.token_ids for prompt in fitted], params, body.n)
         self.generation = start_generation(server, body, answer.engine_id, jobs)
@@ -84,6 +88,13 @@ class _Completion:
         """What the engine computes: for prompt_logprobs, and for the prompt's part of echoed logprobs."""
         wanted = [self.body.prompt_logprobs, self.body.logprobs if self.body.echo else None]
         return max((count for count in wanted if count is not None), default=None)
+
+    def _thinking(self, prompt_token_ids: list[int]) -> ThinkingBudget | None:
+        """The bound of the reasoning that the prompt leads into, if the request sets one."""
+        if self.body.thinking_token_budget is None:
+            return None
+        end = self.server.text.tokenizer.decode(prompt_token_ids[-PROMPT_END:], skip_special_tokens=False)
+        return thinking_of(self.server.styles.reasoning_tokens, end, self.body.thinking_token_budget)[1]
 
     def echo_text(self, choice: _Choice) -> str:
         if not self.body.echo:
