@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.client import AsyncEngine
-from nvfp4_runtime.errors import NVFP4Error
+from nvfp4_runtime.errors import InvalidParameterError, NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
@@ -42,6 +42,7 @@ from server.routes import (
 from server.shutdown import RefuseNew
 from server.state import ServerState
 from server.tracing import Tracer
+from server.turnstile import Turnstile
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None) -> FastAPI:
@@ -96,6 +97,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
+    app.add_middleware(Turnstile)
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
@@ -118,4 +120,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, RecursionError):
+        error = InvalidParameterError("the body is not readable: its JSON is nested too deep")
+        return error_response(error, request.url.path)
     return status_response(error.status_code, error.detail, error.headers, request.url.path)

@@ -37,6 +37,8 @@ def start_generation(
     if request.use_beam_search:
         if any(job.params.structured is not None for job in jobs):
             raise InvalidParameterError("use_beam_search cannot be had with structured output", "use_beam_search")
+        if any(job.params.thinking is not None for job in jobs):
+            raise InvalidParameterError("use_beam_search cannot be had with reasoning_effort none", "use_beam_search")
         return BeamGeneration(server, request, request_id, jobs)
     return Generation(server.engine, server.text.tokenizer, server.metrics, request, request_id, jobs, kept_special_ids)
 
@@ -103,7 +105,7 @@ class BeamGeneration:
         try:
             for search, group in zip(searches, self._groups, strict=True):
                 for choice, beam in zip(group, await search, strict=True):
-                    choice.num_tokens = len(beam.entries)
+                    choice.took(beam.token_ids)
                     choice.finished, choice.finish_reason = True, "stop" if beam.ended else "length"
                     yield self._piece(choice.job, beam)
         finally:

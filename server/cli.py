@@ -207,7 +207,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="send traces there, OTLP over HTTP; needs the extra otel (default: as OTEL_EXPORTER_OTLP_ENDPOINT says)",
     )
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
-    add("--simulate-step-seconds", type=float, default=0.0, help="how long each simulated step takes")
+    add("--simulate-step-seconds", type=float, help="how long each simulated step takes (default: no time)")
     add("--simulate-script", metavar="TEXT", help="what the simulated model says, over and over")
 
 

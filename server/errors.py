@@ -105,9 +105,10 @@ def error_response(error: Exception, path: str = "") -> Response:
 def status_response(
     status: int, message: str | None = None, headers: Mapping[str, str] | None = None, path: str = ""
 ) -> Response:
-    """For errors of the HTTP layer (404 on a path, 405, 413): the type is the status's phrase."""
+    """For errors of the HTTP layer (404 on a path, 405, 413): the type is the status's phrase, but for a 400."""
     phrase = HTTPStatus(status).phrase
-    return json_response(in_dialect(error_body(message or phrase, phrase, status), path), status, headers)
+    kind = "BadRequestError" if status == 400 else phrase
+    return json_response(in_dialect(error_body(message or phrase, kind, status), path), status, headers)
 
 
 def validation_response(errors: Sequence[Mapping[str, Any]], path: str = "") -> Response:

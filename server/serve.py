@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
 import math
@@ -44,6 +45,7 @@ T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048  # uvicorn's
+COLLECT_AFTER_OBJECTS = 20_000  # Python's 700 are fewer than one step of a few hundred streams makes
 # generation_config.json's name -> ours, and its type
 _SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
     "temperature": ("temperature", float),
@@ -82,13 +84,18 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         if tracer is not None:
             tracer.close()
+        gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     names = args.served_model_name or ["simulated"]
     if not all(name.strip() for name in names):
         raise ConfigError("an empty name is no request's; give one, or leave the flag out", "--served-model-name")
-    if not 0 <= args.simulate_step_seconds < math.inf:
+    if not args.simulate:
+        for flag, given in (("step-seconds", args.simulate_step_seconds), ("script", args.simulate_script)):
+            if given is not None:
+                raise ConfigError(f"--simulate-{flag} says how to simulate; it needs --simulate", f"--simulate-{flag}")
+    elif not 0 <= (args.simulate_step_seconds or 0.0) < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
     tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
     reasoning_style(args.reasoning_parser, None)
@@ -126,7 +133,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             max_model_len=SimulatedConfig.max_model_len if args.max_model_len is None else args.max_model_len,
             script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
             eos_token_id=tokenizer.eos_token_ids[0],
-            step_seconds=args.simulate_step_seconds,
+            step_seconds=args.simulate_step_seconds or 0.0,
             faults=simulated_faults(args.simulate_fault, tokenizer.encode_plain),
         )
     return EngineConfig(
@@ -356,6 +363,7 @@ async def _run_http(
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
+        _spare_the_collector()
         announce(engine.info, config, url_of(sock))
     shutdown = Shutdown(server, app.state.server)
     # Ctrl-C is a person's, whom no load balancer follows
@@ -369,6 +377,16 @@ async def _run_http(
         raise EngineDeadError(f"the engine died: {engine.given_up.result()}")
     await serving
     return 0
+
+
+def _spare_the_collector() -> None:
+    """Keep the garbage collector's walks short and rare: each stops every stream.
+
+    What is loaded by now (routes, validators, the tokenizer) stays, and is not walked again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER_OBJECTS)
 
 
 def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:

@@ -43,7 +43,8 @@ MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the n
 # The server knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; serve.py asks
 # where the default model is cached, of a module that TORCH_FREE holds to its lightness.
 SERVER_MAY_IMPORT = (
-    "errors", "config", "text", "structured.spec", "sampling.params", "engine.messages", "engine.client",
+    "errors", "config", "text", "structured.spec", "structured.thinking", "sampling.params", "engine.messages",
+    "engine.client",
 )  # fmt: skip
 SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "quantize.default_model")
 TORCH_FREE = (
@@ -53,6 +54,7 @@ TORCH_FREE = (
     f"{RUNTIME}.cache.block_pool",
     f"{RUNTIME}.cache.specs",
     f"{RUNTIME}.structured.spec",
+    f"{RUNTIME}.structured.thinking",
     f"{RUNTIME}.structured.compiler",
     f"{RUNTIME}.sampling.params",
     f"{RUNTIME}.sampling.state",

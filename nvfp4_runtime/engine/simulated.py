@@ -65,6 +65,8 @@ class SimulatedExecutor:
     def next_token(self, request: Request) -> int:
         """The hash's or script's token, or the next one that allowed_token_ids and bad words permit."""
         params = request.params
+        if (forced := request.sampling.forced_token) is not None:
+            return forced
         token = self._preferred(request)
         if params.allowed_token_ids is None and not params.bad_words_token_ids:
             return token

@@ -9,7 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, check_num_logprobs, note_unknown, token_biases
+from server.protocol.fields import (
+    Count,
+    Int,
+    Number,
+    RequestBody,
+    ShortStr,
+    check_num_logprobs,
+    note_unknown,
+    token_biases,
+)
 from server.protocol.not_honoured import NOT_HONOURED, REPLACED
 from server.structured import StructuredFields
 
@@ -28,6 +37,7 @@ NOT_WITH_BEAM_SEARCH = (
     "bad_words",
     "prompt_logprobs",
     "logprob_token_ids",
+    "thinking_token_budget",
 )
 
 
@@ -74,6 +84,7 @@ class GenerationRequest(StructuredFields, RequestBody):
     echo: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    thinking_token_budget: Count | None = None
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] = "left"
     priority: Int = 0
