@@ -28,7 +28,8 @@ def test_no_slot_is_lost_or_shared_over_random_workloads() -> None:
             slots = [entry.request.state_slot for entry in schedule.entries]
             assert len(set(slots)) == len(slots)
             assert all(1 <= slot <= 4 for slot in slots)
-            scheduler.commit(schedule, [StepResult(7 if entry.samples else None) for entry in schedule.entries])
+            for entry in schedule.entries:
+                scheduler.commit(entry, StepResult(7 if entry.samples else None), 0.0)
             if draw.random() < 0.1 and scheduler.requests:
                 scheduler.abort(draw.choice(sorted(scheduler.requests)))
             scheduler.check()
