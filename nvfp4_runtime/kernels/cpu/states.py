@@ -81,15 +81,15 @@ class NativeMamba2:
         check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (slots.size(0) + 1,))
         if int(batch.cu_seqlens_q[0]) != 0 or int(batch.cu_seqlens_q[-1]) != count:
             raise KernelError(f"cu_seqlens_q runs to {int(batch.cu_seqlens_q[-1])}; xbc has {count} rows")
-        steps = torch.nn.functional.softplus(dt.to(torch.float32) + weights.dt_bias).clamp_min(weights.min_step)
-        decays = torch.exp(steps * weights.a)
         out = torch.empty(count, spec.inner, dtype=torch.float32)
         if count:
             self._run(
                 xbc.data_ptr(),
+                dt.data_ptr(),
                 TYPE_CODES[self.dtype],
-                steps.data_ptr(),
-                decays.data_ptr(),
+                weights.dt_bias.data_ptr(),
+                weights.a.data_ptr(),
+                weights.min_step,
                 self._taps.data_ptr(),
                 weights.conv_bias.data_ptr(),
                 weights.d.data_ptr(),

@@ -1,6 +1,38 @@
 // Mamba-2: causal convolution with SiLU, and the selective scan, both token by token for what a thread has in hand. States
 // are read, carried through the step's tokens and written back, so that it does not matter how a prompt is cut.
 
+// log(1 + e^x). With e = e^-|x| in [0, 1]: max(x, 0) + 2 atanh(e / (2 + e)), whose series in s <= 1/3 ends at s^15 (2e-9).
+inline V softplus(V x) {
+  const V e = vexp(sub(zero(), vabs(x)));
+  const V s = div(e, add(set1(2.f), e)), square = mul(s, s);
+  V p = set1(1.f / 15);
+  p = fma(p, square, set1(1.f / 13));
+  p = fma(p, square, set1(1.f / 11));
+  p = fma(p, square, set1(1.f / 9));
+  p = fma(p, square, set1(1.f / 7));
+  p = fma(p, square, set1(1.f / 5));
+  p = fma(p, square, set1(1.f / 3));
+  p = fma(p, square, set1(1.f));
+  return fma(mul(set1(2.f), s), p, vmax(zero(), x));  // a NaN passes
+}
+
+template <class T>
+void mamba2_steps_as(const Mamba2& a, int begin, int end) {
+  for (int t = begin; t < end; t++) {
+    const size_t row = static_cast<size_t>(t) * a.heads;
+    for (int h = 0; h < a.heads; h += 16) {
+      const int left = a.heads - h;
+      const V raw = add(load_upto(static_cast<const T*>(a.dt) + row + h, left), load_upto(a.dt_bias + h, left));
+      const V step = vmax(set1(a.min_step), softplus(raw));
+      store_upto(a.steps + row + h, step, left);
+      store_upto(a.decays + row + h, vexp(mul(step, load_upto(a.a + h, left))), left);
+    }
+  }
+}
+void mamba2_steps(const Mamba2& a, int begin, int end) {
+  a.type == Type::bf16 ? mamba2_steps_as<bf16>(a, begin, end) : mamba2_steps_as<float>(a, begin, end);
+}
+
 template <class T>
 void mamba2_conv_as(const Mamba2& a, int begin, int end) {
   const int channels = a.conv_dim(), before = a.conv_width - 1;

@@ -175,16 +175,16 @@ NB_MODULE(_native, m) {
           no_gil)
       .def(
           "mamba2",
-          [](Context& c, Address xbc, int type, Address steps, Address decays, Address conv_weight, Address conv_bias,
-             Address d, Address conv_state, Address ssm_state, Address slots, Address positions, Address cu_seqlens,
-             int sequences, int64_t num_slots, int heads, int head_dim, int state, int groups, int conv_width,
-             Address out) {
-            Mamba2 a{at(xbc, type), Type(type), at<const float>(steps), at<const float>(decays),
+          [](Context& c, Address xbc, Address dt, int type, Address dt_bias, Address a, float min_step,
+             Address conv_weight, Address conv_bias, Address d, Address conv_state, Address ssm_state, Address slots,
+             Address positions, Address cu_seqlens, int sequences, int64_t num_slots, int heads, int head_dim, int state,
+             int groups, int conv_width, Address out) {
+            Mamba2 m{at(xbc, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), min_step,
                      at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<float>(conv_state),
                      at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
-                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr,
-                     at<float>(out)};
-            c.mamba2(a, sequences, num_slots);
+                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr, nullptr,
+                     nullptr, at<float>(out)};
+            c.mamba2(m, sequences, num_slots);
           },
           no_gil)
       .def(

@@ -220,12 +220,14 @@ static constexpr size_t latent_scratch(int rank, int rope) {
   return static_cast<size_t>(kLatentTile) * round16(rank + rope) + kLatentHeads * (2 * static_cast<size_t>(round16(rank + rope)) + 2 * 16 + kLatentTile);
 }
 
-// Mamba-2's convolution and scan; see Mamba2Kernel in kernels/ops.py. All float32 but xbc.
+// Mamba-2's convolution and scan; see Mamba2Kernel in kernels/ops.py. All float32 but xbc and dt.
 struct Mamba2 {
   const void* xbc;  // [t][conv_dim] of `type`
+  const void* dt;   // [t][heads] of `type`
   Type type;
-  const float* steps;        // [t][heads], softplus and bound applied
-  const float* decays;       // [t][heads]: exp(step * a)
+  const float* dt_bias;      // [heads]
+  const float* a;            // [heads], negative
+  float min_step;
   const float* conv_weight;  // [conv_width][conv_dim], oldest first
   const float* conv_bias;    // [conv_dim]
   const float* d;            // [heads]
@@ -236,7 +238,9 @@ struct Mamba2 {
   const int32_t* cu_seqlens;
   int heads, head_dim, state, groups, conv_width;
   int pieces;    // of kConvPiece channels: an item of the convolution is one sequence and one piece
-  float* mixed;  // [t][conv_dim], what the convolution gives and the scan reads
+  float* mixed;   // [t][conv_dim], what the convolution gives and the scan reads
+  float* steps;   // [t][heads]: max(softplus(dt + dt_bias), min_step)
+  float* decays;  // [t][heads]: exp(step * a)
   float* out;    // [t][heads * head_dim]
   int conv_dim() const { return heads * head_dim + 2 * groups * state; }
 };
@@ -262,6 +266,7 @@ struct Kernels {
   void (*attention)(const Attention&, const AttentionItem&, int begin, int end, float* scratch);  // segments of one item
   void (*attention_merge)(const Attention&, const AttentionItem&, float* scratch);
   void (*latent)(const Latent&, int begin, int end, float* scratch);  // items
+  void (*mamba2_steps)(const Mamba2&, int begin, int end);            // tokens
   void (*mamba2_conv)(const Mamba2&, int begin, int end);             // items
   void (*mamba2_scan)(const Mamba2&, int begin, int end);             // sequences x heads
   void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
