@@ -166,6 +166,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
 from server.loop_lag import watch_loop_lag
 from server.metrics import Metrics
+from server.metrics_port import MetricsPort
 from server.middleware import LimitBody, RequestContext, RequireKey
 from server.openapi import document
 from server.response_store import ResponseStore
@@ -35,6 +36,7 @@ from server.routes import (
     responses,
     tokenize,
 )
+from server.shedding import ShedLoad
 from server.state import ServerState
 
 
@@ -71,22 +73,25 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
-    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
+    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes, seconds=config.body_seconds)
+    app.add_middleware(ShedLoad, engine=engine)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+    if config.metrics_port is not None:
+        app.add_middleware(MetricsPort, metrics_app=app.router, port=config.metrics_port)
     app.add_middleware(RequestContext)
     return app
 
 
 async def _runtime_error(request: Request, error: Exception) -> Response:
-    return error_response(error, request.url.path)
+    return error_response(error, request.scope["path"])  # request.url is made of the Host header
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_response(error.errors(), request.url.path)
+    return validation_response(error.errors(), request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return status_response(error.status_code, error.detail, error.headers, request.url.path)
+    return status_response(error.status_code, error.detail, error.headers, request.scope["path"])

@@ -25,7 +25,8 @@ from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterE
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
-from server.config import ServerConfig, environment_flags, read_api_keys
+from server.commands import limits, security
+from server.config import ServerConfig, environment_flags
 from server.reasoning.parsers import reasoning_style
 from server.screen import ProgressLine, ready_screen
 from server.tools.parsers import tool_style
@@ -60,13 +61,16 @@ def serve(args: argparse.Namespace) -> int:
     model = args.model or environment_flags(["model"]).get("model")
     model = None if model is None else os.path.expanduser(model)
     config = server_config(args, model)
-    sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
+    socks = [bind(args.host, args.port)]  # before loading: a port in use should not cost a minute
+    if args.metrics_port is not None:
+        socks.append(bind(args.host, args.metrics_port, "--metrics-port"))
+        config = replace(config, metrics_port=socks[1].getsockname()[1])
     if not args.simulate:
         model = str(resolve_model(model, args.allow_download))
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    return _run(_serve(args, engine_config(args, model or ""), config, sock, started))
+    return _run(_serve(args, engine_config(args, model or ""), config, socks, started))
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
@@ -77,7 +81,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
     tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
     reasoning_style(args.reasoning_parser, None)
-    if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+    secured = security.config_fields(args)
+    if not secured["api_key_hashes"] and not security.is_loopback(args.host):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
     if not 0 <= args.shutdown_timeout < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.shutdown_timeout}", "--shutdown-timeout")
@@ -86,7 +91,6 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     return ServerConfig(
         served_model_names=tuple(names),
         model_root=model or "",
-        api_key_hashes=read_api_keys(args.api_key_file) if args.api_key_file is not None else (),
         shutdown_timeout_seconds=args.shutdown_timeout,
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
         tool_call_parser=args.tool_call_parser,
@@ -96,6 +100,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         pooling=args.embedding_pooling,
         stored_responses_bytes=args.response_store_memory,
         stored_responses_seconds=args.response_store_ttl,
+        **secured,
+        **limits.config_fields(args),
     )
 
 
@@ -133,6 +139,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_model_len=args.max_model_len,
             max_queued_requests=args.max_queued_requests,
+            max_queued_tokens=args.max_queued_tokens,
         ),
         simulated=simulated,
     )
@@ -214,13 +221,13 @@ def _unusable_default(name: str, why: str) -> ConfigError:
     )
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A socket that listens already, which makes the port ours; who connects before we are ready waits until we are.
 
     Being bound alone would not do: two processes may bind one port with SO_REUSEADDR, and the second to listen fails.
     """
     if not 0 <= port <= 65535:
-        raise ConfigError(f"the port must be between 0 and 65535, found {port}", "--port")
+        raise ConfigError(f"the port must be between 0 and 65535, found {port}", flag)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
@@ -230,8 +237,8 @@ def bind(host: str, port: int) -> socket.socket:
     except UnicodeError as error:
         raise ConfigError(f"the host {host!r} is no name or address: {error}", "--host") from error
     except OSError as error:
-        hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", "--port") from error
+        hint = f"; choose another with {flag}" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", flag) from error
     return sock
 
 
@@ -250,7 +257,11 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 
 async def _serve(
-    args: argparse.Namespace, engine_config: EngineConfig, config: ServerConfig, sock: socket.socket, started: float
+    args: argparse.Namespace,
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    socks: list[socket.socket],
+    started: float,
 ) -> int:
     stop = _StopSignal()
     progress = ProgressLine()
@@ -277,23 +288,23 @@ async def _serve(
     engine.info.startup_seconds |= {"web": web_seconds, "tokenizer": tokenizer_seconds}  # beside the engine's phases
     engine.info.startup_seconds["ready"] = time.monotonic() - started
     try:
-        return await _run_http(engine, text, config, sock, stop)
+        return await _run_http(engine, text, config, socks, stop)
     finally:
         await engine.close()
 
 
 async def _run_http(
-    engine: EngineClient, text: TextProcessor, config: ServerConfig, sock: socket.socket, stop: _StopSignal
+    engine: EngineClient, text: TextProcessor, config: ServerConfig, socks: list[socket.socket], stop: _StopSignal
 ) -> int:
     from server.app import create_app
 
     app = create_app(engine, text, config)
     server = _make_server(app, config)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    serving = asyncio.create_task(server.serve(sockets=socks))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
-        print(ready_screen(engine.info, config, url_of(sock)), flush=True)
+        print(ready_screen(engine.info, config, url_of(socks[0])), flush=True)
     stop.then(lambda again: _stop_serving(server, app, again))
     watch = asyncio.create_task(_until_dead(engine))
     await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -317,6 +328,8 @@ def _stop_serving(server: uvicorn.Server, app: FastAPI, again: bool) -> None:
 def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
     import uvicorn
 
+    from server.http_protocol import BoundedProtocol
+
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:  # ours are set already; uvicorn's would end us with the signal
@@ -328,6 +341,7 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            http=BoundedProtocol.within(config),
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -350,7 +364,8 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 def _import_web() -> None:
     import uvicorn  # noqa: F401 - for its side effect: later imports are instant
 
-    import server.app  # noqa: F401
+    import server.app
+    import server.http_protocol  # noqa: F401
 
 
 def _load_text(config: EngineConfig) -> TextProcessor:

@@ -27,6 +27,7 @@ class Submit(msgspec.Struct, tag=True):
     """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
 
     priority  lower goes first
+    tenant    whose request it is: within a priority, tenants are served in turn (see fairness.py)
     pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
     """
 
@@ -37,6 +38,7 @@ class Submit(msgspec.Struct, tag=True):
     cache_salt: str = ""
     priority: int = 0
     pooling: Pooling | None = None
+    tenant: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -90,6 +92,12 @@ class TokenOutput(msgspec.Struct):
     ends_whole: bool = False
     param: str | None = None
     embedding: bytes | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        scores = [*(self.logprobs or ()), *filter(None, self.prompt_logprobs or ())]
+        return 256 + 32 * len(self.token_ids) + sum(128 + 96 * len(score.top) for score in scores)
 
     def absorb(self, later: TokenOutput) -> None:
         """Become one output that says what this one and the next say. Not for a next that is an error: its reader
@@ -162,6 +170,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     enable_prefix_caching: bool
     device: str = "cpu"
     pid: int = 0
+    max_queued_tokens: int = 1 << 20
 
 
 class Progress(msgspec.Struct, tag=True):

@@ -67,6 +67,7 @@ class Request:
         self.cache_salt = submit.cache_salt
         self.priority = submit.priority
         self.pooling = submit.pooling
+        self.tenant = submit.tenant
         self.hidden_sum: FloatRow | None = None
         self.arrival = 0
         self.num_pending = 0

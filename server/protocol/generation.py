@@ -79,6 +79,7 @@ class GenerationRequest(StructuredFields, RequestBody):
     priority: Int = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    timeout: Number | None = None
     user: ShortStr | None = None
 
     @property

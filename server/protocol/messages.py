@@ -78,6 +78,7 @@ class MessagesRequest(CountTokensRequest):
     top_p: Number | None = None
     top_k: Int | None = None
     metadata: Metadata | None = None
+    timeout: Number | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
 

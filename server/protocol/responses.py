@@ -78,6 +78,7 @@ class ResponsesRequest(RequestBody):
     logit_bias: dict[ShortStr, Number] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     priority: Int | None = None
+    timeout: Number | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     text: dict[str, Any] = Field({})
 

@@ -51,7 +51,7 @@ class Chat:
         params = msgspec.structs.replace(params, structured=self.form.structured)
         jobs = make_jobs([self.prompt_token_ids], [params], body.n)
         kept = self.form.kept_special_ids(server.text.tokenizer)
-        self.generation = start_generation(server, body, answer.engine_id, jobs, kept)
+        self.generation = start_generation(server, body, answer, jobs, kept)
         self.writers = [self.form.writer() for _ in range(body.n)]
 
     async def content_pieces(self) -> AsyncGenerator[Piece, None]:
