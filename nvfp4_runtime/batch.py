@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +61,48 @@ CacheLayer = KVLayer | LatentLayer
 
 
 @dataclass(frozen=True)
+class AdapterRows:
+    """Which new tokens pass which LoRA adapter; the others pass none.
+
+    rows     int64 [A]      their places in [0, T), sorted by adapter
+    ids      int64 [A]      the adapter of each, by its place among the loaded ones
+    offsets  int32 [N + 1]  rows[offsets[i]:offsets[i + 1]] are adapter i's, of N loaded ones
+    places   int64 [T]      where each token is in `rows`; A where it is not
+    whole    every token has an adapter and `rows` is 0, 1, 2, ...: nothing has to be moved
+    """
+
+    rows: Tensor
+    ids: Tensor
+    offsets: Tensor
+    places: Tensor
+    whole: bool
+
+    @classmethod
+    def of(cls, per_token: Sequence[int], num_adapters: int, device: torch.device) -> AdapterRows | None:
+        """From each token's adapter, -1 for none. None where no token has one."""
+        tokens = [i for i, adapter in enumerate(per_token) if adapter >= 0]
+        if not tokens:
+            return None
+        rows = sorted(tokens, key=per_token.__getitem__)  # stable: tokens of one adapter stay in their order
+        places = [len(rows)] * len(per_token)
+        for place, row in enumerate(rows):
+            places[row] = place
+        ids = [per_token[row] for row in rows]
+        offsets = [bisect_left(ids, adapter) for adapter in range(num_adapters + 1)]
+        int64 = [torch.tensor(values, device=device) for values in (rows, ids, places)]
+        bounds = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return cls(int64[0], int64[1], bounds, int64[2], rows == list(range(len(per_token))))
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of x [T, K] that pass an adapter, [A, K], sorted by it."""
+        return x if self.whole else x.index_select(0, self.rows)
+
+    def put_back(self, y: Tensor) -> Tensor:
+        """y [A, N] -> [T, N], zeros for the tokens without."""
+        return y if self.whole else torch.cat([y, y.new_zeros(1, y.shape[1])]).index_select(0, self.places)
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """One ragged step: B sequences give T new tokens in all, prompt parts and decodes alike.
 
@@ -70,10 +114,11 @@ class ForwardBatch:
     cu_seqlens_q   int32 [B + 1]          prefix sum of new tokens per sequence
     logits_rows    int64 [R]              rows of [0, T) whose logits are wanted
     kv             one CacheLayer per decoder layer
+    adapters       None: no token passes an adapter
     max_query_len  the most new tokens of any sequence; 1: every sequence decodes
     max_seq_len    no seq_lens entry is larger
 
-    The last two repeat, or bound, what the tensors say, for kernels whose launch depends on it: reading a tensor back
+    The two maxima repeat, or bound, what the tensors say, for kernels whose launch depends on it: reading a tensor back
     from a GPU would wait for all that runs there. None: the tensors have to be read.
     """
 
@@ -87,6 +132,7 @@ class ForwardBatch:
     kv: tuple[CacheLayer, ...]
     max_query_len: int | None = None
     max_seq_len: int | None = None
+    adapters: AdapterRows | None = None
 
     def kv_layer(self, layer_id: int) -> KVLayer:
         """The keys and values of a layer that keeps them."""

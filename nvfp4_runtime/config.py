@@ -184,13 +184,24 @@ class SimulatedConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter to load beside the model: the name that requests choose it by, and its local folder."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
     model_impl     "native": ours; "transformers": that library's module on our kernels; "auto": ours if there is one
     device         "auto": a GPU if PyTorch can use one, else the CPU
+    max_lora_rank  adapters of a higher rank are refused
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
+    machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
+    log_format     "text" or "json": how the engine's process writes its log
     """
 
     model: str = ""
@@ -201,8 +212,12 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
+    machine_limits: str = "off"
+    log_format: str = "text"
     threads: int | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     simulated: SimulatedConfig | None = None
+    adapters: tuple[AdapterConfig, ...] = ()
+    max_lora_rank: int = 64

@@ -55,8 +55,8 @@ class LLM:
 
     >>> LLM("path/to/checkpoint").generate(["The capital of France is"], SamplingParams(temperature=0.0))[0].text
 
-    Keyword arguments are EngineConfig's (`numerics`, `dtype`, `lm_head_dtype`, `device`, `backend`, `threads`, `seed`),
-    CacheConfig's and SchedulerConfig's. Raises ConfigError, CheckpointError, KernelError while loading.
+    Keyword arguments are EngineConfig's (`numerics`, `dtype`, `lm_head_dtype`, `device`, `backend`, `threads`, `seed`,
+    `adapters`), CacheConfig's and SchedulerConfig's. Raises ConfigError, CheckpointError, KernelError while loading.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -74,26 +74,32 @@ class LLM:
         return self.engine.info
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str] = "",
     ) -> list[Generation]:
         """Complete every prompt (text, or token ids), batched continuously; results in the order of `prompts`.
 
-        `params` is one for all, or one per prompt. Raises RequestError for a prompt that can never be served, before
-        anything runs.
+        `params` is one for all, or one per prompt; so is `adapter`, the name of a loaded LoRA adapter ("": none).
+        Raises RequestError for a prompt that can never be served, before anything runs.
         """
         batch = _as_batch(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"{len(batch)} prompts need as many params, got {len(each)}")
+        names = [adapter] * len(batch) if isinstance(adapter, str) else list(adapter)
+        if len(names) != len(batch):
+            raise ValueError(f"{len(batch)} prompts need as many adapters, got {len(names)}")
         waiting: deque[Submit] = deque()
         results: dict[str, Generation] = {}
-        for prompt, one in zip(batch, each, strict=True):
+        for prompt, one, name in zip(batch, each, names, strict=True):
             tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            check_request(tokens, one, self.info)
+            check_request(tokens, one, self.info, name)
             if one.structured is not None and self.engine.grammars is not None:
                 self.engine.grammars.compile(one.structured)
             request_id = f"llm-{next(self._ids)}"
-            waiting.append(Submit(request_id, tokens, one, time.monotonic()))
+            waiting.append(Submit(request_id, tokens, one, time.monotonic(), adapter=name))
             results[request_id] = Generation(tokens)
         try:
             while waiting or self.engine.has_work:

@@ -22,8 +22,9 @@ from server.errors import error_response, status_response, validation_response
 from server.loop_lag import watch_loop_lag
 from server.metrics import Metrics
 from server.metrics_port import MetricsPort
-from server.middleware import LimitBody, RequestContext, RequireKey
+from server.middleware import LimitBody, Observer, RequestContext, RequireKey
 from server.openapi import document
+from server.request_log import RequestLog
 from server.response_store import ResponseStore
 from server.routes import (
     chat,
@@ -33,17 +34,25 @@ from server.routes import (
     invocations,
     messages,
     models,
+    precision,
     responses,
     tokenize,
+    ui,
 )
 from server.shedding import ShedLoad
 from server.state import ServerState
+from server.tracing import Tracer
 
 
-def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -> FastAPI:
-    """The ASGI application over a running engine, which it closes when it ends. Reads no environment, no files."""
+def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None) -> FastAPI:
+    """The ASGI application over a running engine, which it closes when it ends.
+
+    Reads no environment, and no files but those of the page.
+    `tracer`: where requests are traced.
+    """
     metrics = Metrics(config.served_model_names[0], engine.info, engine.stats)
     engine.on_step(metrics.on_step)
+    engine.on_step(metrics.engine.on_step)
     engine.on_output(metrics.on_output)
     engine.on_finish(metrics.on_finish)
 
@@ -66,8 +75,21 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     )
     store = ResponseStore(config.stored_responses_bytes, config.stored_responses_seconds)
     app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
-    for routes in (completions, chat, responses, messages, embeddings, tokenize, invocations, models, health):
+    for routes in (
+        completions,
+        chat,
+        responses,
+        messages,
+        embeddings,
+        tokenize,
+        invocations,
+        models,
+        precision,
+        health,
+    ):
         app.include_router(routes.router)
+    page = ui.static_files() if config.ui else {}
+    app.include_router(ui.ui_router(page))
     app.openapi = lru_cache(lambda: document(app))  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(NVFP4Error, _runtime_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -76,10 +98,13 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig) -
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes, seconds=config.body_seconds)
     app.add_middleware(ShedLoad, engine=engine)
     if keyed:
-        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes)
+        app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
     if config.metrics_port is not None:
         app.add_middleware(MetricsPort, metrics_app=app.router, port=config.metrics_port)
-    app.add_middleware(RequestContext)
+    observers: list[Observer] = [metrics.http]
+    if config.log_requests:
+        observers.append(RequestLog(text.tokenizer.decode if config.log_prompts else None))
+    app.add_middleware(RequestContext, observers=observers, tracer=tracer)
     return app
 
 

@@ -25,8 +25,9 @@ from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from server.deadline import Deadline
 from server.errors import GenerationError
-from server.generation import ChoiceState, Generation, Job, Piece
+from server.generation import ChoiceState, Generation, Job, Piece, chosen_adapter
 from server.protocol.generation import GenerationRequest
+from server.request_record import note
 from server.state import Answer, ServerState
 
 RETRY_SECONDS = 0.02
@@ -102,6 +103,7 @@ class BeamGeneration:
             self.close()
             raise
         self._metrics.accepted(request.n)
+        note(self.choices)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """One piece per choice, best beam first."""
@@ -113,7 +115,7 @@ class BeamGeneration:
             for search, group in zip(searches, self._groups, strict=True):
                 for choice, beam in zip(group, await search, strict=True):
                     choice.num_tokens = len(beam.entries)
-                    choice.finished = True
+                    choice.finished, choice.finish_reason = True, "stop" if beam.ended else "length"
                     yield self._piece(choice.job, beam)
         finally:
             for search in searches:
@@ -188,6 +190,7 @@ class BeamGeneration:
             cache_salt=self._terms.salted(self._request.cache_salt),
             priority=self._request.priority,
             tenant=self._terms.tenant,
+            adapter=chosen_adapter(self._engine, self._request.model),
         )
         self._num_submitted += 1
         self._running[request_id] = stream
@@ -209,6 +212,7 @@ class BeamGeneration:
                 if output.logprobs:
                     for choice in group:
                         choice.num_cached_tokens = output.num_cached_tokens
+                        choice.times = output.times
                     self._running.pop(stream.request_id, None)
                     self._metrics.released(stream.request_id)
                     return output.logprobs[0]

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nvfp4_runtime import __version__
+from nvfp4_runtime.engine.logs import LOG_FORMATS, configure_logs
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
-from server.commands import evaluate, flags, inspect, limits, quantize, security
+from server.commands import evaluate, flags, inspect, limits, quantize, security, top
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given[1:1] = _flags_from_environment(serve, parser.parse_args(given))
         args = parser.parse_args(given)
         level = getattr(logging, str(getattr(args, "log_level", "warning")).upper())
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        configure_logs(getattr(args, "log_format", "text"), level)
         run: Callable[[argparse.Namespace], int] = args.run
         code = run(args)
         sys.stdout.flush()  # whoever reads it may have gone: found out here, not while the interpreter ends
@@ -78,6 +79,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     quantize.add_parser(commands)
     inspect.add_parser(commands)
     evaluate.add_parser(commands)
+    top.add_parser(commands)
 
     prepare = commands.add_parser("prepare", help="make the default model in the cache, so that serve starts at once")
     prepare.set_defaults(run=_prepare, log_level="info")
@@ -113,9 +115,23 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="who implements the architecture: we, or the transformers library on our kernels; auto: we where we do",
     )
+    add(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="LoRA adapters (PEFT folders), chosen by a request's model; may repeat",
+    )
+    add("--max-lora-rank", type=flags.whole, default=64, help="adapters of a higher rank are refused (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if PyTorch can use one")
     add("--backend", default="auto", help="auto, cpu, triton or reference: asking for one runs there or fails")
     add("--no-cuda-graphs", action="store_true", help="on a GPU, launch every op of a decode step by itself")
+    add(
+        "--machine-limits",
+        default="off",
+        metavar="LIMITS",
+        help="what steps are compared with in /metrics: off, measure (1 to 2 s, once per machine), or GB/s,GFLOP/s",
+    )
     add("--threads", type=flags.whole, help="compute threads (default: the machine's cores)")
     add("--max-model-len", type=flags.whole, help="tokens of prompt and answer together (default: the model's)")
     add("--max-num-seqs", type=flags.whole, default=64, help="requests in one step (default: %(default)s)")
@@ -176,8 +192,17 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
     limits.add_flags(parser)
     security.add_flags(parser)
+    add("--no-ui", action="store_true", help="do not serve the page at /")
     add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add("--log-format", choices=LOG_FORMATS, default="text", help="json: one object a line (default: %(default)s)")
+    add("--no-log-requests", action="store_true", help="no line in the log for each request")
+    add("--log-prompts", action="store_true", help="the beginning of each prompt in its request's line")
+    add(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send traces there, OTLP over HTTP; needs the extra otel (default: as OTEL_EXPORTER_OTLP_ENDPOINT says)",
+    )
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
     add("--simulate-step-seconds", type=float, default=0.0, help="how long each simulated step takes")
     add("--simulate-script", metavar="TEXT", help="what the simulated model says, over and over")

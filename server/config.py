@@ -43,6 +43,8 @@ class ServerConfig:
     pooling                   how /v1/embeddings makes one vector of a prompt, where the request does not say
     stored_responses_bytes    bound on what /v1/responses keeps; the oldest go first
     stored_responses_seconds  how long it keeps one
+    log_requests, log_prompts one line in the log per request; the beginning of its prompt in it
+    ui                        the page at / is served
     default_sampling          the checkpoint's own sampling defaults, for parameters a request leaves out
     """
 
@@ -69,6 +71,9 @@ class ServerConfig:
     pooling: Pooling = "last"
     stored_responses_bytes: int = 64 << 20
     stored_responses_seconds: float = 3600.0
+    log_requests: bool = True
+    log_prompts: bool = False
+    ui: bool = True
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 
@@ -86,6 +91,13 @@ def read_api_keys(path: str | Path) -> tuple[bytes, ...]:
     if not keys:
         raise ConfigError(f"the API key file {path} holds no key; expected one per line", "--api-key-file")
     return keys
+
+
+def traces_wanted() -> bool:
+    """Whether OpenTelemetry's own variables ask for traces: an endpoint is given, and the SDK is not disabled."""
+    named = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return not disabled and any(os.environ.get(name) for name in named)
 
 
 # Ours beside the flags: they choose native code, at run time and at build time.

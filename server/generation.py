@@ -14,7 +14,7 @@ import msgspec
 from starlette.types import Receive
 
 from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
-from nvfp4_runtime.engine.messages import TokenLogprob
+from nvfp4_runtime.engine.messages import RequestTimes, TokenLogprob
 from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
@@ -23,6 +23,7 @@ from server.deadline import Deadline
 from server.errors import GenerationError
 from server.metrics import Metrics
 from server.protocol.generation import GenerationRequest
+from server.request_record import note
 from server.terms import Terms
 
 T = TypeVar("T")
@@ -69,13 +70,20 @@ class Piece:
 
 @dataclass
 class ChoiceState:
-    """What is known of one choice so far; complete once its last piece has come."""
+    """What is known of one choice so far; complete once its last piece has come. `times`: from its first token on."""
 
     job: Job
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     num_tokens: int = 0
     num_cached_tokens: int = 0
     finished: bool = False
+    finish_reason: str | None = None
+    times: RequestTimes | None = None
+
+
+def chosen_adapter(engine: AsyncEngine, model: str | None) -> str:
+    """The LoRA adapter that a request's `model` names, "" for none."""
+    return model if model and engine.info.has_adapter(model) else ""
 
 
 class Generation:
@@ -112,6 +120,7 @@ class Generation:
                     cache_salt=terms.salted(request.cache_salt),
                     priority=request.priority,
                     tenant=terms.tenant,
+                    adapter=chosen_adapter(engine, request.model),
                 )
                 self._streams.append(stream)
                 if request.stream:
@@ -121,6 +130,7 @@ class Generation:
             self.close()
             raise
         metrics.accepted(request.n)
+        note(self.choices)
 
     def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come, in order within each choice. Close the generator to stop early.
@@ -206,8 +216,10 @@ class Generation:
         )
         try:
             async for output in stream:
+                if output.times is not None:
+                    choice.times = output.times
                 if output.finish_reason == "error":
-                    choice.finished = True
+                    choice.finished, choice.finish_reason = True, "error"
                     if output.param is not None:
                         raise InvalidParameterError(output.error or "the request cannot be served", output.param)
                     raise GenerationError(output.error or "the engine could not complete this request")
@@ -234,7 +246,7 @@ class Generation:
                     piece.finish_reason, piece.stop_reason = "stop", detokenizer.stopped_by
                 choice.num_tokens += len(piece.token_ids)
                 if piece.finish_reason is not None:
-                    choice.finished = True
+                    choice.finished, choice.finish_reason = True, piece.finish_reason
                     if detokenizer.stopped_by is not None:
                         self._metrics.stopped(stream.request_id, choice.num_tokens)
                     else:
@@ -247,6 +259,7 @@ class Generation:
                     return
             raise EngineDeadError("the engine ended a request without saying why")
         except NVFP4Error:
+            choice.finish_reason = "error"
             self._metrics.failed(stream.request_id)
             raise
 

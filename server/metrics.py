@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, TokenOutput
+from server.engine_metrics import EngineMetrics
 from server.lean_histogram import LeanHistogram
+from server.recent import RecentRequests
+from server.request_metrics import RequestMetrics
 
 ENGINE = "0"  # vLLM numbers its data-parallel engines; we run one
 RATE_WINDOW_SECONDS = 10.0
@@ -60,6 +63,7 @@ class _Request:
     """What a request's last observations need; complete when released by the server and finished by the engine.
 
     arrival, last_token   time.monotonic()
+    cached_tokens         of the prompt, found in the prefix cache
     num_tokens            of those that came from the engine
     ended_as, num_taken   finish reason and tokens of the answer, where a stop string ended it
     """
@@ -67,6 +71,7 @@ class _Request:
     prompt_tokens: int
     max_tokens: int
     arrival: float
+    cached_tokens: int = 0
     num_tokens: int = 0
     last_token: float = 0.0
     ended_as: str | None = None
@@ -84,10 +89,23 @@ class Metrics:
         self._requests: dict[str, _Request] = {}
         self._last = initial
         self._recent: deque[tuple[float, int, int]] = deque()
+        self.recent_requests = RecentRequests()
         self._num_arrived = 0
         self._declare_load()
         self._declare_requests(info.max_model_len)
         self._declare_ours(info)
+        self.engine = EngineMetrics(self._labels, info, self.registry, self._oldest_in_engine)
+        self.http = RequestMetrics(self._labels, one_two_five(info.max_model_len), self.registry)
+        self._lora: Gauge | None = None
+        self._lora_shown: tuple[str, ...] = ()
+        if info.adapters:
+            self._num_adapters = str(len(info.adapters))
+            self._lora = Gauge(
+                "vllm:lora_requests_info",
+                "When the LoRA adapters in use last changed (seconds since 1970); which, by its labels.",
+                ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+                registry=self.registry,
+            )
         self.observe_state(initial)
 
     # -- declarations -----------------------------------------------------------------------------------------------
@@ -113,6 +131,14 @@ class Metrics:
         tokens = one_two_five(max_model_len)
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that gave a token.")
         self.prompt_tokens_cached = self._counter("vllm:prompt_tokens_cached", "Of these, found in the prefix cache.")
+        by_source = Counter(
+            "vllm:prompt_tokens_by_source",
+            "The same by where their KV came from.",
+            ("model_name", "engine", "source"),
+            registry=self.registry,
+        )
+        self.prompt_tokens_computed = by_source.labels(*self._labels, "local_compute")
+        self.prompt_tokens_hit = by_source.labels(*self._labels, "local_cache_hit")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self.request_success = Counter(
             "vllm:request_success",
@@ -125,6 +151,9 @@ class Metrics:
         self.request_prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", tokens)
         self.request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Generated tokens per request.", tokens
+        )
+        self.prefill_computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens per request that were not cached.", tokens
         )
         self.params_n = self._histogram("vllm:request_params_n", "The n of each HTTP request.", _CHOICES)
         self.params_max_tokens = self._histogram(
@@ -222,6 +251,15 @@ class Metrics:
         self.waiting_capacity.set(stats.num_waiting)
         self.kv_usage.set(stats.num_used_blocks / max(1, stats.num_total_blocks))
         self.used_blocks.set(stats.num_used_blocks)
+        if self._lora is not None:
+            self._show_adapters(self._lora, ",".join(stats.running_adapters), ",".join(stats.waiting_adapters))
+
+    def _show_adapters(self, gauge: Gauge, running: str, waiting: str) -> None:
+        """One sample at a time: one for every combination there ever was would only grow."""
+        if (running, waiting) != self._lora_shown:
+            self._lora_shown = (running, waiting)
+            gauge.clear()
+            gauge.labels(self._num_adapters, running, waiting).set_to_current_time()
 
     def on_step(self, stats: StepStats) -> None:
         """After each engine step (and after aborts between steps, which do not count as one)."""
@@ -256,14 +294,20 @@ class Metrics:
             self.ttft.observe(now - request.arrival)
             self.prompt_tokens.inc(request.prompt_tokens)
             self.prompt_tokens_cached.inc(output.num_cached_tokens)
+            self.prompt_tokens_hit.inc(output.num_cached_tokens)
+            self.prompt_tokens_computed.inc(request.prompt_tokens - output.num_cached_tokens)
+            request.cached_tokens = output.num_cached_tokens
         else:
             self.itl.observe((now - request.last_token) / count, count)
         request.num_tokens += count
         request.last_token = now
 
     def failed(self, request_id: str) -> None:
-        if self._requests.pop(request_id, None) is not None:
+        if (request := self._requests.pop(request_id, None)) is not None:
             self.request_success.labels(*self._labels, "error").inc()
+            self.recent_requests.add(
+                request_id, "error", request.prompt_tokens, request.cached_tokens, request.num_tokens
+            )
 
     def released(self, request_id: str) -> None:
         """The server has taken a request's last token, or is no longer interested in it."""
@@ -288,12 +332,16 @@ class Metrics:
         if output is None or not request.released:
             return
         del self._requests[request_id]
-        self.request_success.labels(*self._labels, request.ended_as or output.finish_reason).inc()
+        reason = request.ended_as or output.finish_reason
+        assert reason is not None, "the last output of a request says why it ended"
+        self.request_success.labels(*self._labels, reason).inc()
         self.request_prompt_tokens.observe(request.prompt_tokens)
+        self.prefill_computed.observe(request.prompt_tokens - output.num_cached_tokens)
         taken = request.num_tokens if request.num_taken is None else request.num_taken
         self.request_generation_tokens.observe(taken)
         self.params_max_tokens.observe(request.max_tokens)
         times = output.times
+        self.recent_requests.add(request_id, reason, request.prompt_tokens, request.cached_tokens, taken, times)
         if times is None:
             return
         self.e2e.observe(times.finished - times.arrival)
@@ -313,6 +361,9 @@ class Metrics:
         self.generation_tokens.inc(self._num_arrived)
         self._num_arrived = 0
         return generate_latest(self.registry)
+
+    def _oldest_in_engine(self) -> float | None:
+        return min((each.arrival for each in self._requests.values() if each.last_output is None), default=None)
 
     def _forget(self, now: float) -> None:
         while self._recent and self._recent[0][0] < now - RATE_WINDOW_SECONDS:

@@ -7,7 +7,8 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,14 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.config import hash_key
 from server.errors import error_body, error_response, in_dialect, json_response, status_response
 from server.generation import ClientDisconnected
+from server.request_log import is_probe
+from server.request_record import RequestRecord, begin
 from server.state import sane_request_id
 from server.terms import set_tenant
+from server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
-access_logger = logging.getLogger("server.access")
-
-# Probes come every second and say nothing about the load.
-_QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
@@ -33,53 +33,69 @@ def _header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
-class RequestContext:
-    """x-request-id on every answer, one log line per request without its text, and the last resort for errors."""
+class Observer(Protocol):
+    """Told of every request when it is over."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def ended(self, record: RequestRecord) -> None: ...
+
+
+class RequestContext:
+    """x-request-id on every answer, a record per request for the `observers`, and the last resort for errors.
+
+    `tracer` opens a span per request; its context leaves as the header traceresponse.
+    """
+
+    def __init__(self, app: ASGIApp, observers: Sequence[Observer] = (), tracer: Tracer | None = None) -> None:
         self._app = app
+        self._observers = tuple(observers)
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = sane_request_id(_header(scope, b"x-request-id")) or secrets.token_hex(16)
-        started = time.monotonic()
-        status = 0
+        record = RequestRecord(request_id, scope["method"], scope["path"], time.monotonic())
+        begin(record)
+        added = [(b"x-request-id", request_id.encode())]
+        observers = self._observers
+        if self._tracer is not None and not is_probe(record.path):
+            span = self._tracer.begin(record, scope["headers"])
+            added.append((b"traceresponse", span.traceresponse.encode()))
+            observers = (*observers, span)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                record.status = message["status"]
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        outcome = ""
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnected:
-            outcome = " client gone"
+            record.outcome = "client gone"
         except Exception:
             logger.exception("request %s failed", request_id)
-            if status:
+            if record.status:
                 raise  # bytes have left; the server closes the connection
             await error_response(RuntimeError(), scope["path"])(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
-            seconds = time.monotonic() - started
-            access_logger.log(
-                level, "%s %.200r %d %.3fs %s%s", scope["method"], scope["path"], status, seconds, request_id, outcome
-            )
+            record.seconds = time.monotonic() - record.started
+            record.handler = getattr(scope.get("route"), "path", "")
+            for observer in observers:
+                observer.ended(record)
 
 
 class RequireKey:
-    """401 for everything but /health* without one of the accepted keys. Hashes are compared in constant time.
+    """401 for everything but /health* and `open_paths` without one of the accepted keys.
 
-    Where there are several keys, whose request it is goes into the scope: see terms.py.
+    Hashes are compared in constant time. Where there are several keys, whose request it is goes into the scope: see
+    terms.py.
     """
 
-    def __init__(self, app: ASGIApp, key_hashes: Sequence[bytes]) -> None:
+    def __init__(self, app: ASGIApp, key_hashes: Sequence[bytes], open_paths: Collection[str] = ()) -> None:
         self._app = app
+        self._open_paths = frozenset(open_paths)
         self._key_hashes = tuple(key_hashes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,9 +105,8 @@ class RequireKey:
         body = error_body("Unauthorized: this server needs an API key", "AuthenticationError", 401)
         await json_response(in_dialect(body, scope["path"]), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
-    @staticmethod
-    def _is_open(path: str) -> bool:
-        return path == "/health" or path.startswith("/health/")
+    def _is_open(self, path: str) -> bool:
+        return path == "/health" or path.startswith("/health/") or path in self._open_paths
 
     def _accept(self, scope: Scope) -> bool:
         scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")

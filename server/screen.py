@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 from nvfp4_runtime import __version__
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from server.config import ServerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressLine:
@@ -31,6 +34,40 @@ class ProgressLine:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+class LoggedProgress:
+    """The same in the log, a record per phase."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        if phase != self._phase:
+            logger.info("loading: %s", phase, extra={"fields": {"phase": phase}})
+        self._phase = phase
+
+    def done(self) -> None:
+        """Nothing to wipe away."""
+
+
+def print_ready(info: EngineInfo, config: ServerConfig, url: str) -> None:
+    print(ready_screen(info, config, url), flush=True)
+
+
+def log_ready(info: EngineInfo, config: ServerConfig, url: str) -> None:
+    """What matters of the screen, as one record. All of it: GET /v1/precision."""
+    facts = {
+        "version": __version__,
+        "url": url,
+        "model": config.served_model_names[0],
+        "numerics": info.numerics,
+        "device": info.device,
+        "weight_bytes": sum(info.weight_bytes.values()),
+        "kv_cache_bytes": info.kv_bytes,
+        "startup_seconds": info.startup_seconds,
+    }
+    logger.info("ready at %s", url, extra={"fields": facts})
+
+
 def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     """Model, backends, precision by layer group with kernel and reason, memory, start-up times, address, a curl."""
     blocks = info.num_blocks - 1  # block 0 is never handed out
@@ -47,6 +84,7 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
         ("backends", backend_line(info)),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
         *(("other ops" if i == 0 else "", line) for i, line in enumerate(op_lines(info))),
+        *(("adapters" if i == 0 else "", adapter_line(each)) for i, each in enumerate(info.adapters)),
         ("weights", f"{megabytes(sum(info.weight_bytes.values()))}" + (f": {weights}" if weights else "")),
         (
             "KV cache",
@@ -65,6 +103,10 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     lines = [f"nvfp4 {__version__}", *(f"  {label:<10}{text}" for label, text in rows)]
     lines += ["", f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def adapter_line(adapter: AdapterInfo) -> str:
+    return f"{adapter.name} (LoRA, rank {adapter.rank}): {adapter.path}"
 
 
 def backend_line(info: EngineInfo) -> str:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -14,22 +15,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
+from nvfp4_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
 from nvfp4_runtime.engine.client import EngineClient
+from nvfp4_runtime.engine.messages import EngineInfo
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.commands import limits, security
-from server.config import ServerConfig, environment_flags
+from server.config import ServerConfig, environment_flags, traces_wanted
 from server.reasoning.parsers import reasoning_style
-from server.screen import ProgressLine, ready_screen
+from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.tools.parsers import tool_style
+from server.tracing import Tracer, otlp_exporter
 
 if TYPE_CHECKING:
     import uvicorn
@@ -61,6 +64,9 @@ def serve(args: argparse.Namespace) -> int:
     model = args.model or environment_flags(["model"]).get("model")
     model = None if model is None else os.path.expanduser(model)
     config = server_config(args, model)
+    exporter = None
+    if args.otlp_traces_endpoint is not None or traces_wanted():
+        exporter = otlp_exporter(args.otlp_traces_endpoint)
     socks = [bind(args.host, args.port)]  # before loading: a port in use should not cost a minute
     if args.metrics_port is not None:
         socks.append(bind(args.host, args.metrics_port, "--metrics-port"))
@@ -70,7 +76,16 @@ def serve(args: argparse.Namespace) -> int:
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    return _run(_serve(args, engine_config(args, model or ""), config, socks, started))
+    engine = engine_config(args, model or "")
+    for adapter in engine.adapters:
+        if adapter.name in config.served_model_names:
+            raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
+    tracer = None if exporter is None else Tracer(exporter)
+    try:
+        return _run(_serve(args, engine, config, socks, started, tracer))
+    finally:
+        if tracer is not None:
+            tracer.close()
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
@@ -102,6 +117,9 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         stored_responses_seconds=args.response_store_ttl,
         **secured,
         **limits.config_fields(args),
+        log_requests=not args.no_log_requests,
+        log_prompts=args.log_prompts,
+        ui=not args.no_ui,
     )
 
 
@@ -122,9 +140,13 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         numerics=args.numerics,
         lm_head_dtype=args.lm_head_dtype,
         model_impl=args.model_impl,
+        adapters=adapter_flags(args.lora_modules or []),
+        max_lora_rank=args.max_lora_rank,
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
+        machine_limits=args.machine_limits,
+        log_format=args.log_format,
         threads=args.threads,
         seed=args.seed,
         cache=CacheConfig(
@@ -143,6 +165,32 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         ),
         simulated=simulated,
     )
+
+
+def adapter_flags(values: Sequence[str]) -> tuple[AdapterConfig, ...]:
+    """`name=path`, or vLLM's JSON object with name and path, as often as given. ConfigError for what is neither."""
+    found: list[AdapterConfig] = []
+    for value in values:
+        name, _, path = value.partition("=")
+        if value.lstrip().startswith("{"):
+            try:
+                given = json.loads(value)
+            except ValueError as error:
+                raise _no_adapter(value, f"it is no JSON: {error}") from error
+            unknown = given.keys() - {"name", "path", "base_model_name"}
+            if unknown:
+                raise _no_adapter(value, f"unknown {', '.join(sorted(unknown))}")
+            name, path = given.get("name", ""), given.get("path", "")
+        if not all(isinstance(part, str) and part.strip() for part in (name, path)):
+            raise _no_adapter(value, "expected name=path")
+        if any(name == other.name for other in found):
+            raise _no_adapter(value, f"the name {name!r} is given twice")
+        found.append(AdapterConfig(name, os.path.expanduser(path)))
+    return tuple(found)
+
+
+def _no_adapter(value: str, why: str) -> ConfigError:
+    return ConfigError(f"{value[:200]!r} names no LoRA adapter: {why}", "--lora-modules")
 
 
 def resolve_model(model: str | None, allow_download: bool) -> Path:
@@ -262,9 +310,10 @@ async def _serve(
     config: ServerConfig,
     socks: list[socket.socket],
     started: float,
+    tracer: Tracer | None,
 ) -> int:
     stop = _StopSignal()
-    progress = ProgressLine()
+    progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
     launch = asyncio.create_task(EngineClient.launch(engine_config, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
@@ -288,23 +337,30 @@ async def _serve(
     engine.info.startup_seconds |= {"web": web_seconds, "tokenizer": tokenizer_seconds}  # beside the engine's phases
     engine.info.startup_seconds["ready"] = time.monotonic() - started
     try:
-        return await _run_http(engine, text, config, socks, stop)
+        announce = print_ready if args.log_format == "text" else log_ready
+        return await _run_http(engine, text, config, socks, stop, tracer, announce)
     finally:
         await engine.close()
 
 
 async def _run_http(
-    engine: EngineClient, text: TextProcessor, config: ServerConfig, socks: list[socket.socket], stop: _StopSignal
+    engine: EngineClient,
+    text: TextProcessor,
+    config: ServerConfig,
+    socks: list[socket.socket],
+    stop: _StopSignal,
+    tracer: Tracer | None,
+    announce: Callable[[EngineInfo, ServerConfig, str], None],
 ) -> int:
     from server.app import create_app
 
-    app = create_app(engine, text, config)
+    app = create_app(engine, text, config, tracer)
     server = _make_server(app, config)
     serving = asyncio.create_task(server.serve(sockets=socks))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
-        print(ready_screen(engine.info, config, url_of(socks[0])), flush=True)
+        announce(engine.info, config, url_of(socks[0]))
     stop.then(lambda again: _stop_serving(server, app, again))
     watch = asyncio.create_task(_until_dead(engine))
     await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)

@@ -18,6 +18,7 @@ from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.form import Styles
 from server.metrics import Metrics
+from server.request_record import note
 from server.response_store import ResponseStore
 from server.terms import Terms
 
@@ -57,10 +58,10 @@ class ServerState:
         return f"nvfp4-{__version__}-{info.numerics}-{info.dtype}-kv-{info.kv_dtype}"
 
     def resolve_model(self, asked: str | None) -> str:
-        """The name to answer with. ModelNotFoundError for a model that is not served here."""
+        """The name to answer with: the model's, or an adapter's. ModelNotFoundError for one that is not served here."""
         if not asked:
             return self.model_name
-        if asked not in self.config.served_model_names:
+        if asked not in self.config.served_model_names and not self.engine.info.has_adapter(asked):
             raise ModelNotFoundError(asked)
         return asked
 
@@ -86,6 +87,7 @@ class Answer:
         unique = secrets.token_hex(8)
         answer_id = f"{prefix}-{base or unique}"
         terms = Terms.of(request.scope, body.timeout, state.config)
+        note((), model, answer_id)
         return cls(answer_id, f"{answer_id}-{unique}" if base else answer_id, model, int(time.time()), terms)
 
 

@@ -1,12 +1,13 @@
 """Fixtures and flags that every test directory shares.
 
-A skip is honest only where somebody looks at it. Five flags turn skips into failures, so that a run which is meant to
+A skip is honest only where somebody looks at it. Six flags turn skips into failures, so that a run which is meant to
 test something cannot pass by testing nothing:
 
 --require-backend NAME   backend NAME refused, or its extension is not built
 --require-interpreter    Triton is not installed, so its kernels could not run under its interpreter
 --require-shared         the folder ../shared (fixtures, reference data) is not there
 --require-model          the default model's package is not installed
+--require-browser        no Chromium, or no playwright to drive it
 --require-sanitizer      the process runs without AddressSanitizer (see `make test-asan`)
 """
 
@@ -60,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--require-sanitizer", action="store_true", help="fail where a test would skip for lack of a sanitizer"
     )
+    group.addoption("--require-browser", action="store_true", help="fail where a test would skip for lack of a browser")
     group.addoption("--require-model", action="store_true", help="fail where a test would skip for lack of the model")
 
 
@@ -75,6 +77,8 @@ def forbidden_skip(reason: str, config: pytest.Config) -> str | None:
         return "--require-shared"
     if config.getoption("--require-model") and MODEL_PACKAGE in reason:
         return "--require-model"
+    if config.getoption("--require-browser") and "browser" in reason:
+        return "--require-browser"
     if config.getoption("--require-sanitizer") and "sanitizer" in reason:
         return "--require-sanitizer"
     return None

@@ -112,6 +112,7 @@ class FakeEngine:
         self._num_cached_tokens = num_cached_tokens
         self._streams: dict[str, TokenStream] = {}
         self._started: dict[str, float] = {}
+        self._begun: set[str] = set()
         self._on_step: list[Callable[[StepStats], None]] = []
         self._on_output: list[Callable[[TokenOutput], None]] = []
         self._on_finish: list[Callable[[TokenOutput], None]] = []
@@ -134,6 +135,7 @@ class FakeEngine:
         priority: int = 0,
         pooling: Pooling | None = None,
         tenant: str = "",
+        adapter: str = "",
     ) -> TokenStream:
         if self.death_reason is not None:
             raise EngineDeadError(self.death_reason)
@@ -238,6 +240,10 @@ class FakeEngine:
         stream = self._streams.get(output.request_id)
         if stream is None:
             return
+        if output.token_ids and output.request_id not in self._begun:
+            self._begun.add(output.request_id)
+            started = self._started[output.request_id]
+            output.times = RequestTimes(started, started, started + 0.001, 0.0)
         for callback in self._on_output:
             callback(output)
         self.admission.started(output.request_id)

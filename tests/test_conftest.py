@@ -61,6 +61,7 @@ def test_required_things_that_are_missing_fail_the_run(tmp_path: Path) -> None:
         ({"--require-backend": ["cpu"]}, {"refused": "--require-backend cpu", "not built": "--require-backend cpu"}),
         ({"--require-backend": ["reference"]}, {}),
         ({"--require-sanitizer": True}, {"plain": "--require-sanitizer"}),
+        ({"--require-browser": True}, {"no chromium": "--require-browser"}),
         ({"--require-interpreter": True}, {"no package": "--require-interpreter"}),
         (
             {"--require-backend": ["triton"]},
@@ -77,9 +78,10 @@ def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[
         "plain": "this process runs without a sanitizer",
         "no device": "triton: no CUDA device",
         "no package": "triton: triton is not installed: pip install it",
+        "no chromium": "no browser: chromium is not on PATH",
         "other": "for another reason",
     }
-    flags = ("--require-shared", "--require-model", "--require-sanitizer", "--require-interpreter")
+    flags = ("--require-shared", "--require-model", "--require-sanitizer", "--require-interpreter", "--require-browser")
     nothing: dict[str, Any] = {"--require-backend": []} | dict.fromkeys(flags, False)
     config: Any = SimpleNamespace(getoption=(nothing | asked).__getitem__)
     found = {name: forbidden_skip(reason, config) for name, reason in reasons.items()}

@@ -17,14 +17,15 @@ NULL_BLOCK = 0
 def chain_hash(key: bytes, parent: bytes, tokens: Sequence[int]) -> bytes:
     """Hash of a full block given its parent's hash: keyed, so that no client can aim at a collision.
 
-    The first block's parent is `salt_hash(salt)`.
+    The first block's parent is `salt_hash`.
     """
     return hashlib.blake2b(parent + struct.pack(f"<{len(tokens)}q", *tokens), digest_size=16, key=key).digest()
 
 
-def salt_hash(key: bytes, salt: str) -> bytes:
-    """The parent of a first block. Different salts never share blocks."""
-    return hashlib.blake2b(salt.encode(), digest_size=16, key=key).digest()
+def salt_hash(key: bytes, salt: str, adapter: str = "") -> bytes:
+    """The parent of a first block. Different salts, or different LoRA adapters, never share blocks."""
+    parts = [part.encode() for part in (salt, adapter)]
+    return hashlib.blake2b(b"".join(len(p).to_bytes(8, "little") + p for p in parts), digest_size=16, key=key).digest()
 
 
 class BlockPool:

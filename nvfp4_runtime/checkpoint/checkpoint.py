@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint import bf16, compressed_tensors, fp8, modelopt, mxfp4
+from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.declared import declared_algos, disagreements
 from nvfp4_runtime.checkpoint.detect import INSTEAD, W4A8, WEIGHT_ONLY, check_readable, detect, read_config
 from nvfp4_runtime.checkpoint.experts import ALIASES, FUSED, HALVES, fill_input_scales, half_of
@@ -50,12 +51,14 @@ class Checkpoint:
     path        the folder
     raw_config  config.json as it stands
     quant       what the files declare; the tensors decide, and `notes` says where the two disagree
+    adapters    LoRA adapters to load beside it: linear layers ask each for what it learnt for them
     """
 
     def __init__(self, path: Path, raw_config: dict[str, Any], quant: QuantConfig, shards: Shards) -> None:
         self.path = path
         self.raw_config = raw_config
         self.quant = quant
+        self.adapters: tuple[Adapter, ...] = ()
         self._shards = shards
         self._excuses: dict[str, str] = {}
         self._disagreements: dict[str, list[str]] = {}
@@ -155,7 +158,10 @@ class Checkpoint:
         self._excuses[pattern] = reason
 
     def finish(self) -> None:
-        """Every tensor must now be read or excused: UnexpectedTensorError names the rest. Drops the file handles."""
+        """Every tensor must now be read or excused, and every adapter's read: UnexpectedTensorError names the rest.
+
+        Drops the file handles.
+        """
         unread = [
             name
             for name in self.names()
@@ -164,6 +170,8 @@ class Checkpoint:
         if unread:
             files = {info.name: info.file.name for info in self._shards}
             raise UnexpectedTensorError([f"{name} ({files[name]})" for name in sorted(unread)], self._shards.where)
+        for adapter in self.adapters:
+            adapter.finish()
         self._shards.close()
         release_pages(self._shards.files)  # what was repacked need not stay; what is read in place comes back by itself
 

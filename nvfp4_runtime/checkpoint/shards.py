@@ -71,12 +71,15 @@ class Shards:
     remarks (__metadata__), which writers use for the most various things.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError when files are missing, truncated, contradict their headers or repeat a tensor."""
+    def __init__(self, folder: Path, only: str | None = None) -> None:
+        """`only`: the one file to read, where the folder is no model's.
+
+        Raises CheckpointError when files are missing, truncated, contradict their headers or repeat a tensor.
+        """
         self.folder = folder
         self.notes: list[str] = []
         self.used: set[str] = set()
-        self._files = _find_files(folder)
+        self._files = _find_files(folder) if only is None else [folder / only]
         self._tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         for file in self._files:
@@ -89,7 +92,8 @@ class Shards:
                         "remove the shard that does not belong to this checkpoint"
                     )
                 self._tensors[info.name] = info
-        self._check_against_index()
+        if only is None:
+            self._check_against_index()
         self._open = ExitStack()
         self._handles: dict[Path, Any] = {}
 

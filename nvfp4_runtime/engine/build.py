@@ -12,12 +12,15 @@ import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
+from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
 from nvfp4_runtime.config import Dtype, EngineConfig
+from nvfp4_runtime.engine.cost import ModelCost
 from nvfp4_runtime.engine.device import describe, resolve_device
 from nvfp4_runtime.engine.engine import Engine
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup
+from nvfp4_runtime.engine.limits import machine_limits
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
 from nvfp4_runtime.engine.plan import (
     check_limits,
@@ -28,6 +31,7 @@ from nvfp4_runtime.engine.plan import (
 )
 from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.engine.scheduler import Scheduler
+from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
 from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
@@ -52,6 +56,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         gpu = Gpu(device)
     with phases.phase("checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        checkpoint.adapters = tuple(Adapter.open(adapter, config.max_lora_rank) for adapter in config.adapters)
     described = describe_model(checkpoint.raw_config, config.model_impl)
     max_len = resolve_max_model_len(config.scheduler, context_limit(described))
     torch.set_num_threads(config.threads or physical_cores())
@@ -79,6 +84,11 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
             "leave it out, or quantise the model first: nvfp4 quantize SRC OUT",
             "--numerics",
         )
+    layers = layer_groups(kernels.choices)
+    limits = None
+    if config.machine_limits != "off":
+        with phases.phase("machine_limits"):
+            limits = machine_limits(config.machine_limits, device, config.threads or physical_cores(), numerics)
     info = EngineInfo(
         model=config.model,
         architecture=model.config.architecture,
@@ -96,16 +106,20 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         numerics=numerics,
         numerics_reason=numerics_reason,
         weight_bytes=checkpoint.nbytes_by_format(),
-        layers=layer_groups(kernels.choices),
+        layers=layers,
         eos_token_ids=eos_token_ids(checkpoint.path, model.config.eos_token_ids),
         startup_seconds=phases.seconds,
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
         enable_prefix_caching=config.cache.enable_prefix_caching,
         device=describe(device),
+        scratch_bytes=placed.scratch_bytes,
+        limits=limits,
+        adapters=[AdapterInfo(a.name, str(a.path), a.rank) for a in checkpoint.adapters],
     )
+    cost = ModelCost.of(model.config, layers, model.kv_specs, model.kv_dtype)
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
-    return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars)
+    return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars, cost=cost)
 
 
 def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) -> Placement:
@@ -114,10 +128,11 @@ def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) ->
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
         kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
-    runner = ModelRunner(model, kv, BatchSampler())
+    clock = StepClock()
+    runner = ModelRunner(model, kv, BatchSampler(), [adapter.name for adapter in config.adapters], clock)
     with phases.phase("warm_up"):
         runner.warm_up()
-    return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner))
+    return Placement(num_blocks, max_len, functools.partial(Engine, executor=runner, clock=clock))
 
 
 def _warn_of_missing_scales(model: Model) -> None:

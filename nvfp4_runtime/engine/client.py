@@ -134,6 +134,7 @@ class AsyncEngine(Protocol):
         priority: int = 0,
         pooling: Pooling | None = None,
         tenant: str = "",
+        adapter: str = "",
     ) -> TokenStream: ...
 
     def abort(self, request_id: str) -> None: ...
@@ -232,15 +233,16 @@ class EngineClient:
         priority: int = 0,
         pooling: Pooling | None = None,
         tenant: str = "",
+        adapter: str = "",
     ) -> TokenStream:
         """Admit a request or raise at once: RequestError (400), QueueFullError (429), EngineDeadError (503)."""
         self._require_alive()
-        check_request(prompt_token_ids, params, self.info)
+        check_request(prompt_token_ids, params, self.info, adapter)
         if request_id in self._streams:
             raise errors.InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
         self.admission.admit(request_id, tenant, len(prompt_token_ids))
         now = time.monotonic()
-        self._send(Submit(request_id, prompt_token_ids, params, now, cache_salt, priority, pooling, tenant))
+        self._send(Submit(request_id, prompt_token_ids, params, now, cache_salt, priority, pooling, tenant, adapter))
         stream = self._streams[request_id] = TokenStream(request_id)
         return stream
 

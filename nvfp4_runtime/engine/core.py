@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.grammar_queue import GrammarQueue
+from nvfp4_runtime.engine.logs import configure_logs
 from nvfp4_runtime.engine.messages import (
     Abort,
     Failed,
@@ -35,6 +36,7 @@ from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
 
 logger = logging.getLogger(__name__)
+LOG_TEXT = "%(levelname)s engine: %(message)s"
 
 
 class EngineCore:
@@ -66,7 +68,7 @@ class EngineCore:
         start = self._receive_start()
         if start is None:
             return None
-        logging.getLogger().setLevel(start.log_level)
+        configure_logs(start.config.log_format, start.log_level, LOG_TEXT, process="engine")
         gc.disable()  # a million objects are made now, and none of them is garbage
         try:
             engine = build(start, lambda phase, fraction: self._send(Progress(phase, fraction)))
@@ -180,7 +182,7 @@ def main() -> int:
     # engine ends on its own as soon as the server's end of the socket is closed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
+    configure_logs("text", logging.WARNING, LOG_TEXT)
     sock = socket.socket(fileno=int(sys.argv[1]))
     core = EngineCore(sock)
     try:

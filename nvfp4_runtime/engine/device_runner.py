@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import CacheLayer, ForwardBatch
+from nvfp4_runtime.batch import AdapterRows, CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.device import Device
 from nvfp4_runtime.engine.graphs import DecodeGraphs
 from nvfp4_runtime.engine.messages import Submit
@@ -77,6 +77,7 @@ class _Step:
     samples: list[int]
     has_pending: bool
     max_query_len: int
+    adapters: AdapterRows | None
     max_seq_len: int
     host: dict[int, range]
     host_logits: Tensor | None
@@ -120,8 +121,9 @@ class DeviceRunner(ModelRunner):
         device: Device,
         sampler: DeviceSampler,
         capacity: Capacity,
+        adapters: Sequence[str] = (),
     ) -> None:
-        super().__init__(model, kv, host_sampler)
+        super().__init__(model, kv, host_sampler, adapters)
         self._device = device
         self._choose = sampler
         self._capacity = capacity
@@ -225,6 +227,7 @@ class DeviceRunner(ModelRunner):
             has_pending=any(source != _NOWHERE for source in sources),
             max_query_len=max(entry.count for entry in entries),
             max_seq_len=max(lists.seq_lens),
+            adapters=self.adapter_rows(schedule),
             host=host,
             host_logits=None if pinned is None else pinned.view(torch.float32).view(len(host_rows), vocab),
         )
@@ -238,7 +241,8 @@ class DeviceRunner(ModelRunner):
         return sources
 
     def _graph_for(self, schedule: Schedule) -> int | None:
-        if self._graphs is None or any(entry.count != 1 for entry in schedule.entries):
+        # what a graph replays passes no adapters
+        if self._graphs is None or any(entry.count != 1 or entry.request.adapter for entry in schedule.entries):
             return None
         return self._graphs.padded_size(len(schedule.entries))
 
@@ -263,7 +267,7 @@ class DeviceRunner(ModelRunner):
         else:
             if step.has_pending:
                 self._feed(step.layout)
-            batch = self._batch(step.layout, tables, step.max_query_len, step.max_seq_len)
+            batch = self._batch(step.layout, tables, step.max_query_len, step.max_seq_len, step.adapters)
             logits = self._model.forward(batch).float()
         if step.host_logits is not None:
             step.host_logits.copy_(logits.index_select(0, step.layout.view(staged, "host_rows")), non_blocking=True)
@@ -289,7 +293,14 @@ class DeviceRunner(ModelRunner):
         self._feed(layout)
         return self._model.forward(self._batch(layout, tables, 1, self._capacity.seq_tokens)).float()
 
-    def _batch(self, layout: Layout, tables: Tensor, max_query_len: int, max_seq_len: int) -> ForwardBatch:
+    def _batch(
+        self,
+        layout: Layout,
+        tables: Tensor,
+        max_query_len: int,
+        max_seq_len: int,
+        adapters: AdapterRows | None = None,
+    ) -> ForwardBatch:
         return ForwardBatch(
             input_ids=layout.view(self._staged, "input_ids"),
             positions=layout.view(self._staged, "positions"),
@@ -301,6 +312,7 @@ class DeviceRunner(ModelRunner):
             kv=self._kv,
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            adapters=adapters,
         )
 
     # -- start-up --------------------------------------------------------------------------------------------------

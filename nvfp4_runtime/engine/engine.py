@@ -7,9 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from nvfp4_runtime.engine.cost import ModelCost, Work
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
+from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.structured.compiler import GrammarCompiler
@@ -25,8 +27,11 @@ class Executor(Protocol):
         ...
 
 
-def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> None:
+def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo, adapter: str = "") -> None:
     """Refuse now what could never be served: called by whoever admits (client process, LLM, engine)."""
+    if adapter and not info.has_adapter(adapter):
+        loaded = ", ".join(repr(one.name) for one in info.adapters) or "none"
+        raise InvalidParameterError(f"the adapter {adapter!r} is not loaded; loaded are: {loaded}", "model")
     params.validate(info.vocab_size)
     _check_choice(params, info)
     if not prompt_token_ids:
@@ -65,7 +70,7 @@ def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
 
 
 class Engine:
-    """Requests in, tokens out."""
+    """Requests in, tokens out. `clock` and `cost` say what steps took and computed, for the statistics."""
 
     def __init__(
         self,
@@ -74,8 +79,13 @@ class Engine:
         info: EngineInfo,
         seed: int = 0,
         grammars: GrammarCompiler | None = None,
+        clock: StepClock | None = None,
+        cost: ModelCost | None = None,
     ) -> None:
         self.grammars = grammars
+        self._clock = clock or StepClock()
+        self._cost = cost or ModelCost()
+        self._work = Work()
         self.scheduler = scheduler
         self.executor = executor
         self.info = info
@@ -93,7 +103,7 @@ class Engine:
 
     def add(self, submit: Submit) -> None:
         """Accept a request or raise RequestError / QueueFullError. What is accepted ends with a finish_reason."""
-        check_request(submit.prompt_token_ids, submit.params, self.info)
+        check_request(submit.prompt_token_ids, submit.params, self.info, submit.adapter)
         if submit.request_id in self.scheduler.requests:
             raise InvalidParameterError(f"request id {submit.request_id!r} is in use", "request_id")
         if not self.has_room:
@@ -118,6 +128,7 @@ class Engine:
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
+        self._clock.start()
         outputs, num_prompt_tokens = self._turn()
         stats = self.scheduler.stats()
         self._num_steps += 1
@@ -125,10 +136,21 @@ class Engine:
         stats.step_seconds = time.perf_counter() - started
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
         stats.step_prompt_tokens = num_prompt_tokens
+        stats.phase_seconds = self._clock.seconds
+        stats.flops, stats.bytes_read, stats.bytes_written = (
+            self._work.flops,
+            self._work.bytes_read,
+            self._work.bytes_written,
+        )
         return outputs, stats
 
     def _turn(self) -> tuple[list[TokenOutput], int]:
         """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
         schedule = self.scheduler.schedule()
+        self._clock.lap("schedule")
         results = self.executor.execute(schedule)
-        return self.scheduler.commit(schedule, results), schedule.num_prompt_tokens
+        self._clock.lap("model")
+        self._work.add(self._cost.of_step(schedule))
+        outputs = self.scheduler.commit(schedule, results)
+        self._clock.lap("commit")
+        return outputs, schedule.num_prompt_tokens

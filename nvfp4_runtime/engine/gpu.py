@@ -145,7 +145,8 @@ class Gpu:
         def runner(num_blocks: int, longest: int) -> DeviceRunner:
             kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, self.device)
             capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), longest, vocab_size)
-            return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity)
+            names = [adapter.name for adapter in config.adapters]
+            return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity, names)
 
         with phases.phase("warm_up"):
             measured = measure(lambda: runner(2, max_len), sizes, self.memory, self.free)
@@ -157,4 +158,5 @@ class Gpu:
         if sizes:
             with phases.phase("capture") as report:
                 executor.capture(sizes, report)
-        return Placement(num_blocks, max_len, functools.partial(OverlappedEngine, executor=executor))
+        scratch = {"step": measured.step, "cuda_graphs": measured.graphs}
+        return Placement(num_blocks, max_len, functools.partial(OverlappedEngine, executor=executor), scratch)

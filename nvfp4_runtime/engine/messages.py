@@ -28,6 +28,7 @@ class Submit(msgspec.Struct, tag=True):
 
     priority  lower goes first
     tenant    whose request it is: within a priority, tenants are served in turn (see fairness.py)
+    adapter   the name of a loaded LoRA adapter, "": the model as it is
     pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
     """
 
@@ -39,6 +40,7 @@ class Submit(msgspec.Struct, tag=True):
     priority: int = 0
     pooling: Pooling | None = None
     tenant: str = ""
+    adapter: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -77,6 +79,7 @@ class TokenOutput(msgspec.Struct):
     error          with "error": why
     param          with "error": the request's field at fault, where the request is
     ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
+    times          with a request's first token and with its last word
     embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
     """
 
@@ -112,11 +115,17 @@ class TokenOutput(msgspec.Struct):
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
         self.ends_whole, self.embedding = later.ends_whole, later.embedding
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
-        self.times = later.times
+        self.times = later.times or self.times
 
 
 class StepStats(msgspec.Struct):
-    """State after a step, and what the step did. Counters are totals since start."""
+    """State after a step, and what the step did. Counters are totals since start.
+
+    phase_seconds   time of all steps by phase, see StepClock
+    flops, ...      what all steps computed, read and wrote by estimate, see ModelCost
+    oldest_waiting  arrival of the request that has waited longest, time.monotonic(); 0: none waits
+    running_adapters, waiting_adapters  names of the LoRA adapters that some such request has, each once
+    """
 
     num_running: int
     num_waiting: int
@@ -130,6 +139,29 @@ class StepStats(msgspec.Struct):
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    phase_seconds: dict[str, float] = {}
+    flops: float = 0.0
+    bytes_read: float = 0.0
+    bytes_written: float = 0.0
+    oldest_waiting: float = 0.0
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
+
+
+class MachineLimits(msgspec.Struct):
+    """What this machine can do at best, and where that is known from, for a person to read."""
+
+    read_bytes_per_second: float
+    flops_per_second: float
+    how: str
+
+
+class AdapterInfo(msgspec.Struct):
+    """A loaded LoRA adapter: the name that requests choose it by, its folder, its largest rank."""
+
+    name: str
+    path: str
+    rank: int
 
 
 class LayerGroup(msgspec.Struct):
@@ -171,6 +203,12 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     device: str = "cpu"
     pid: int = 0
     max_queued_tokens: int = 1 << 20
+    scratch_bytes: dict[str, int] = {}
+    limits: MachineLimits | None = None
+    adapters: list[AdapterInfo] = []
+
+    def has_adapter(self, name: str) -> bool:
+        return any(adapter.name == name for adapter in self.adapters)
 
 
 class Progress(msgspec.Struct, tag=True):

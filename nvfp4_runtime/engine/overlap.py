@@ -70,10 +70,17 @@ class OverlappedEngine(Engine):
             self._under_way = None
         before = self._under_way
         schedule = self.scheduler.schedule()
+        self._clock.lap("schedule")
         self._under_way = _Flight(schedule, self.executor.launch(schedule)) if schedule.entries else None
+        self._clock.lap("launch")
         if before is not None:
             outputs, num_prompt_tokens = self._land(before)
         return outputs, num_prompt_tokens
 
     def _land(self, flight: _Flight) -> tuple[list[TokenOutput], int]:
-        return self.scheduler.commit(flight.schedule, flight.ticket.wait()), flight.schedule.num_prompt_tokens
+        results = flight.ticket.wait()
+        self._clock.lap("wait")
+        self._work.add(self._cost.of_step(flight.schedule))
+        outputs = self.scheduler.commit(flight.schedule, results)
+        self._clock.lap("commit")
+        return outputs, flight.schedule.num_prompt_tokens

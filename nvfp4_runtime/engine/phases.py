@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nvfp4_runtime.engine.engine import Engine
 
@@ -46,8 +46,10 @@ class Placement:
     num_blocks  of its KV cache
     max_len     tokens of the longest sequence it takes
     make        the engine over it, of the other arguments of `Engine`
+    scratch_bytes  what steps hold beside weights and cache, by purpose, where that was measured
     """
 
     num_blocks: int
     max_len: int
     make: Callable[..., Engine]
+    scratch_bytes: dict[str, int] = field(default_factory=dict)

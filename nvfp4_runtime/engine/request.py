@@ -65,6 +65,7 @@ class Request:
         )
         self.status = Status.WAITING
         self.cache_salt = submit.cache_salt
+        self.adapter = submit.adapter
         self.priority = submit.priority
         self.pooling = submit.pooling
         self.tenant = submit.tenant

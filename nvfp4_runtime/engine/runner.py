@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import CacheLayer, ForwardBatch
+from nvfp4_runtime.batch import AdapterRows, CacheLayer, ForwardBatch
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
 from nvfp4_runtime.engine.staging import StepLists
+from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.sampling.masks import Masks
 from nvfp4_runtime.sampling.sampler import BatchSampler, prompt_logprobs
 from nvfp4_runtime.sampling.state import Logprob
@@ -31,10 +32,23 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """The executor over a real model. Holds the KV tensors and nothing about any request."""
+    """The executor over a real model. Holds the KV tensors and nothing about any request.
 
-    def __init__(self, model: Model, kv: tuple[CacheLayer, ...], sampler: BatchSampler) -> None:
+    `adapters`: names of the loaded LoRA adapters, in the order in which the model's layers hold them.
+    `clock` laps the parts of `execute`: prepare, model, sample.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv: tuple[CacheLayer, ...],
+        sampler: BatchSampler,
+        adapters: Sequence[str] = (),
+        clock: StepClock | None = None,
+    ) -> None:
         self._model = model
+        self._clock = clock or StepClock()
+        self._adapters = {name: i for i, name in enumerate(adapters)}
         self._kv = kv
         self._sampler = sampler
         self._block_size = kv[0].block_size
@@ -50,7 +64,13 @@ class ModelRunner:
             return self._execute_apart(schedule)
         rows = [wanted_rows(entry) for entry in schedule.entries]
         masks = self._sampler.begin([entry.request.sampling for entry in schedule.entries if entry.samples])
-        return self._results(schedule, rows, self.logits(schedule, rows), masks)
+        batch = self.prepare(schedule, rows)
+        self._clock.lap("prepare")
+        logits = self._model.forward(batch)
+        self._clock.lap("model")
+        results = self._results(schedule, rows, logits, masks)
+        self._clock.lap("sample")
+        return results
 
     def _execute_apart(self, schedule: Schedule) -> list[StepResult]:
         results: dict[int, StepResult] = {}
@@ -95,7 +115,15 @@ class ModelRunner:
             kv=self._kv,
             max_query_len=max(entry.count for entry in schedule.entries),
             max_seq_len=max(lists.seq_lens),
+            adapters=self.adapter_rows(schedule),
         )
+
+    def adapter_rows(self, schedule: Schedule) -> AdapterRows | None:
+        """Which of the step's new tokens pass which adapter; None for a step without."""
+        if not any(entry.request.adapter for entry in schedule.entries):
+            return None
+        found = [self._adapters.get(e.request.adapter, -1) for e in schedule.entries for _ in range(e.count)]
+        return AdapterRows.of(found, len(self._adapters), self._torch_device)
 
     def _results(
         self, schedule: Schedule, rows: Sequence[range], logits: Tensor, masks: Masks | None = None

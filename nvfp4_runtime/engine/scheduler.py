@@ -235,7 +235,7 @@ class Scheduler:
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         hashes = request.block_hashes
         while len(hashes) < count:
-            parent = hashes[-1] if hashes else salt_hash(self.hash_key, request.cache_salt)
+            parent = hashes[-1] if hashes else salt_hash(self.hash_key, request.cache_salt, request.adapter)
             start = len(hashes) * self.block_size
             hashes.append(chain_hash(self.hash_key, parent, request.tokens[start : start + self.block_size]))
         return hashes[:count]
@@ -281,7 +281,8 @@ class Scheduler:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
         request.num_pending -= 1
         request.append(result.token_id)
-        if request.times.first_token == 0.0:
+        first = request.times.first_token == 0.0
+        if first:
             request.times.first_token = now
         output = TokenOutput(
             request.id,
@@ -289,6 +290,7 @@ class Scheduler:
             logprobs=None if result.logprob is None else [result.logprob],
             prompt_logprobs=scored,
             num_cached_tokens=max(request.num_cached_tokens, 0),
+            times=request.times if first else None,
         )
         if (reason := request.finish_reason()) is not None:
             ended = self._finish(request, reason[0])
@@ -339,6 +341,9 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            oldest_waiting=min((request.times.arrival for request in self.waiting), default=0.0),
+            running_adapters=sorted({request.adapter for request in self.running if request.adapter}),
+            waiting_adapters=sorted({request.adapter for request in self.waiting if request.adapter}),
         )
 
     def check(self) -> None:

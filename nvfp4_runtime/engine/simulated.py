@@ -17,7 +17,7 @@ import numpy.typing as npt
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.config import EngineConfig, SimulatedConfig
 from nvfp4_runtime.engine.engine import Engine
-from nvfp4_runtime.engine.messages import EngineInfo, LayerGroup, TokenLogprob
+from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup, TokenLogprob
 from nvfp4_runtime.engine.plan import check_limits
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
@@ -29,7 +29,7 @@ HIDDEN_SIZE = 8
 
 
 class SimulatedExecutor:
-    """Token i of a request depends on its tokens alone: never on the batch, chunking or preemption."""
+    """Token i of a request depends on its tokens and its adapter alone: never on the batch, chunking or preemption."""
 
     def __init__(self, config: SimulatedConfig, sleep: Callable[[float], None] = time.sleep) -> None:
         self.config = config
@@ -80,7 +80,7 @@ class SimulatedExecutor:
     def _hash(self, request: Request) -> int:
         seed = 0 if request.params.temperature == 0 else request.sampling.seed
         tail = request.tokens[-8:]
-        packed = struct.pack(f"<qq{len(tail)}q", seed, len(request.tokens), *tail)
+        packed = struct.pack(f"<qq{len(tail)}q", seed, len(request.tokens), *tail) + request.adapter.encode()
         return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
     def _structured(self, request: Request, grammar: GrammarState, scored: list[TokenLogprob] | None) -> StepResult:
@@ -144,6 +144,7 @@ def simulated_engine(config: EngineConfig) -> Engine:
         startup_seconds={},
         backends={},
         enable_prefix_caching=config.cache.enable_prefix_caching,
+        adapters=[AdapterInfo(adapter.name, adapter.path, 0) for adapter in config.adapters],
     )
     vocabulary = _vocabulary(simulated)
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))

@@ -58,8 +58,8 @@ class Attention:
     def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
         kv = batch.kv_layer(self.layer_id)
-        qkv = self.qkv_proj(x)
+        qkv = self.qkv_proj(x, batch.adapters)
         q = self.rope(
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )
-        return self.o_proj(self.attend(q, kv, batch, self.scale))
+        return self.o_proj(self.attend(q, kv, batch, self.scale), batch.adapters)

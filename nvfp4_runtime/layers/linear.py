@@ -8,11 +8,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
 from nvfp4_runtime.kernels.ops import LinearKernel, QuantizedRows, TakesQuantizedRows
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.lora import LinearAdapters
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight, can_fuse, fuse
 
 
@@ -34,11 +36,13 @@ class PreScaled:
 class Linear:
     """One projection, or several of the same input whose outputs lie side by side.
 
-    kernels  usually one; more where the parts are stored in formats that cannot share a kernel
+    kernels   usually one; more where the parts are stored in formats that cannot share a kernel
+    adapters  what LoRA adapters add, None where none adds anything
     """
 
-    def __init__(self, kernels: Sequence[LinearKernel]) -> None:
+    def __init__(self, kernels: Sequence[LinearKernel], adapters: LinearAdapters | None = None) -> None:
         self.kernels = tuple(kernels)
+        self.adapters = adapters
         self._only = self.kernels[0] if len(self.kernels) == 1 else None
         self._takes_quantized = self.takes_quantized
 
@@ -65,7 +69,7 @@ class Linear:
         for run in _fusable_runs(parts):
             weight = parts[run.start] if len(run) == 1 else fuse([parts[i] for i in run])
             made.append(linear_kernel(kernels, group, weight, [prefixes[i] for i in run]))
-        return cls(made)
+        return cls(made, LinearAdapters.load(ckpt.adapters, kernels, group, prefixes, n_each, k))
 
     @classmethod
     def single(cls, ckpt: Checkpoint, kernels: Kernels, prefix: str, n: int, k: int, *, bias: bool = False) -> Self:
@@ -79,17 +83,22 @@ class Linear:
 
     @property
     def takes_quantized(self) -> TakesQuantizedRows | None:
-        """The kernel, where the op before it may write its input quantised; None where it needs plain rows."""
-        kernel: object = self._only
+        """The kernel, where the op before it may write its input quantised; None where it needs plain rows, as
+        adapters do."""
+        kernel: object = None if self.adapters is not None else self._only
         if isinstance(kernel, TakesQuantizedRows) and kernel.quantized_input_scale is not None:
             return kernel
         return None
 
-    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
-        """x [M, K] -> [M, N]; quantised rows only where `takes_quantized`."""
+    def __call__(self, x: Tensor | QuantizedRows, adapters: AdapterRows | None = None) -> Tensor:
+        """x [M, K] -> [M, N]; quantised rows only where `takes_quantized`. `adapters`: which rows pass one."""
         if isinstance(x, QuantizedRows):
             assert self._takes_quantized is not None
             return self._takes_quantized.multiply_quantized(x)
+        y = self._base(x)
+        return y if adapters is None or self.adapters is None else self.adapters.add(y, x, adapters)
+
+    def _base(self, x: Tensor) -> Tensor:
         if self._only is not None:
             return self._only(x)
         return torch.cat([kernel(x) for kernel in self.kernels], dim=-1)

@@ -61,9 +61,9 @@ class LatentAttention:
         """x [T, hidden] -> [T, hidden]; the new tokens' latent vectors are in the cache afterwards."""
         cache, num_tokens = batch.kv[self.layer_id], x.shape[0]
         assert isinstance(cache, LatentLayer)
-        q, latent, key = torch.split(self.down_proj(x), self.widths, dim=-1)
+        q, latent, key = torch.split(self.down_proj(x, batch.adapters), self.widths, dim=-1)
         if self.q_norm is not None:
-            q = self.q_b_proj(self.q_norm(q.contiguous(), None)[0])
+            q = self.q_b_proj(self.q_norm(q.contiguous(), None)[0], batch.adapters)
         per_head = q.view(num_tokens, self.num_heads, -1)
         q_nope, q_rope = torch.split(per_head, [self.config.nope_dim, self.config.rope_dim], dim=-1)
         turned = self._turn(torch.cat([q_rope, key.unsqueeze(1)], dim=1), batch.positions).to(self.dtype)
@@ -74,7 +74,7 @@ class LatentAttention:
         out = self.attend(
             seen, turned[:, :-1].contiguous(), cache.latent, tables.contiguous(), lengths, self.config.scale
         )
-        return self.o_proj(self._by_head(self.out_of_latent, out).flatten(1).to(self.dtype))
+        return self.o_proj(self._by_head(self.out_of_latent, out).flatten(1).to(self.dtype), batch.adapters)
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary embedding of [T, H, rope_dim]; what were neighbours come out as halves, for queries and keys alike."""

@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
+from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
@@ -36,9 +37,9 @@ class MLP:
             self._quantizes, self._quantized_under = kernel, taker.quantized_input_scale
             kernels.record_fusion("silu_mul", "down_proj")
 
-    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        gate_up = self.gate_up_proj(x)
+        gate_up = self.gate_up_proj(x, adapters)
         if self._quantizes is not None and self._quantized_under is not None:
             return self.down_proj(self._quantizes.quantize(gate_up, self._quantized_under, True))
-        return self.down_proj(self.silu_mul(gate_up))
+        return self.down_proj(self.silu_mul(gate_up), adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MoEConfig
 from nvfp4_runtime.kernels.registry import Kernels
@@ -28,11 +29,11 @@ class MoE:
         if config.shared_size:
             self.shared = SharedExpert(ckpt, kernels, hidden, config, prefix)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, hidden] of the stream's type."""
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """x [T, hidden] -> [T, hidden] of the stream's type. Adapters: on the shared expert, not on routed ones."""
         weights, chosen = self.router(x)
         y = self.experts(x, weights, chosen)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y + self.shared(x, adapters)
 
 
 class Router:
@@ -128,6 +129,6 @@ class SharedExpert:
                 kernels, "shared_expert_gate", weight, [f"{prefix}.shared_expert_gate"], out_dtype="float32"
             )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.mlp(x)
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        y = self.mlp(x, adapters)
         return y if self.gate is None else (y * self.gate(x).sigmoid()).to(y.dtype)

@@ -67,7 +67,8 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
-        return self._op_by_op(batch) if self.run_as_one is None else self.run_as_one(batch)
+        as_one = None if batch.adapters is not None else self.run_as_one
+        return self._op_by_op(batch) if as_one is None else as_one(batch)
 
     def _op_by_op(self, batch: ForwardBatch) -> Tensor:
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
@@ -120,9 +121,9 @@ class DecoderLayer:
             x = self.attention(fed, batch)
         if isinstance(self.mlp, MoE):
             normed, residual = self.post_attention_norm(x, residual)
-            return self.mlp(normed), residual
+            return self.mlp(normed, batch.adapters), residual
         fed, residual = self.post_attention_norm.fed(x, residual)
-        return self.mlp(fed), residual
+        return self.mlp(fed, batch.adapters), residual
 
     def ops(self) -> DecoderLayerOps | None:
         """The same layer for a backend that runs all of them as one call; None where one of its parts is not plain."""

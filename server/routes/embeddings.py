@@ -15,10 +15,11 @@ from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, Invalid
 from nvfp4_runtime.sampling.params import SamplingParams
 from server.deadline import Deadline
 from server.errors import GenerationError, json_response, renamed_params
-from server.generation import off_loop, until_disconnect
+from server.generation import ChoiceState, Job, chosen_adapter, off_loop, until_disconnect
 from server.openapi import json_responses
 from server.prompts import encode_prompts, fit, num_chars
 from server.protocol.embeddings import EmbeddingRequest
+from server.request_record import note
 from server.state import Answer, ServerState
 
 router = APIRouter()
@@ -34,18 +35,20 @@ class _Embedding:
         self.num_tokens = sum(map(len, prompts))
         self.num_cached_tokens = 0
         self._streams: list[TokenStream] = []
+        self._choices = [ChoiceState(Job(i, ids, SamplingParams(max_tokens=1))) for i, ids in enumerate(prompts)]
         self._running: set[str] = set()
         self._deadline = Deadline(answer.terms.timeout_seconds, self._expire)
         try:
             for i, token_ids in enumerate(prompts):
                 stream = server.engine.submit(
                     token_ids,
-                    SamplingParams(max_tokens=1),
+                    self._choices[i].job.params,
                     request_id=f"{answer.engine_id}-{i}",
                     cache_salt=answer.terms.salted(body.cache_salt),
                     priority=body.priority,
                     tenant=answer.terms.tenant,
                     pooling=body.pooling or server.config.pooling,
+                    adapter=chosen_adapter(server.engine, body.model),
                 )
                 self._streams.append(stream)
                 self._running.add(stream.request_id)
@@ -53,6 +56,7 @@ class _Embedding:
         except BaseException:  # whatever it was: none of them may run without somebody to take its vector
             self.close()
             raise
+        note(self._choices)
 
     def close(self) -> None:
         """Abort whatever has not finished. Safe to call twice."""
@@ -69,7 +73,7 @@ class _Embedding:
                 self.server.engine.abort(stream.request_id)
 
     async def whole(self) -> dict[str, Any]:
-        vectors = await asyncio.gather(*map(self._vector, self._streams))
+        vectors = await asyncio.gather(*map(self._vector, self._streams, self._choices))
         with_details = self.server.config.enable_prompt_tokens_details
         return {
             "id": self.answer.id,
@@ -85,7 +89,7 @@ class _Embedding:
             },
         }
 
-    async def _vector(self, stream: TokenStream) -> bytes:
+    async def _vector(self, stream: TokenStream, choice: ChoiceState) -> bytes:
         try:
             async for output in stream:
                 if output.finish_reason == "error":
@@ -94,11 +98,14 @@ class _Embedding:
                     self._running.discard(stream.request_id)
                     self.server.metrics.released(stream.request_id)
                     self.num_cached_tokens += output.num_cached_tokens
+                    choice.num_cached_tokens, choice.times = output.num_cached_tokens, output.times
+                    choice.finish_reason = output.finish_reason
                     return output.embedding
             raise EngineDeadError("the engine ended a request without saying why")
         except NVFP4Error:
             self._running.discard(stream.request_id)
             self.server.metrics.failed(stream.request_id)
+            choice.finish_reason = "error"
             raise
 
     def _write(self, vector: bytes) -> str | list[float]:

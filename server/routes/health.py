@@ -1,4 +1,4 @@
-"""/health, /ping, /load, /metrics, /version: for probes and operators."""
+"""/health, /ping, /load, /requests, /metrics, /version: for probes and operators."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ async def load(request: Request) -> Response:
     """Requests in the engine, running or waiting, as of its last step."""
     stats = ServerState.of(request).engine.stats
     return json_response({"server_load": stats.num_running + stats.num_waiting})
+
+
+@router.get("/requests", responses=json_responses("The last requests."), response_class=Response)
+async def requests(request: Request) -> Response:
+    """The last 100 choices that ended, newest first: tokens and times, in seconds, without text."""
+    return json_response({"object": "list", "data": ServerState.of(request).metrics.recent_requests.newest_first()})
 
 
 @router.get("/version", responses=json_responses("The version."), response_class=Response)

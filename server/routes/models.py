@@ -16,15 +16,19 @@ router = APIRouter()
 
 
 def model_card(server: ServerState, name: str) -> dict[str, Any]:
-    """One entry in vLLM's shape; numerics, dtype, kv_cache_dtype and quantization are ours."""
+    """One entry in vLLM's shape; numerics, dtype, kv_cache_dtype and quantization are ours.
+
+    An adapter's root is its folder and its parent the model's first name, as vLLM has it.
+    """
     info = server.engine.info
+    adapter = next((adapter for adapter in info.adapters if adapter.name == name), None)
     return {
         "id": name,
         "object": "model",
         "created": server.created,
         "owned_by": "nvfp4",
-        "root": server.config.model_root or info.model,
-        "parent": None,
+        "root": server.config.model_root or info.model if adapter is None else adapter.path,
+        "parent": None if adapter is None else server.model_name,
         "max_model_len": info.max_model_len,
         "permission": [
             {
@@ -65,11 +69,10 @@ def model_card(server: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/models", responses=json_responses("The models."), response_class=Response)
 async def list_models(request: Request) -> Response:
-    """The served names, all of one model."""
+    """The served names, all of one model, and its LoRA adapters."""
     server = ServerState.of(request)
-    return json_response(
-        {"object": "list", "data": [model_card(server, name) for name in server.config.served_model_names]}
-    )
+    names = [*server.config.served_model_names, *(adapter.name for adapter in server.engine.info.adapters)]
+    return json_response({"object": "list", "data": [model_card(server, name) for name in names]})
 
 
 @router.get("/v1/models/{model_id:path}", responses=json_responses("The model."), response_class=Response)

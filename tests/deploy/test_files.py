@@ -65,7 +65,7 @@ def test_the_image_holds_the_torch_that_make_install_uses():
     assert ("ARG", f"TORCH={pinned[1]}") in instructions()
 
 
-@pytest.mark.parametrize("service", ["nvfp4", "prometheus"])
+@pytest.mark.parametrize("service", ["nvfp4", "prometheus", "grafana"])
 def test_compose_services_have_no_more_rights_than_they_need(service):
     found = compose()["services"][service]
     assert found["read_only"] is True

@@ -43,7 +43,8 @@ class LiveServer:
     def _wait_ready(self) -> str:
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
-            if found := re.search(r"address +(http://\S+)", self.output()):
+            found = re.search(r"address +(http://\S+)", self.output()) or re.search(r'"url": "(\S+)"', self.log())
+            if found:
                 return found.group(1)
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log()}")

@@ -21,19 +21,24 @@ VLLM = {
     },
     "counter": {
         "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "prompt_tokens_cached",
-        "generation_tokens", "request_success",
+        "generation_tokens", "request_success", "prompt_tokens_by_source", "estimated_flops_per_gpu",
+        "estimated_read_bytes_per_gpu", "estimated_write_bytes_per_gpu",
     },
     "histogram": {
         "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total", "request_params_n",
         "request_params_max_tokens", "time_to_first_token_seconds", "inter_token_latency_seconds",
         "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
         "request_inference_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
+        "request_max_num_generation_tokens", "request_prefill_kv_computed_tokens",
     },
 }  # fmt: skip
 OURS = {
     "nvfp4_weight_bytes", "nvfp4_kv_cache_bytes", "nvfp4_kv_cache_blocks", "nvfp4_kv_cache_used_blocks",
     "nvfp4_event_loop_lag_seconds",
     "nvfp4_tokens_per_second", "nvfp4_layer_kernel_info", "nvfp4_numerics_info", "nvfp4_startup_seconds",
+    "nvfp4_engine_steps", "nvfp4_step_seconds", "nvfp4_step_duration_seconds", "nvfp4_queue_age_seconds",
+    "nvfp4_stall_seconds", "nvfp4_scratch_bytes", "nvfp4_layer_weight_bytes", "nvfp4_backend_info",
+    "nvfp4_http_responses",
 }  # fmt: skip
 
 
@@ -47,7 +52,11 @@ async def test_every_name_and_label_is_there_before_the_first_request(serve: Ser
             for sample in family.samples:
                 assert (sample.labels["model_name"], sample.labels["engine"]) == ("tiny", "0")
     assert set(families) >= OURS
-    assert set(families) == OURS | {f"vllm:{name}" for names in VLLM.values() for name in names}
+    vllm = {f"vllm:{name}" for names in VLLM.values() for name in names}
+    process = {name for name in families if name.startswith(("process_", "nvfp4_engine_process_"))}
+    assert set(families) == OURS | vllm | process | {"http_requests", "http_request_duration_seconds"}
+    for name in ("resident_memory_bytes", "cpu_seconds", "open_fds"):
+        assert {f"process_{name}", f"nvfp4_engine_process_{name}"} <= process
 
 
 async def test_info_metrics_carry_facts_as_labels(serve: Serve) -> None:

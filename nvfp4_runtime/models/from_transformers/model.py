@@ -44,6 +44,12 @@ class Decoder:
                 "--model-impl transformers; leave it out",
                 "--lm-head-dtype",
             )
+        if ckpt.adapters:
+            raise ConfigError(
+                f"--lora-modules needs an implementation of ours, and {config.architecture} runs by --model-impl "
+                "transformers; merge the adapter into the model, or leave it out",
+                "--lora-modules",
+            )
         self.config, self.kv_dtype = config, kv_dtype
         self.max_positions = max_positions or config.max_position_embeddings
         own_config = transformers_config(ckpt.raw_config)

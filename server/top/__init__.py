@@ -1,0 +1,1 @@
+"""`nvfp4 top`: a terminal view of a running server."""
