@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -172,6 +173,8 @@ async def encode(server: ServerState, body: ChatCompletionRequest) -> EncodedPro
             "with --trust-request-chat-template",
             "chat_template",
         )
+    if body.chat_template is not None:
+        return await asyncio.to_thread(encode_chat, body, server.text)
     size = sum(len(str(message.content)) for message in body.messages)
     return await off_loop(size, lambda: encode_chat(body, server.text))
 
