@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
 
 # Known fields that are not honoured, with the values that ask for nothing. null always does.
 _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
@@ -30,7 +30,7 @@ class AnthropicMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: Text | list[dict[str, Any]]
 
 
 class Metadata(BaseModel):
@@ -44,7 +44,7 @@ class CountTokensRequest(RequestBody):
 
     model: ShortStr
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
+    system: Text | list[dict[str, Any]] | None = None
 
     def check(self) -> None:
         """Refuse known fields that are not honoured. Raises InvalidParameterError naming the field."""
@@ -72,7 +72,7 @@ class CountTokensRequest(RequestBody):
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: Int
-    stop_sequences: list[str] = Field([])
+    stop_sequences: list[StopStr] = Field([])
     stream: bool = False
     temperature: Number | None = None
     top_p: Number | None = None

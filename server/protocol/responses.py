@@ -8,7 +8,7 @@ from pydantic import Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
 
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
@@ -52,8 +52,8 @@ class ResponsesRequest(RequestBody):
     """OpenAI's fields, and vLLM's sampling fields. null means the default, everywhere."""
 
     model: ShortStr | None = None
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
-    instructions: str | None = None
+    input: Text | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: Text | None = None
     previous_response_id: ShortStr | None = None
     store: bool = True
     stream: bool = False
@@ -71,7 +71,7 @@ class ResponsesRequest(RequestBody):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     seed: Int | None = None
-    stop: str | list[str] | None = None
+    stop: StopStr | list[StopStr] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
