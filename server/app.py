@@ -100,7 +100,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
     if config.metrics_port is not None:
-        app.add_middleware(MetricsPort, metrics_app=app.router, port=config.metrics_port)
+        app.add_middleware(MetricsPort, render=metrics.render, port=config.metrics_port)
     observers: list[Observer] = [metrics.http]
     if config.log_requests:
         observers.append(RequestLog(text.tokenizer.decode if config.log_prompts else None))

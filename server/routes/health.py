@@ -8,6 +8,7 @@ from starlette.responses import Response
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import EngineDeadError
 from server.errors import error_response, json_response
+from server.metrics_port import metrics_response
 from server.openapi import HEALTH_RESPONSES, TEXT_RESPONSES, json_responses
 from server.state import ServerState
 
@@ -30,7 +31,7 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", responses=TEXT_RESPONSES, response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(ServerState.of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return metrics_response(ServerState.of(request).metrics.render())
 
 
 @router.get("/load", responses=json_responses("How many."), response_class=Response)
