@@ -77,7 +77,11 @@ def running(
     with log.open("wb") as output:
         started = time.monotonic()
         process = subprocess.Popen(
-            command(port), env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command(port),
+            env=os.environ | {"NVFP4_DRAIN_DELAY": "0"} | environment,  # no load balancer follows us
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         _wait_until_ready(process, url, ready_seconds, log, is_ready or _is_healthy)

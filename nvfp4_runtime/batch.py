@@ -57,7 +57,23 @@ class LatentLayer:
         return self.latent.device
 
 
-CacheLayer = KVLayer | LatentLayer
+@dataclass(frozen=True)
+class StateLayer:
+    """One Mamba-2 layer's states by slot: a running sequence has one, whatever its length. Slot 0 is nobody's.
+
+    conv  float32 [num_slots, conv_width - 1, conv_dim]            the last inputs of the convolution, oldest first
+    ssm   float32 [num_slots, num_heads, head_dim, state_size]
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.ssm.device
+
+
+CacheLayer = KVLayer | LatentLayer | StateLayer
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,8 @@ class ForwardBatch:
     cu_seqlens_q   int32 [B + 1]          prefix sum of new tokens per sequence
     logits_rows    int64 [R]              rows of [0, T) whose logits are wanted
     kv             one CacheLayer per decoder layer
+    state_slots    int64 [B]              each sequence's slot in every StateLayer; None for models without. A sequence
+                                          whose first new token has position 0 begins with zeros there
     adapters       None: no token passes an adapter
     max_query_len  the most new tokens of any sequence; 1: every sequence decodes
     max_seq_len    no seq_lens entry is larger
@@ -133,6 +151,7 @@ class ForwardBatch:
     max_query_len: int | None = None
     max_seq_len: int | None = None
     adapters: AdapterRows | None = None
+    state_slots: Tensor | None = None
 
     def kv_layer(self, layer_id: int) -> KVLayer:
         """The keys and values of a layer that keeps them."""

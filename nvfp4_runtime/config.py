@@ -43,6 +43,8 @@ class MoEConfig:
     renormalise         chosen scores are divided by their sum; then all are multiplied by `scale`
     shared_size         intermediate size of the expert that every token passes, 0: none
     shared_gate         its result is multiplied by the sigmoid of one more projection of the input
+    gated               experts are silu(gate) * up, else relu(up)^2
+    latent_size         width into which experts' input is projected before and from which after them, 0: none
     layers[i]           whether layer i has the mixture or a plain feed-forward
     """
 
@@ -58,6 +60,8 @@ class MoEConfig:
     scale: float = 1.0
     shared_size: int = 0
     shared_gate: bool = False
+    gated: bool = True
+    latent_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,39 @@ class MLAConfig:
 
 
 @dataclass(frozen=True)
+class Mamba2Config:
+    """A Mamba-2 mixer: num_heads of head_dim, B and C shared by the heads of each of num_groups, state_size wide.
+
+    conv_width  of the causal convolution over x, B and C
+    min_step    steps (after softplus) are no smaller
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_width: int
+    min_step: float
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.inner + 2 * self.num_groups * self.state_size
+
+
+Block = Literal["mamba", "attention", "mlp", "moe"]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder's code needs to know of its config.json, in one spelling.
 
-    `layer_windows[i]` is layer i's sliding window in tokens, or None for full attention. `num_draft_layers` follow the
-    last layer in the files: they predict further tokens (multi-token prediction) and are not read.
+    layer_windows[i]  layer i's sliding window in tokens, or None for full attention
+    num_draft_layers  follow the last layer in the files: they predict further tokens (multi-token prediction), unread
+    blocks[i]         what layer i is where layers are one thing each; empty: attention and feed-forward in each
     """
 
     architecture: str
@@ -112,6 +144,8 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     num_draft_layers: int = 0
+    mamba: Mamba2Config | None = None
+    blocks: tuple[Block, ...] = ()
 
     @property
     def rotary_dim(self) -> int:
@@ -169,6 +203,25 @@ class SchedulerConfig:
     max_queued_tokens: int = 1 << 20
 
 
+FaultKind = Literal["exception", "nan", "memory", "hang", "death"]
+
+
+@dataclass(frozen=True)
+class SimulatedFault:
+    """What goes wrong in the simulated engine, and when: in its `step`-th step, or with a `prompt` that holds these
+    tokens.
+
+    exception, memory  the step raises
+    nan                logits are not numbers
+    hang               the step does not return
+    death              the process is killed
+    """
+
+    kind: FaultKind
+    step: int | None = None
+    prompt: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class SimulatedConfig:
     """The deterministic stand-in for a model: scripted tokens and a step time, no weights, no torch.
@@ -181,6 +234,7 @@ class SimulatedConfig:
     script: tuple[int, ...] = ()
     eos_token_id: int | None = None
     step_seconds: float = 0.0
+    faults: tuple[SimulatedFault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,6 +252,7 @@ class EngineConfig:
     lm_head_dtype  "auto": as the checkpoint stores it; "fp8", "nvfp4": a plain head is quantised at load, for speed
     model_impl     "native": ours; "transformers": that library's module on our kernels; "auto": ours if there is one
     device         "auto": a GPU if PyTorch can use one, else the CPU
+    self_test      kernels are compared with the reference, and a sanity prompt is run, before the engine is ready
     max_lora_rank  adapters of a higher rank are refused
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
@@ -212,6 +267,7 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: str = "auto"
     cuda_graphs: bool = True
+    self_test: bool = False
     machine_limits: str = "off"
     log_format: str = "text"
     threads: int | None = None

@@ -172,4 +172,11 @@ class SlowReaderError(NVFP4Error):
 
 
 class EngineDeadError(NVFP4Error):
-    """The engine process ended or stopped answering; nothing can be computed."""
+    """The engine process ended or stopped answering; nothing can be computed.
+
+    `retry_after_seconds`: when to try again, where another engine is being started.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds

@@ -15,12 +15,13 @@ from starlette.responses import Response
 
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.client import AsyncEngine
-from nvfp4_runtime.errors import NVFP4Error
+from nvfp4_runtime.errors import InvalidParameterError, NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
 from server.config import ServerConfig
 from server.errors import error_response, status_response, validation_response
+from server.fault_metrics import FaultMetrics
 from server.loop_lag import watch_loop_lag
-from server.metrics import Metrics
+from server.metrics import ENGINE, Metrics
 from server.metrics_port import MetricsPort
 from server.middleware import LimitBody, Observer, RequestContext, RequireKey
 from server.openapi import document
@@ -40,8 +41,10 @@ from server.routes import (
     ui,
 )
 from server.shedding import ShedLoad
+from server.shutdown import RefuseNew
 from server.state import ServerState
 from server.tracing import Tracer
+from server.turnstile import Turnstile
 
 
 def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None) -> FastAPI:
@@ -74,7 +77,8 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
         redoc_url=None,
     )
     store = ResponseStore(config.stored_responses_bytes, config.stored_responses_seconds)
-    app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
+    state = app.state.server = ServerState(engine, text, config, metrics, int(time.time()), store)
+    FaultMetrics(metrics.registry, (config.served_model_names[0], ENGINE), engine)
     for routes in (
         completions,
         chat,
@@ -95,10 +99,12 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
+    app.add_middleware(Turnstile)
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes, seconds=config.body_seconds)
     app.add_middleware(ShedLoad, engine=engine)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
+    app.add_middleware(RefuseNew, state=state)
     if config.metrics_port is not None:
         app.add_middleware(MetricsPort, render=metrics.render, port=config.metrics_port)
     observers: list[Observer] = [metrics.http]
@@ -119,4 +125,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, RecursionError):
+        error = InvalidParameterError("the body is not readable: its JSON is nested too deep")
+        return error_response(error, request.scope["path"])
     return status_response(error.status_code, error.detail, error.headers, request.scope["path"])

@@ -44,6 +44,8 @@ def start_generation(
     if request.use_beam_search:
         if any(job.params.structured is not None for job in jobs):
             raise InvalidParameterError("use_beam_search cannot be had with structured output", "use_beam_search")
+        if any(job.params.thinking is not None for job in jobs):
+            raise InvalidParameterError("use_beam_search cannot be had with reasoning_effort none", "use_beam_search")
         return BeamGeneration(server, request, answer, jobs)
     engine, tokenizer, metrics = server.engine, server.text.tokenizer, server.metrics
     return Generation(engine, tokenizer, metrics, request, answer.engine_id, answer.terms, jobs, kept_special_ids)
@@ -114,7 +116,7 @@ class BeamGeneration:
         try:
             for search, group in zip(searches, self._groups, strict=True):
                 for choice, beam in zip(group, await search, strict=True):
-                    choice.num_tokens = len(beam.entries)
+                    choice.took(beam.token_ids)
                     choice.finished, choice.finish_reason = True, "stop" if beam.ended else "length"
                     yield self._piece(choice.job, beam)
         finally:
@@ -208,7 +210,9 @@ class BeamGeneration:
         try:
             async for output in stream:
                 if output.finish_reason == "error":
-                    raise GenerationError(output.error or "the engine could not complete this request")
+                    raise GenerationError(
+                        output.error or "the engine could not complete this request", output.error_code
+                    )
                 if output.logprobs:
                     for choice in group:
                         choice.num_cached_tokens = output.num_cached_tokens

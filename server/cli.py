@@ -12,7 +12,7 @@ from typing import NoReturn
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.logs import LOG_FORMATS, configure_logs
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
-from server.commands import evaluate, flags, inspect, limits, quantize, security, top
+from server.commands import evaluate, flags, inspect, limits, quantize, reliability, security, top
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
@@ -193,7 +193,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     limits.add_flags(parser)
     security.add_flags(parser)
     add("--no-ui", action="store_true", help="do not serve the page at /")
-    add("--shutdown-timeout", type=float, default=30.0, help="seconds running requests get after SIGTERM")
+    reliability.add_flags(parser)
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--log-format", choices=LOG_FORMATS, default="text", help="json: one object a line (default: %(default)s)")
     add("--no-log-requests", action="store_true", help="no line in the log for each request")
@@ -204,7 +204,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="send traces there, OTLP over HTTP; needs the extra otel (default: as OTEL_EXPORTER_OTLP_ENDPOINT says)",
     )
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
-    add("--simulate-step-seconds", type=float, default=0.0, help="how long each simulated step takes")
+    add("--simulate-step-seconds", type=float, help="how long each simulated step takes (default: no time)")
     add("--simulate-script", metavar="TEXT", help="what the simulated model says, over and over")
 
 

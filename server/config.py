@@ -35,6 +35,8 @@ class ServerConfig:
     metrics_port              where /metrics answers without a key, and nothing else answers; None: nowhere
     share_prefix_cache        API keys share one prefix cache
     shutdown_timeout_seconds  how long running requests may go on after SIGTERM
+    drain_delay_seconds       how long new ones are still accepted after SIGTERM, until load balancers know
+    stall_seconds             work waits and the engine makes no progress for so long: not ready; twice: not live
     slow_client_seconds       a stream whose client takes nothing for this long is aborted
     tool_call_parser          by name, "auto" (by the chat template) or "none"
     reasoning_parser          the same
@@ -62,6 +64,8 @@ class ServerConfig:
     max_n: int = 128
     max_choices: int = 1024
     shutdown_timeout_seconds: float = 30.0
+    drain_delay_seconds: float = 5.0
+    stall_seconds: float = 30.0
     slow_client_seconds: float = 30.0
     enable_prompt_tokens_details: bool = False
     tool_call_parser: str = "auto"

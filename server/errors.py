@@ -43,7 +43,11 @@ class ResponseNotFoundError(RequestError):
 
 
 class GenerationError(NVFP4Error):
-    """The engine ended one request with an error; the server itself goes on."""
+    """The engine ended one request with an error; the server itself goes on. `kind`: the error's type in the body."""
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 # First match wins. What is not listed is our bug: 500, without its message.
@@ -70,8 +74,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     for cls, status, kind in _TABLE:
         if isinstance(error, cls):
             headers = {}
-            if isinstance(error, CapacityError):
-                headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+            if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
+                headers["retry-after"] = str(max(1, math.ceil(seconds)))
+            kind = getattr(error, "kind", None) or kind
             return status, error_body(str(error), kind, status, getattr(error, "param", None)), headers
     return 500, error_body("Internal server error", "InternalServerError", 500), {}
 
@@ -105,13 +110,14 @@ def error_response(error: Exception, path: str = "") -> Response:
 def status_response(
     status: int, message: str | None = None, headers: Mapping[str, str] | None = None, path: str = ""
 ) -> Response:
-    """For errors of the HTTP layer (404 on a path, 405, 413): the type is the status's phrase."""
+    """For errors of the HTTP layer (404 on a path, 405, 413): the type is the status's phrase, but for a 400."""
     return json_response(in_dialect(status_body(status, message), path), status, headers)
 
 
 def status_body(status: int, message: str | None = None) -> dict[str, Any]:
     phrase = HTTPStatus(status).phrase
-    return error_body(message or phrase, phrase, status)
+    kind = "BadRequestError" if status == 400 else phrase
+    return error_body(message or phrase, kind, status)
 
 
 def validation_response(errors: Sequence[Mapping[str, Any]], path: str = "") -> Response:

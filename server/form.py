@@ -13,6 +13,7 @@ from nvfp4_runtime.text.tokenizer import Tokenizer
 from server.message import MessageWriter, Pipeline
 from server.protocol.chat import ChatCompletionRequest
 from server.reasoning.parsers import ReasoningStyle, reasoning_style
+from server.reasoning.tokens import ReasoningTokens, thinking_of
 from server.tools.bare_json import ForcedCall, ForcedCalls
 from server.tools.events import TextParser
 from server.tools.parsers import HERMES, ToolStyle, tool_style
@@ -25,6 +26,7 @@ class Styles:
 
     tools: ToolStyle | None
     reasoning: ReasoningStyle | None
+    reasoning_tokens: ReasoningTokens | None = None
 
     @classmethod
     def of(cls, text: TextProcessor, tool_call_parser: str, reasoning_parser: str) -> Styles:
@@ -34,7 +36,8 @@ class Styles:
         has_tools = template is not None and "tools" in template.variables
         tools = tool_style(tool_call_parser, source, has_tools)
         channels = tools is not None and tools.name == "gpt_oss"  # one syntax for both: neither goes without the other
-        return cls(tools, reasoning_style("gpt_oss" if channels else reasoning_parser, source))
+        reasoning = reasoning_style("gpt_oss" if channels else reasoning_parser, source)
+        return cls(tools, reasoning, None if reasoning is None else ReasoningTokens.of(reasoning, text.tokenizer))
 
 
 class AnswerForm:
@@ -52,6 +55,12 @@ class AnswerForm:
                 "tool_choice",
             )
         self.structured = self._structured()
+        self.span, self.thinking = thinking_of(styles.reasoning_tokens, prompt, self._budget())
+
+    def _budget(self) -> int | None:
+        """Tokens of reasoning: none at all where no effort is asked for, whatever the template does about it."""
+        unwanted = self._request.reasoning_effort == "none" and self._styles.reasoning is not None
+        return 0 if unwanted else self._request.thinking_token_budget
 
     def _structured(self) -> StructuredSpec | None:
         """The grammar: a forced call's, else the one the request gives. It begins where the reasoning ends."""

@@ -17,7 +17,10 @@ def clamp(logprob: float) -> float:
 
 
 def usage_of(choices: Iterable[ChoiceState], n: int, with_details: bool) -> dict[str, Any]:
-    """Token counts of one answer; a prompt counts once, however many choices it has."""
+    """Token counts of one answer; a prompt counts once, however many choices it has.
+
+    completion_tokens_details is null where nothing is known of the model's reasoning.
+    """
     choices = list(choices)
     prompt = sum(len(choice.job.prompt_token_ids) for choice in choices[::n])
     completion = sum(choice.num_tokens for choice in choices)
@@ -26,11 +29,13 @@ def usage_of(choices: Iterable[ChoiceState], n: int, with_details: bool) -> dict
         "created_cache_tokens": None,
         "multimodal_tokens": None,
     }
+    reasoning = [count for choice in choices if (count := choice.num_reasoning_tokens) is not None]
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
         "prompt_tokens_details": cached if with_details else None,
+        "completion_tokens_details": {"reasoning_tokens": sum(reasoning)} if reasoning else None,
     }
 
 

@@ -14,9 +14,10 @@ import msgspec
 from starlette.types import Receive
 
 from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
-from nvfp4_runtime.engine.messages import RequestTimes, TokenLogprob
+from nvfp4_runtime.engine.messages import RequestTimes, TokenLogprob, TokenOutput
 from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
+from nvfp4_runtime.structured.thinking import ThinkingSpan, ThinkingState
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from server.deadline import Deadline
@@ -35,11 +36,12 @@ class ClientDisconnected(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One choice to generate: what the engine is told, and the position in the answer."""
+    """One choice to generate: what the engine is told, the position in the answer, and where its reasoning may be."""
 
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
+    span: ThinkingSpan | None = None
 
 
 @dataclass(slots=True)
@@ -79,6 +81,22 @@ class ChoiceState:
     finished: bool = False
     finish_reason: str | None = None
     times: RequestTimes | None = None
+    _thinking: ThinkingState | None = None
+
+    def __post_init__(self) -> None:
+        self._thinking = None if self.job.span is None else ThinkingState(self.job.span)
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """None where nothing is known of reasoning."""
+        return None if self._thinking is None else self._thinking.num_tokens
+
+    def took(self, token_ids: Sequence[int]) -> None:
+        """Count tokens of the answer."""
+        self.num_tokens += len(token_ids)
+        if self._thinking is not None:
+            for token_id in token_ids:
+                self._thinking.push(token_id)
 
 
 def chosen_adapter(engine: AsyncEngine, model: str | None) -> str:
@@ -140,6 +158,12 @@ class Generation:
         interval = self._request.stream_interval if self._request.stream else 1
         return self._pieces() if interval == 1 else self._joined_pieces(interval)
 
+    def _pieces(self) -> AsyncGenerator[Piece, None]:
+        # One generator less between the engine and the event of every token, where there is nothing to merge.
+        if len(self.choices) == 1:
+            return self._choice(self.choices[0], self._streams[0])
+        return self._merged_pieces()
+
     async def _joined_pieces(self, interval: int) -> AsyncGenerator[Piece, None]:
         held: dict[int, Piece] = {}
         begun: set[int] = set()
@@ -153,11 +177,7 @@ class Generation:
                 begun.add(piece.index)
                 yield piece
 
-    async def _pieces(self) -> AsyncGenerator[Piece, None]:
-        if len(self.choices) == 1:
-            async for piece in self._choice(self.choices[0], self._streams[0]):
-                yield piece
-            return
+    async def _merged_pieces(self) -> AsyncGenerator[Piece, None]:
         queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=2 * len(self.choices))
 
         async def pump(choice: ChoiceState, stream: TokenStream) -> None:
@@ -222,29 +242,14 @@ class Generation:
                     choice.finished, choice.finish_reason = True, "error"
                     if output.param is not None:
                         raise InvalidParameterError(output.error or "the request cannot be served", output.param)
-                    raise GenerationError(output.error or "the engine could not complete this request")
+                    message = output.error or "the engine could not complete this request"
+                    raise GenerationError(message, output.error_code)
                 if output.prompt_logprobs:
                     choice.prompt_logprobs += output.prompt_logprobs
-                choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
-                piece = Piece(choice.job.index, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
-                ended_by_token = output.finish_reason == "stop" and not output.ends_whole
-                ended_by_token = ended_by_token and not request.include_stop_str_in_output
-                last = len(output.token_ids) - 1
-                for i, token_id in enumerate(output.token_ids):
-                    if ended_by_token and i == last:
-                        detokenizer.skip()
-                    else:
-                        piece.text += detokenizer.push(token_id)
-                    piece.token_ids.append(token_id)
-                    if output.logprobs is not None:
-                        piece.logprobs.append(output.logprobs[i])
-                    if detokenizer.stopped_by is not None:
-                        break
-                if output.finish_reason is not None and detokenizer.stopped_by is None:
-                    piece.text += detokenizer.flush()
-                if detokenizer.stopped_by is not None:
-                    piece.finish_reason, piece.stop_reason = "stop", detokenizer.stopped_by
-                choice.num_tokens += len(piece.token_ids)
+                if output.num_cached_tokens > choice.num_cached_tokens:
+                    choice.num_cached_tokens = output.num_cached_tokens
+                piece = self._piece(choice.job.index, output, detokenizer)
+                choice.took(piece.token_ids)
                 if piece.finish_reason is not None:
                     choice.finished, choice.finish_reason = True, piece.finish_reason
                     if detokenizer.stopped_by is not None:
@@ -263,11 +268,30 @@ class Generation:
             self._metrics.failed(stream.request_id)
             raise
 
+    def _piece(self, index: int, output: TokenOutput, detokenizer: Detokenizer) -> Piece:
+        """An output with its text. Up to the token that completes a stop string, if one does."""
+        token_ids, logprobs, ends = output.token_ids, output.logprobs or [], output.finish_reason is not None
+        skips = output.finish_reason == "stop" and not output.ends_whole
+        if skips and not self._request.include_stop_str_in_output:
+            text, num_taken = detokenizer.push_all(token_ids[:-1])
+            if detokenizer.stopped_by is None and token_ids:
+                detokenizer.skip()
+                num_taken += 1
+        else:
+            text, num_taken = detokenizer.push_all(token_ids)
+        if ends and detokenizer.stopped_by is None:
+            text += detokenizer.flush()
+        if detokenizer.stopped_by is None:
+            return Piece(index, text, token_ids, logprobs, output.finish_reason, output.stop_reason)
+        return Piece(index, text, token_ids[:num_taken], logprobs[:num_taken], "stop", detokenizer.stopped_by)
 
-def make_jobs(prompts: Sequence[list[int]], params: Sequence[SamplingParams], n: int) -> list[Job]:
+
+def make_jobs(
+    prompts: Sequence[list[int]], params: Sequence[SamplingParams], n: int, span: ThinkingSpan | None = None
+) -> list[Job]:
     """Prompt-major: choice prompt x n + i, with seed + i when a seed is given."""
     return [
-        Job(p * n + i, ids, one if one.seed is None else _with_seed(one, one.seed + i))
+        Job(p * n + i, ids, one if one.seed is None else _with_seed(one, one.seed + i), span)
         for p, (ids, one) in enumerate(zip(prompts, params, strict=True))
         for i in range(n)
     ]

@@ -85,7 +85,8 @@ def encode_chat(request: ChatCompletionRequest, text: TextProcessor) -> EncodedP
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         add_special_tokens=request.add_special_tokens,
-        variables=_template_variables(request.chat_template_kwargs or {}, template.extra_variables),
+        variables=request.effort_variables(template.extra_variables)
+        | _template_variables(request.chat_template_kwargs or {}, template.extra_variables),
     )
     return EncodedPrompt(rendered, token_ids)
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
 import math
@@ -21,16 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
-from nvfp4_runtime.engine.client import EngineClient
 from nvfp4_runtime.engine.messages import EngineInfo
+from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.commands import limits, security
+from server.commands.reliability import simulated_faults, supervision
 from server.config import ServerConfig, environment_flags, traces_wanted
 from server.reasoning.parsers import reasoning_style
 from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
+from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
 from server.tools.parsers import tool_style
 from server.tracing import Tracer, otlp_exporter
 
@@ -43,9 +46,7 @@ T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048  # uvicorn's
-ENGINE_WATCH_SECONDS = 0.25
-# Streams of a dead engine get their error event in this time, then the server ends.
-ENGINE_DEATH_GRACE_SECONDS = 2
+COLLECT_AFTER_OBJECTS = 20_000  # Python's 700 are fewer than one step of a few hundred streams makes
 # generation_config.json's name -> ours, and its type
 _SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
     "temperature": ("temperature", float),
@@ -63,6 +64,7 @@ def serve(args: argparse.Namespace) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we say ourselves when we start and stop
     model = args.model or environment_flags(["model"]).get("model")
     model = None if model is None else os.path.expanduser(model)
+    policy = supervision(args)
     config = server_config(args, model)
     exporter = None
     if args.otlp_traces_endpoint is not None or traces_wanted():
@@ -82,31 +84,36 @@ def serve(args: argparse.Namespace) -> int:
             raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
     tracer = None if exporter is None else Tracer(exporter)
     try:
-        return _run(_serve(args, engine, config, socks, started, tracer))
+        return _run(_serve(args, engine, policy, config, socks, started, tracer))
     finally:
         if tracer is not None:
             tracer.close()
+        gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
 
 
 def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
     names = args.served_model_name or ["simulated"]
     if not all(name.strip() for name in names):
         raise ConfigError("an empty name is no request's; give one, or leave the flag out", "--served-model-name")
-    if not 0 <= args.simulate_step_seconds < math.inf:
+    if not args.simulate:
+        for flag, given in (("step-seconds", args.simulate_step_seconds), ("script", args.simulate_script)):
+            if given is not None:
+                raise ConfigError(f"--simulate-{flag} says how to simulate; it needs --simulate", f"--simulate-{flag}")
+    elif not 0 <= (args.simulate_step_seconds or 0.0) < math.inf:
         raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
     tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
     reasoning_style(args.reasoning_parser, None)
     secured = security.config_fields(args)
     if not secured["api_key_hashes"] and not security.is_loopback(args.host):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
-    if not 0 <= args.shutdown_timeout < math.inf:
-        raise ConfigError(f"expected seconds, 0 or more, found {args.shutdown_timeout}", "--shutdown-timeout")
     if not 0 < args.response_store_ttl < math.inf:
         raise ConfigError(f"expected seconds, more than 0, found {args.response_store_ttl}", "--response-store-ttl")
     return ServerConfig(
         served_model_names=tuple(names),
         model_root=model or "",
         shutdown_timeout_seconds=args.shutdown_timeout,
+        drain_delay_seconds=args.drain_delay,
+        stall_seconds=args.stall_timeout,
         enable_prompt_tokens_details=args.enable_prompt_tokens_details,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
@@ -132,7 +139,8 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             max_model_len=SimulatedConfig.max_model_len if args.max_model_len is None else args.max_model_len,
             script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
             eos_token_id=tokenizer.eos_token_ids[0],
-            step_seconds=args.simulate_step_seconds,
+            step_seconds=args.simulate_step_seconds or 0.0,
+            faults=simulated_faults(args.simulate_fault, tokenizer.encode_plain),
         )
     return EngineConfig(
         model=model,
@@ -145,6 +153,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         device=args.device,
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
+        self_test=not args.no_self_test,
         machine_limits=args.machine_limits,
         log_format=args.log_format,
         threads=args.threads,
@@ -307,6 +316,7 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 async def _serve(
     args: argparse.Namespace,
     engine_config: EngineConfig,
+    policy: Supervision,
     config: ServerConfig,
     socks: list[socket.socket],
     started: float,
@@ -314,7 +324,7 @@ async def _serve(
 ) -> int:
     stop = _StopSignal()
     progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
-    launch = asyncio.create_task(EngineClient.launch(engine_config, progress))
+    launch = asyncio.create_task(SupervisedEngine.launch(engine_config, policy, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
         beside = asyncio.gather(
@@ -328,7 +338,7 @@ async def _serve(
         if not launch.done():
             launch.cancel()
             await asyncio.gather(launch, return_exceptions=True)
-    if stop.received:
+    if stop.received is not None:
         if not launch.cancelled() and launch.exception() is None:
             await launch.result().close()
         return 0
@@ -344,7 +354,7 @@ async def _serve(
 
 
 async def _run_http(
-    engine: EngineClient,
+    engine: SupervisedEngine,
     text: TextProcessor,
     config: ServerConfig,
     socks: list[socket.socket],
@@ -360,25 +370,30 @@ async def _run_http(
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
+        _spare_the_collector()
         announce(engine.info, config, url_of(socks[0]))
-    stop.then(lambda again: _stop_serving(server, app, again))
-    watch = asyncio.create_task(_until_dead(engine))
-    await asyncio.wait({serving, watch}, return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done() and not server.should_exit:
-        server.config.timeout_graceful_shutdown = ENGINE_DEATH_GRACE_SECONDS
+    shutdown = Shutdown(server, app.state.server)
+    # Ctrl-C is a person's, whom no load balancer follows
+    stop.then(lambda number: shutdown.begin(0.0 if number == signal.SIGINT else config.drain_delay_seconds))
+    ends: set[asyncio.Future[Any]] = {serving, engine.given_up}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done() and not app.state.server.draining:
+        server.config.timeout_graceful_shutdown = LAST_EVENTS_SECONDS
         server.should_exit = True
         await serving
-        raise EngineDeadError(f"the engine died: {engine.death_reason}")
-    watch.cancel()
+        raise EngineDeadError(f"the engine died: {engine.given_up.result()}")
     await serving
     return 0
 
 
-def _stop_serving(server: uvicorn.Server, app: FastAPI, again: bool) -> None:
-    logger.info("told to stop%s", " again: at once" if again else "; running requests may finish")
-    app.state.server.draining = True
-    server.should_exit = True
-    server.force_exit = again
+def _spare_the_collector() -> None:
+    """Keep the garbage collector's walks short and rare: each stops every stream.
+
+    What is loaded by now (routes, validators, the tokenizer) stays, and is not walked again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER_OBJECTS)
 
 
 def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
@@ -406,11 +421,6 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
     )
 
 
-async def _until_dead(engine: EngineClient) -> None:
-    while engine.alive:
-        await asyncio.sleep(ENGINE_WATCH_SECONDS)
-
-
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
     """What `work` gives, and the seconds it took."""
     started = time.monotonic()
@@ -429,26 +439,26 @@ def _load_text(config: EngineConfig) -> TextProcessor:
 
 
 class _StopSignal:
-    """SIGTERM and SIGINT, from the first moment on. `received` once one came; `then` says what to do about it."""
+    """SIGTERM and SIGINT, from the first moment on. `received`: the last one; `then` says what to do about each."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None
         self._event = asyncio.Event()
         self._action: Any = None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
 
-    def _on_signal(self) -> None:
-        again, self.received = self.received, True
+    def _on_signal(self, number: int) -> None:
+        self.received = number
         self._event.set()
         if self._action is not None:
-            self._action(again)
+            self._action(number)
 
     def then(self, action: Any) -> None:
         self._action = action
-        if self.received:
-            action(False)
+        if self.received is not None:
+            action(self.received)
 
     async def race(self, work: asyncio.Future[Any]) -> None:
         """Wait for `work` or a signal; raises what `work` raises."""

@@ -27,7 +27,11 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass
 class ServerState:
-    """Engine, text, configuration, metrics and kept responses of one server. `draining`: it was told to stop."""
+    """Engine, text, configuration, metrics and kept responses of one server.
+
+    draining  it was told to stop: probes say so
+    refusing  it takes no new requests any more
+    """
 
     engine: AsyncEngine
     text: TextProcessor
@@ -36,6 +40,7 @@ class ServerState:
     created: int
     responses: ResponseStore
     draining: bool = False
+    refusing: bool = False
 
     @classmethod
     def of(cls, request: Request) -> ServerState:

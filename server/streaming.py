@@ -17,6 +17,8 @@ from server.generation import ClientDisconnected, client_gone
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+_HOLE = "\0text\0"  # no id or model name holds a NUL
+_WRITTEN_HOLE = orjson.dumps(_HOLE)
 
 
 def data_line(body: Mapping[str, Any]) -> bytes:
@@ -40,6 +42,14 @@ class ChunkWriter:
         """A chunk with one choice; `extra` fields (usage, prompt_token_ids) only where given."""
         fields = b"," + orjson.dumps(extra)[1:-1] if extra else b""
         return self._head + orjson.dumps(choice) + b"]" + (self._fingerprint if last else b"") + fields + b"}\n\n"
+
+    def text_chunk(self, choice_around: Callable[[str], dict[str, Any]]) -> Callable[[str], bytes]:
+        """Writes the chunk that `choice` would of `choice_around(text)`; all but the text is serialised once.
+
+        `choice_around` gives the same choice for every text, with the text in one place.
+        """
+        before, after = self.choice(choice_around(_HOLE)).split(_WRITTEN_HOLE)
+        return lambda text: before + orjson.dumps(text) + after
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk after the last text chunk, with `choices: []`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nvfp4_runtime.engine.admission import Admission
-from nvfp4_runtime.engine.client import TokenStream
+from nvfp4_runtime.engine.client import CLOSED, TokenStream
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     EngineInfo,
@@ -104,6 +104,8 @@ class FakeEngine:
         self.submitted: list[Submitted] = []
         self.aborted: list[str] = []
         self.closed = False
+        self.num_restarts = self.num_stalls = 0
+        self.stalled_seconds = 0.0
         self.gate = asyncio.Event()
         self.gate.set()
         self._script = script
@@ -164,17 +166,18 @@ class FakeEngine:
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None:
         self._on_finish.append(callback)
 
-    async def close(self) -> None:
+    async def close(self, reason: str = CLOSED) -> None:
         self.closed = True
+        self._fail_all(EngineDeadError(reason))
 
     def die(self, reason: str = "killed by the test") -> None:
         self.death_reason = reason
         self._fail_all(EngineDeadError(reason))
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, code: str | None = None) -> None:
         """End every running request with an error of its own; the engine goes on."""
         for request_id in list(self._streams):
-            self._deliver(TokenOutput(request_id, [], finish_reason="error", error=message))
+            self._deliver(TokenOutput(request_id, [], finish_reason="error", error=message, error_code=code))
 
     def _fail_all(self, error: NVFP4Error) -> None:
         for stream in self._streams.values():

@@ -1,7 +1,7 @@
 """The architecture, kept true by reading the imports: inside functions and under TYPE_CHECKING they count as well.
 
-    errors config batch <- nvfp4 <- checkpoint kernels cache <- layers <- models <- structured <- sampling <- engine
-                                                                                                       <- server
+    errors config batch process <- nvfp4 <- checkpoint kernels cache <- layers <- models <- structured <- sampling
+        <- engine <- server
 
 A module imports from its own package and from those to its left; names of one group do not import each other.
 """
@@ -22,7 +22,7 @@ RUNTIME = "nvfp4_runtime"
 PRODUCT = (RUNTIME, "server", "loadtest")
 
 CHAIN = (
-    ("errors", "config", "batch"),
+    ("errors", "config", "batch", "process"),
     ("nvfp4",),
     ("checkpoint", "kernels", "cache"),
     ("layers",),
@@ -34,7 +34,7 @@ CHAIN = (
 # What each part of the runtime may import beside itself.
 MAY_IMPORT = {part: {p for group in CHAIN[:i] for p in group} for i, group in enumerate(CHAIN) for part in group}
 MAY_IMPORT["text"] = {"errors"}
-MAY_IMPORT["structured"] = {"errors"}
+MAY_IMPORT["structured"] = {"errors", "process"}
 MAY_IMPORT["quantize"] = {p for group in CHAIN[:5] for p in group}
 MAY_IMPORT["evaluate"] = {p for group in CHAIN for p in group} | {"text", "quantize"}
 MAY_IMPORT["llm"] = {p for group in CHAIN for p in group} | {"text"}  # the offline door: engine and text in one process
@@ -43,9 +43,10 @@ MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the n
 # The server knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; serve.py asks
 # where the default model is cached, of a module that TORCH_FREE holds to its lightness.
 SERVER_MAY_IMPORT = (
-    "errors", "config", "text", "structured.spec", "sampling.params", "engine.messages", "engine.client",
+    "errors", "config", "text", "structured.spec", "structured.thinking", "sampling.params", "engine.messages",
+    "engine.client",
 )  # fmt: skip
-SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "quantize.default_model")
+SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "quantize.default_model")
 TORCH_FREE = (
     RUNTIME,
     f"{RUNTIME}.errors",
@@ -53,6 +54,7 @@ TORCH_FREE = (
     f"{RUNTIME}.cache.block_pool",
     f"{RUNTIME}.cache.specs",
     f"{RUNTIME}.structured.spec",
+    f"{RUNTIME}.structured.thinking",
     f"{RUNTIME}.structured.compiler",
     f"{RUNTIME}.sampling.params",
     f"{RUNTIME}.sampling.state",
@@ -60,6 +62,7 @@ TORCH_FREE = (
     f"{RUNTIME}.engine.request",
     f"{RUNTIME}.engine.scheduler",
     f"{RUNTIME}.engine.client",
+    f"{RUNTIME}.engine.supervisor",
     f"{RUNTIME}.engine.logs",
     f"{RUNTIME}.text",
     f"{RUNTIME}.quantize.default_model",

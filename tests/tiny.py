@@ -28,6 +28,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LATENT_LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+MAMBA_LINEARS = ("in_proj", "out_proj")
 LINEARS = (
     "q_proj",
     "k_proj",
@@ -138,8 +139,88 @@ def glm4_moe_lite_config(**overrides: Any) -> Config:
     return {**config, "rope_parameters": rope, "n_group": 1, "mlp_layer_types": types, **overrides}
 
 
+def nemotron_h_config(**overrides: Any) -> Config:
+    """Nemotron-H: Mamba-2, experts, attention and a plain feed-forward, a layer each."""
+    base = llama_config(architectures=["NemotronHForCausalLM"], model_type="nemotron_h", num_hidden_layers=5)
+    kept = ("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    rest = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype")
+    mamba = {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "conv_kernel": 4}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    return {
+        **{field: base[field] for field in (*kept, *heads, *rest)},
+        **mamba,
+        **experts,
+        "hybrid_override_pattern": "ME*M-",
+        "layer_norm_epsilon": 1e-5,
+        "mlp_hidden_act": "relu2",
+        "chunk_size": 16,
+        "moe_shared_expert_intermediate_size": 64,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        **overrides,
+    }
+
+
+def nemotron_h_shapes(config: Config, kind: str) -> dict[str, tuple[int, ...]]:
+    """A layer's tensors but its norm, by the letter of its kind; names as the hub's files have them."""
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    inner = config["mamba_num_heads"] * config["mamba_head_dim"]
+    conv = inner + 2 * config["n_groups"] * config["ssm_state_size"]
+    heads = config["mamba_num_heads"]
+
+    def feed_forward(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+        return {f"{prefix}up_proj.weight": (width, hidden), f"{prefix}down_proj.weight": (hidden, width)}
+
+    if kind == "M":
+        return {
+            "in_proj.weight": (inner + conv + heads, hidden),
+            "out_proj.weight": (hidden, inner),
+            "conv1d.weight": (conv, 1, config["conv_kernel"]),
+            "conv1d.bias": (conv,),
+            "A_log": (heads,),
+            "dt_bias": (heads,),
+            "D": (heads,),
+            "norm.weight": (inner,),
+        }
+    if kind == "*":
+        queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+        sizes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+        return {f"{name}.weight": size for name, size in (sizes | {"o_proj": (hidden, queries)}).items()}
+    if kind == "-":
+        return feed_forward("", config["intermediate_size"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate.weight": (config["n_routed_experts"], hidden),
+        "gate.e_score_correction_bias": (config["n_routed_experts"],),
+    }
+    for expert in range(config["n_routed_experts"]):
+        shapes |= feed_forward(f"experts.{expert}.", config["moe_intermediate_size"])
+    return shapes | feed_forward("shared_experts.", config["moe_shared_expert_intermediate_size"])
+
+
+def _nemotron_h_tensors(config: Config, seed: int, dtype: torch.dtype) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...], std: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * std).to(dtype)
+
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    tensors = {"backbone.embeddings.weight": normal((vocab, hidden), 1.0)}
+    for layer, kind in enumerate(config["hybrid_override_pattern"]):
+        prefix = f"backbone.layers.{layer}"
+        tensors[f"{prefix}.norm.weight"] = 1 + normal((hidden,), 0.1)
+        for name, shape in nemotron_h_shapes(config, kind).items():
+            std = shape[-1] ** -0.5 if len(shape) > 1 else 0.3
+            tensors[f"{prefix}.mixer.{name}"] = normal(shape, std) + (1 if name == "norm.weight" else 0)
+    tensors["backbone.norm_f.weight"] = 1 + normal((hidden,), 0.1)
+    tensors["lm_head.weight"] = normal((vocab, hidden), hidden**-0.5)
+    return tensors
+
+
 def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
     """Weights for `config` in Hugging Face names; norms near 1, biases and matrices small normals."""
+    if config["model_type"] == "nemotron_h":
+        return _nemotron_h_tensors(config, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -420,8 +501,8 @@ def _is_packed(name: str, exclude: Sequence[str]) -> bool:
     module, _, kind = name.rpartition(".")
     linear = (
         kind == "weight"
-        and re.match(r"model\.layers\.\d+\.", name)
-        and module.rpartition(".")[2] in (*LINEARS, *LATENT_LINEARS)
+        and re.match(r"(model|backbone)\.layers\.\d+\.", name)
+        and module.rpartition(".")[2] in (*LINEARS, *LATENT_LINEARS, *MAMBA_LINEARS)
     )
     return bool(linear) and not any(fnmatch.fnmatchcase(module, pattern) for pattern in exclude)
 

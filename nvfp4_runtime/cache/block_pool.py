@@ -101,6 +101,18 @@ class BlockPool:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def unpublish(self, blocks: Iterable[int]) -> None:
+        """Nobody finds these blocks any more; who holds them keeps them."""
+        for block in blocks:
+            self._forget(block)
+
+    def reset(self) -> None:
+        """Every block free, nothing findable, whatever was before."""
+        self._refs = [0] * len(self._refs)
+        self._hash_of.clear()
+        self._block_of.clear()
+        self._free = OrderedDict((i, None) for i in range(1, len(self._refs)))
+
     def _forget(self, block: int) -> None:
         digest = self._hash_of.pop(block, None)
         if digest is not None:

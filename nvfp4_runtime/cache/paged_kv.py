@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nvfp4_runtime.batch import CacheLayer, KVLayer, LatentLayer
-from nvfp4_runtime.cache.specs import CacheSpec, LatentSpec
+from nvfp4_runtime.batch import CacheLayer, KVLayer, LatentLayer, StateLayer
+from nvfp4_runtime.cache.specs import CacheSpec, LatentSpec, StateSpec
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -24,15 +24,30 @@ def bytes_per_block(specs: Sequence[CacheSpec], kv_dtype: str, block_size: int) 
     return block_size * sum(spec.bytes_per_token(kv_dtype) for spec in specs)
 
 
+def state_bytes(specs: Sequence[CacheSpec], num_slots: int) -> int:
+    """Bytes of all layers' states, slot 0 included."""
+    return num_slots * sum(spec.bytes_per_slot for spec in specs if isinstance(spec, StateSpec))
+
+
 def allocate(
-    specs: Sequence[CacheSpec], kv_dtype: str, num_blocks: int, block_size: int, device: torch.device
+    specs: Sequence[CacheSpec],
+    kv_dtype: str,
+    num_blocks: int,
+    block_size: int,
+    device: torch.device,
+    num_slots: int = 1,
 ) -> tuple[CacheLayer, ...]:
-    """Zeroed caches, one per layer: as KVLayer or LatentLayer describes them.
+    """Zeroed caches, one per layer: as KVLayer, LatentLayer and StateLayer describe them.
 
     Zeroed because a padded read of an unwritten slot must be finite; the pages stay untouched until first use.
     """
     layers: list[CacheLayer] = []
     for spec in specs:
+        if isinstance(spec, StateSpec):
+            conv = _zeros((num_slots, spec.conv_width - 1, spec.conv_dim), torch.float32, device)
+            ssm = (num_slots, spec.num_heads, spec.head_dim, spec.state_size)
+            layers.append(StateLayer(conv, _zeros(ssm, torch.float32, device)))
+            continue
         if isinstance(spec, LatentSpec):
             width = spec.kv_lora_rank + spec.rope_dim
             layers.append(LatentLayer(_zeros((num_blocks, block_size, width), _DTYPES[kv_dtype], device)))

@@ -40,4 +40,23 @@ class LatentSpec:
         return (self.kv_lora_rank + self.rope_dim) * {"bfloat16": 2, "float32": 4}[kv_dtype]
 
 
-CacheSpec = AttentionSpec | LatentSpec
+@dataclass(frozen=True)
+class StateSpec:
+    """The states of one Mamba-2 layer, per running sequence: float32, whatever the KV cache's type."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    conv_dim: int
+    conv_width: int
+    has_scales: bool = True  # nothing of it is ever quantised: no scale is missing
+
+    def bytes_per_token(self, kv_dtype: str) -> int:
+        return 0
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return 4 * (self.num_heads * self.head_dim * self.state_size + (self.conv_width - 1) * self.conv_dim)
+
+
+CacheSpec = AttentionSpec | LatentSpec | StateSpec

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
-from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block
+from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block, state_bytes
 from nvfp4_runtime.checkpoint.adapter import Adapter
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
@@ -34,7 +34,7 @@ from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores
-from nvfp4_runtime.kernels.registry import Choice, Kernels, available_backends
+from nvfp4_runtime.kernels.registry import Choice, Kernels, Samples, available_backends
 from nvfp4_runtime.kernels.transfer import finish_transfers
 from nvfp4_runtime.models import Model, describe_model, load_model
 from nvfp4_runtime.sampling.sampler import BatchSampler
@@ -64,18 +64,29 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     with phases.phase("weights"):
         dtype = _resolve_dtype(config, checkpoint.raw_config)
         stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
-        kernels = Kernels(backends, dtype, config.numerics, stream, device)
+        samples: Samples | None = {} if config.self_test else None
+        kernels = Kernels(backends, dtype, config.numerics, stream, device, samples=samples)
         model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype, config.model_impl)
         num_uploaded, upload_seconds = finish_transfers(device)
     if num_uploaded:
         phases.carve("upload", upload_seconds, out_of="weights")
     _warn_of_missing_scales(model)
+    states = state_bytes(model.kv_specs, config.scheduler.max_num_seqs + 1)
+    if states and gpu is not None:
+        raise ConfigError(f"{model.config.architecture} keeps states, and runs on CPUs only: --device cpu", "--device")
+    if states and config.cache.enable_prefix_caching:
+        logger.info("no prefix caching: %s keeps states that are not found again by prefix", model.config.architecture)
+    caching = config.cache.enable_prefix_caching and not states
     if gpu is None:
         placed = _on_cpu(config, model, max_len, phases)
     else:
         placed = gpu.place(config, model, max_len, phases, kernels)
     scheduler = Scheduler(
-        config.scheduler, BlockPool(placed.num_blocks), config.cache.block_size, config.cache.enable_prefix_caching
+        config.scheduler,
+        BlockPool(placed.num_blocks),
+        config.cache.block_size,
+        caching,
+        config.scheduler.max_num_seqs if states else 0,
     )
     numerics, numerics_reason = _numerics(kernels)
     if config.numerics not in ("auto", numerics):
@@ -101,7 +112,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         block_size=config.cache.block_size,
         num_blocks=placed.num_blocks,
         kv_dtype=model.kv_dtype,
-        kv_bytes=placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
+        kv_bytes=states + placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
         dtype=kernels.dtype,
         numerics=numerics,
         numerics_reason=numerics_reason,
@@ -110,7 +121,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         eos_token_ids=eos_token_ids(checkpoint.path, model.config.eos_token_ids),
         startup_seconds=phases.seconds,
         backends={backend.name: {k: str(v) for k, v in backend.describe().items()} for backend in backends},
-        enable_prefix_caching=config.cache.enable_prefix_caching,
+        enable_prefix_caching=caching,
         device=describe(device),
         scratch_bytes=placed.scratch_bytes,
         limits=limits,
@@ -119,7 +130,21 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     cost = ModelCost.of(model.config, layers, model.kv_specs, model.kv_dtype)
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
-    return placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars, cost=cost)
+    engine: Engine = placed.make(scheduler=scheduler, info=info, seed=config.seed, grammars=grammars, cost=cost)
+    if config.self_test:
+        with phases.phase("self_test"):
+            _self_test(engine, kernels)
+    return engine
+
+
+def _self_test(engine: Engine, kernels: Kernels) -> None:
+    from nvfp4_runtime.engine.sanity import check_sanity  # here: engines made for evaluation do without
+    from nvfp4_runtime.kernels.self_test import self_test
+
+    assert isinstance(engine.executor, ModelRunner)
+    count = self_test(kernels)
+    check_sanity(engine.executor, engine.info)
+    logger.info("self-test: %d distinct ops agree with the reference, and the sanity prompt makes sense", count)
 
 
 def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) -> Placement:
@@ -127,7 +152,8 @@ def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) ->
         block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
         num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
-        kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, torch.device("cpu"))
+        slots, cpu = config.scheduler.max_num_seqs + 1, torch.device("cpu")
+        kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, cpu, slots)
     clock = StepClock()
     runner = ModelRunner(model, kv, BatchSampler(), [adapter.name for adapter in config.adapters], clock)
     with phases.phase("warm_up"):

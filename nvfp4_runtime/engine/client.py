@@ -18,6 +18,7 @@ from nvfp4_runtime.engine.admission import Admission
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     Abort,
+    Beat,
     EngineInfo,
     Failed,
     Outputs,
@@ -39,7 +40,9 @@ from nvfp4_runtime.sampling.params import SamplingParams
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float], None]
-_SHUTDOWN_SECONDS = 10.0
+CLOSED = "the engine was closed"
+_SHUTDOWN_SECONDS = 5.0
+PATIENCE = 3.0  # times what the engine expects a long step to take, before its silence counts
 _DELIVERED_AT_ONCE = 64  # some 2 ms of writing: what a step of a thousand streams may delay everybody else by
 
 
@@ -110,10 +113,16 @@ class TokenStream:
 
 
 class AsyncEngine(Protocol):
-    """What the server needs of an engine."""
+    """What the server needs of an engine.
+
+    num_restarts  engine processes started after the first
+    num_stalls    engine processes killed because they hung
+    """
 
     info: EngineInfo
     stats: StepStats
+    num_restarts: int
+    num_stalls: int
 
     @property
     def admission(self) -> Admission: ...
@@ -123,6 +132,11 @@ class AsyncEngine(Protocol):
 
     @property
     def death_reason(self) -> str | None: ...
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long requests have waited for any sign of progress, beyond what was announced; 0 while none is due."""
+        ...
 
     def submit(
         self,
@@ -145,11 +159,16 @@ class AsyncEngine(Protocol):
 
     def on_finish(self, callback: Callable[[TokenOutput], None]) -> None: ...
 
-    async def close(self) -> None: ...
+    async def close(self, reason: str = CLOSED) -> None:
+        """Stop the engine. Streams still open end with EngineDeadError(reason)."""
+        ...
 
 
 class EngineClient:
-    """The engine in its own process, over an inherited Unix socket."""
+    """One engine in its own process, over an inherited Unix socket."""
+
+    num_restarts = 0
+    num_stalls = 0
 
     def __init__(self, process: subprocess.Popen[bytes], writer: asyncio.StreamWriter, info: EngineInfo) -> None:
         self.info = info
@@ -159,7 +178,10 @@ class EngineClient:
         self.admission = Admission.of(info)
         self._streams: dict[str, TokenStream] = {}
         self._death: str | None = None
-        self._closing = False
+        self._closed_because: str | None = None
+        self._last_progress = time.monotonic()
+        self._announced_seconds = 0.0
+        self.dead = asyncio.Event()
         self._unsent = bytearray()
         self._on_step: list[Callable[[StepStats], None]] = []
         self._on_output: list[Callable[[TokenOutput], None]] = []
@@ -203,11 +225,22 @@ class EngineClient:
     def death_reason(self) -> str | None:
         return self._death
 
-    async def close(self) -> None:
-        """Stop the engine process. Streams still open end with EngineDeadError."""
-        if self._closing:
+    @property
+    def stalled_seconds(self) -> float:
+        if not self._streams or not self.alive:
+            return 0.0
+        return max(0.0, time.monotonic() - self._last_progress - PATIENCE * self._announced_seconds)
+
+    async def kill(self, reason: str) -> None:
+        """End the engine process whatever state it is in; streams end with EngineDeadError(reason)."""
+        self._die(reason)
+        self._process.kill()
+        await self.close(reason)
+
+    async def close(self, reason: str = CLOSED) -> None:
+        if self._closed_because is not None:
             return
-        self._closing = True
+        self._closed_because = reason
         if self.alive:
             self._send(Shutdown())
             self._flush()
@@ -241,6 +274,8 @@ class EngineClient:
         if request_id in self._streams:
             raise errors.InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
         self.admission.admit(request_id, tenant, len(prompt_token_ids))
+        if not self._streams:
+            self._note_progress()
         now = time.monotonic()
         self._send(Submit(request_id, prompt_token_ids, params, now, cache_salt, priority, pooling, tenant, adapter))
         stream = self._streams[request_id] = TokenStream(request_id)
@@ -284,17 +319,21 @@ class EngineClient:
         reason = "the engine process ended"
         try:
             while data := await reader.read(1 << 20):
+                self._note_progress()
                 for payload in frames.feed(data):
                     await self._dispatch(payload)
         except ConnectionError as error:
             # an engine that stops with our last messages unread resets the connection: expected while closing
-            level = logging.DEBUG if self._closing else logging.WARNING
+            level = logging.DEBUG if self._closed_because is not None else logging.WARNING
             logger.log(level, "the connection to the engine broke: %s", error)
         except Exception:
             logger.exception("the engine's messages could not be handled")
             reason = "the engine's messages could not be handled"
         finally:  # whatever ended the reading: nobody may wait for tokens that will not come
-            self._die("the engine was closed" if self._closing else reason)
+            self._die(self._closed_because or reason)
+
+    def _note_progress(self, announced_seconds: float = 0.0) -> None:
+        self._last_progress, self._announced_seconds = time.monotonic(), announced_seconds
 
     async def _dispatch(self, payload: bytes) -> None:
         match decode_from_engine(payload):
@@ -311,8 +350,11 @@ class EngineClient:
                 self.admission.ended(request_id)
                 if stream is not None:
                     stream.put(_error_of(kind, message, param))
+            case Beat(expected_seconds):
+                self._note_progress(expected_seconds)
             case Failed(kind, message):
-                self._die(f"{kind}: {message}")
+                logger.error("the engine failed: %s: %s", kind, message)  # clients are told less
+                self._die(f"the engine failed with {kind}")
             case Progress() | Ready():
                 raise AssertionError("the engine reported start-up twice")
 
@@ -332,7 +374,8 @@ class EngineClient:
     def _die(self, reason: str) -> None:
         if self._death is None:
             self._death = reason
-            if not self._closing:
+            self.dead.set()
+            if self._closed_because is None:
                 logger.error("engine dead: %s", reason)
         for stream in self._streams.values():
             stream.put(EngineDeadError(self._death))

@@ -14,12 +14,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.grammar_queue import GrammarQueue
 from nvfp4_runtime.engine.logs import configure_logs
 from nvfp4_runtime.engine.messages import (
     Abort,
+    Beat,
     Failed,
     FromEngine,
     Outputs,
@@ -31,9 +33,13 @@ from nvfp4_runtime.engine.messages import (
     Submit,
     TokenOutput,
 )
+from nvfp4_runtime.engine.recovery import ENGINE_FAULT
 from nvfp4_runtime.engine.torch_import import import_torch
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
+from nvfp4_runtime.process import die_with_parent
+
+BEAT_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 LOG_TEXT = "%(levelname)s engine: %(message)s"
@@ -53,6 +59,7 @@ class EngineCore:
         engine = self._load()
         if engine is None:
             return 2
+        engine.on_long_step = lambda seconds: self._send(Beat(seconds))
         self._compiling = GrammarQueue(engine.grammars) if engine.grammars is not None else None
         while not self._stop:
             ended = self._handle_messages(engine, wait=not engine.has_work)
@@ -80,6 +87,9 @@ class EngineCore:
             where = "" if error.filename is None else f": {error.filename}"
             self._send(Failed("CheckpointError", f"{error.strerror or error}{where}; look at its owner and mode"))
             return None
+        probed = time.monotonic()
+        engine.executor.probe()
+        engine.pace.observe(1, time.monotonic() - probed)
         gc.freeze()  # what was loaded stays; the collector need not walk it again in every step
         gc.enable()
         engine.info.pid = os.getpid()
@@ -102,6 +112,8 @@ class EngineCore:
             sources, patience = self._sources()
             readable, _, _ = select.select(sources, [], [], patience if wait else 0)
             self._admit_compiled(engine)
+            if wait and self._compiling and not readable:
+                self._send(Beat())  # grammars are being compiled: that is progress, and bounded in time
             if self._sock not in readable:
                 if wait and not engine.has_work:
                     continue
@@ -137,6 +149,16 @@ class EngineCore:
         except (RequestError, CapacityError) as error:
             param = getattr(error, "param", None)
             self._send(Refused(submit.request_id, type(error).__name__, str(error), param))
+        except Exception:
+            logger.exception("request %s could not be added", submit.request_id)
+            failed = TokenOutput(
+                submit.request_id,
+                [],
+                finish_reason="error",
+                error="the engine failed on this request; the server's log says why",
+                error_code=ENGINE_FAULT,
+            )
+            self._send(Outputs([failed], engine.scheduler.stats()))
 
     def _admit_compiled(self, engine: Engine) -> None:
         for submit, failure in self._compiling.ready() if self._compiling else ():
@@ -151,7 +173,7 @@ class EngineCore:
         """What to listen to, and how long at most."""
         if not self._compiling:
             return [self._sock], None
-        return [self._sock, self._compiling], self._compiling.seconds_left()
+        return [self._sock, self._compiling], min(self._compiling.seconds_left() or 0.0, BEAT_SECONDS)
 
     def _send(self, message: FromEngine) -> None:
         try:
@@ -180,6 +202,7 @@ def build(start: Start, progress: Callable[[str, float], None]) -> Engine:
 def main() -> int:
     # Ctrl-C and most supervisors signal the whole process group; the server decides when the engine stops, and the
     # engine ends on its own as soon as the server's end of the socket is closed.
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs("text", logging.WARNING, LOG_TEXT)
@@ -191,9 +214,15 @@ def main() -> int:
         logger.exception("the engine failed")
         core._send(Failed(type(error).__name__, str(error)))
         return 3
-    finally:
-        gc.unfreeze()  # the interpreter's last collection frees the kernels too, or nanobind reports them as leaked
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: the system takes memory and devices back faster than torch and the interpreter do."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec
+from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec, StateSpec
 from nvfp4_runtime.config import ModelConfig
 from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled
@@ -46,6 +46,7 @@ class ModelCost:
     head_bytes       the head's weights, read by steps with at least one row
     pair_flops       attention of one layer, per new token and token it sees
     kv_layer_bytes   keys and values of one token in one layer
+    state_bytes      all layers' states of one sequence, read and written in every step
     windows          layers by sliding window in tokens; None: full attention
     """
 
@@ -57,6 +58,7 @@ class ModelCost:
     head_bytes: float = 0.0
     pair_flops: float = 0.0
     kv_layer_bytes: float = 0.0
+    state_bytes: float = 0.0
     windows: dict[int | None, int] = field(default_factory=dict)
 
     @classmethod
@@ -69,6 +71,7 @@ class ModelCost:
         head = [group for group in stored if group.name == HEAD]
         experts = [group for group in stored if group.name.startswith(EXPERTS)]
         dense = [group for group in stored if group not in head and group not in experts]
+        paged = [spec for spec in kv_specs if not isinstance(spec, StateSpec)]
         return cls(
             token_flops=2 * (_num_weights(dense) + share * _num_weights(experts)),
             step_bytes=_num_bytes(dense),
@@ -77,8 +80,9 @@ class ModelCost:
             row_flops=2 * _num_weights(head),
             head_bytes=_num_bytes(head),
             pair_flops=2.0 * config.num_heads * _attended(config),
-            kv_layer_bytes=sum(spec.bytes_per_token(kv_dtype) for spec in kv_specs) / len(kv_specs),
-            windows=dict(Counter(spec.window if isinstance(spec, AttentionSpec) else None for spec in kv_specs)),
+            kv_layer_bytes=sum(spec.bytes_per_token(kv_dtype) for spec in paged) / len(paged),
+            state_bytes=sum(spec.bytes_per_slot for spec in kv_specs if isinstance(spec, StateSpec)),
+            windows=dict(Counter(spec.window if isinstance(spec, AttentionSpec) else None for spec in paged)),
         )
 
     def of_step(self, schedule: Schedule) -> Work:
@@ -90,6 +94,8 @@ class ModelCost:
             bytes_read=self.step_bytes if tokens else 0.0,
             bytes_written=tokens * self.kv_layer_bytes * sum(self.windows.values()),
         )
+        work.bytes_read += len(schedule.entries) * self.state_bytes
+        work.bytes_written += len(schedule.entries) * self.state_bytes
         work.bytes_read += self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
         work.bytes_read += self.head_bytes if rows else 0.0
         for window, num_layers in self.windows.items():

@@ -7,6 +7,7 @@ before is still sampling are taken from the device's memory, so a step can be la
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -316,6 +317,15 @@ class DeviceRunner(ModelRunner):
         )
 
     # -- start-up --------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        for _ in range(3):  # of two launched steps each may raise once
+            with contextlib.suppress(Exception):
+                self._device.mark()()
+                return
+
+    def probe(self) -> None:
+        self.execute(self._idle(1, 1))
 
     def warm_up(self) -> None:
         """Steps of several sizes in the null block: kernels are compiled and tuned before the first request."""

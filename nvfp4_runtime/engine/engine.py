@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from nvfp4_runtime.engine.cost import ModelCost, Work
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
+from nvfp4_runtime.engine.pace import Pace
+from nvfp4_runtime.engine.recovery import Executor, Recovery
 from nvfp4_runtime.engine.request import Request
-from nvfp4_runtime.engine.scheduler import Schedule, Scheduler, StepResult
+from nvfp4_runtime.engine.scheduler import Schedule, Scheduler
 from nvfp4_runtime.engine.step_clock import StepClock
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
@@ -18,13 +19,7 @@ from nvfp4_runtime.structured.compiler import GrammarCompiler
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.spec import StructuredSpec
 
-
-class Executor(Protocol):
-    """Runs a schedule: the model and the sampler, or their simulation."""
-
-    def execute(self, schedule: Schedule) -> Sequence[StepResult]:
-        """One StepResult per entry, in order."""
-        ...
+LONG_STEP_SECONDS = 1.0
 
 
 def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo, adapter: str = "") -> None:
@@ -70,7 +65,10 @@ def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
 
 
 class Engine:
-    """Requests in, tokens out. `clock` and `cost` say what steps took and computed, for the statistics."""
+    """Requests in, tokens out. `clock` and `cost` say what steps took and computed, for the statistics.
+
+    on_long_step  called before a step that is expected to take long, with the seconds
+    """
 
     def __init__(
         self,
@@ -88,9 +86,13 @@ class Engine:
         self._work = Work()
         self.scheduler = scheduler
         self.executor = executor
+        self.recovery = Recovery(scheduler, executor, self._restore_grammar)
         self.info = info
+        self.pace = Pace()
+        self.on_long_step: Callable[[float], None] = lambda _: None
         self._random = random.Random(seed)
         self._num_steps = 0
+        self._num_step_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -114,7 +116,7 @@ class Engine:
             seed = self._random.getrandbits(63)
         eos = tuple(self.info.eos_token_ids)
         grammar = None if submit.params.structured is None else self._grammar(submit.params.structured)
-        self.scheduler.add(Request(submit, seed, eos, self.info.max_model_len, grammar))
+        self.recovery.add(Request(submit, seed, eos, self.info.max_model_len, grammar))
 
     def _grammar(self, spec: StructuredSpec) -> GrammarState:
         """Compiles if nobody did before: whoever must not wait has `GrammarQueue` do it."""
@@ -122,18 +124,30 @@ class Engine:
             raise spec.refused("cannot be had: this engine has no tokenizer to apply it to")
         return self.grammars.state(spec)
 
+    def _restore_grammar(self, request: Request) -> None:
+        """Put a request's grammar where its tokens are."""
+        if request.params.structured is None or request.sampling.grammar is None:
+            return
+        grammar = self._grammar(request.params.structured)
+        for token_id in request.output_token_ids:
+            grammar.accept(token_id)
+        request.sampling.grammar = grammar
+
     def abort(self, request_id: str) -> TokenOutput | None:
-        return self.scheduler.abort(request_id)
+        return self.recovery.abort(request_id)
 
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
+        self._num_step_tokens = 0
         self._clock.start()
         outputs, num_prompt_tokens = self._turn()
         stats = self.scheduler.stats()
         self._num_steps += 1
         stats.num_steps = self._num_steps
+        stats.num_faults, stats.num_memory_faults = self.recovery.num_faults, self.recovery.num_memory
         stats.step_seconds = time.perf_counter() - started
+        self.pace.observe(self._num_step_tokens, stats.step_seconds)
         stats.step_generation_tokens = sum(len(output.token_ids) for output in outputs)
         stats.step_prompt_tokens = num_prompt_tokens
         stats.phase_seconds = self._clock.seconds
@@ -144,13 +158,21 @@ class Engine:
         )
         return outputs, stats
 
+    def _announce(self, schedule: Schedule) -> None:
+        self._num_step_tokens = schedule.num_tokens
+        expected = self.pace.expected_seconds(schedule.num_tokens)
+        if expected >= LONG_STEP_SECONDS:
+            self.on_long_step(expected)
+
     def _turn(self) -> tuple[list[TokenOutput], int]:
         """Schedule, run and sample, commit. Returns the outputs and how many prompt tokens were computed."""
-        schedule = self.scheduler.schedule()
+        schedule, outputs = self.recovery.schedule()
         self._clock.lap("schedule")
-        results = self.executor.execute(schedule)
-        self._clock.lap("model")
-        self._work.add(self._cost.of_step(schedule))
-        outputs = self.scheduler.commit(schedule, results)
-        self._clock.lap("commit")
+        if schedule.entries:
+            self._announce(schedule)
+            results = self.recovery.execute(schedule)
+            self._clock.lap("model")
+            self._work.add(self._cost.of_step(schedule))
+            outputs += self.recovery.commit(schedule, results)
+            self._clock.lap("commit")
         return outputs, schedule.num_prompt_tokens

@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 # Backends whose ops wait for the device inside a step, and why: what they run cannot be captured.
 NOT_CAPTURED = {"reference": "the reference's attention reads lengths on the host"}
-_CHOSEN_ON_HOST = "rows with logprobs, a grammar, min_tokens, penalties or edited logits are chosen on the host"
+_CHOSEN_ON_HOST = (
+    "rows with logprobs, a grammar, min_tokens, penalties, edited logits or a thinking budget that may be spent are "
+    "chosen on the host"
+)
 
 
 class Memory(Protocol):

@@ -1,7 +1,7 @@
 """What crosses between the server's process and the engine's: msgpack structs, length-prefixed. No pickle.
 
 Client to engine: Start (once), then Submit, Abort, Shutdown. Engine to client: Progress while loading, then Ready or
-Failed, then Outputs after each step and Refused for a request it cannot take.
+Failed, then Outputs after each step, Beat before a long one and Refused for a request it cannot take.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class TokenOutput(msgspec.Struct):
     stop_reason    the stop token's id when one of stop_token_ids ended it
     error          with "error": why
     param          with "error": the request's field at fault, where the request is
+    error_code     with "error": its kind in one word, where the request is not at fault: "model_output_invalid",
+                   "engine_fault", "out_of_memory"
     ends_whole     "stop" because the grammar was complete: the last token is text, not what stopped it
     times          with a request's first token and with its last word
     embedding      the pooled hidden state at unit length, float32 [hidden_size] as bytes, of a request with `pooling`
@@ -95,6 +97,7 @@ class TokenOutput(msgspec.Struct):
     ends_whole: bool = False
     param: str | None = None
     embedding: bytes | None = None
+    error_code: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -121,6 +124,10 @@ class TokenOutput(msgspec.Struct):
 class StepStats(msgspec.Struct):
     """State after a step, and what the step did. Counters are totals since start.
 
+    num_invalid_outputs    requests ended because their logits were not numbers
+    num_faults             exceptions in steps that ended a request or made the scheduler start over
+    num_memory_faults      steps that did not get the memory they asked for
+    num_degenerate_outputs requests seen to repeat themselves (see engine/degenerate.py)
     phase_seconds   time of all steps by phase, see StepClock
     flops, ...      what all steps computed, read and wrote by estimate, see ModelCost
     oldest_waiting  arrival of the request that has waited longest, time.monotonic(); 0: none waits
@@ -139,6 +146,10 @@ class StepStats(msgspec.Struct):
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_invalid_outputs: int = 0
+    num_faults: int = 0
+    num_memory_faults: int = 0
+    num_degenerate_outputs: int = 0
     phase_seconds: dict[str, float] = {}
     flops: float = 0.0
     bytes_read: float = 0.0
@@ -230,6 +241,12 @@ class Failed(msgspec.Struct, tag=True):
     flag: str | None = None
 
 
+class Beat(msgspec.Struct, tag=True):
+    """The engine lives; what it does next may take `expected_seconds` before anything else is heard of it."""
+
+    expected_seconds: float = 0.0
+
+
 class Outputs(msgspec.Struct, tag=True):
     outputs: list[TokenOutput]
     stats: StepStats
@@ -245,4 +262,4 @@ class Refused(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Submit | Abort | Shutdown
-FromEngine = Progress | Ready | Failed | Outputs | Refused
+FromEngine = Progress | Ready | Failed | Beat | Outputs | Refused

@@ -9,6 +9,7 @@ them from. What follows from reading one step late:
 - Blocks given back (an end, an abort, a preemption) may still be written by the step under way. Their next owner's
   step comes after it on the device and overwrites what it reads, so nobody sees that.
 - Full blocks can be found by others one step later than in the plain engine.
+- A step that raised is computed again, and so is the one launched behind it: see `_land_failed`.
 - Where the host chooses tokens (edits of logits, logprobs; see `Ticket.chosen_on_host`), the next step needs them
   before it can be scheduled: such a step is read first, and nothing overlaps.
 """
@@ -44,6 +45,12 @@ class Launcher(Protocol):
 
     def execute(self, schedule: Schedule) -> Sequence[StepResult]: ...
 
+    def probe(self) -> None: ...
+
+    def settle(self) -> None:
+        """Wait until nothing that was launched runs any more, whatever it raises."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Flight:
@@ -68,19 +75,52 @@ class OverlappedEngine(Engine):
         if self._under_way is not None and self._under_way.ticket.chosen_on_host:
             outputs, num_prompt_tokens = self._land(self._under_way)
             self._under_way = None
-        before = self._under_way
-        schedule = self.scheduler.schedule()
+        before, self._under_way = self._under_way, None
+        schedule, ended = self.recovery.schedule()
+        outputs += ended
         self._clock.lap("schedule")
-        self._under_way = _Flight(schedule, self.executor.launch(schedule)) if schedule.entries else None
+        failure: Exception | None = None
+        if schedule.entries:
+            self._announce(schedule)
+            try:
+                self._under_way = _Flight(schedule, self.executor.launch(schedule))
+            except Exception as error:  # noqa: BLE001 - handled below, after the step before it
+                failure = error
         self._clock.lap("launch")
         if before is not None:
-            outputs, num_prompt_tokens = self._land(before)
+            landed, num_prompt_tokens = self._land(before) if failure is None else self._compute_again(before)
+            outputs += landed
+        if failure is not None:
+            outputs += self.recovery.commit(schedule, self.recovery.redo(schedule, failure))
+            num_prompt_tokens += schedule.num_prompt_tokens
         return outputs, num_prompt_tokens
 
     def _land(self, flight: _Flight) -> tuple[list[TokenOutput], int]:
-        results = flight.ticket.wait()
+        num_prompt_tokens = flight.schedule.num_prompt_tokens
+        try:
+            results = flight.ticket.wait()
+        except Exception as error:  # noqa: BLE001 - handed on
+            outputs, more = self._land_failed(flight, error)
+            return outputs, num_prompt_tokens + more
         self._clock.lap("wait")
         self._work.add(self._cost.of_step(flight.schedule))
-        outputs = self.scheduler.commit(flight.schedule, results)
+        outputs = self.recovery.commit(flight.schedule, results)
         self._clock.lap("commit")
-        return outputs, flight.schedule.num_prompt_tokens
+        return outputs, num_prompt_tokens
+
+    def _land_failed(self, flight: _Flight, error: Exception) -> tuple[list[TokenOutput], int]:
+        """Compute a step again, and the one behind it, which took tokens from it: both waited for."""
+        behind, self._under_way = (None, None) if self._under_way is flight else (self._under_way, None)
+        self.executor.settle()
+        outputs = self.recovery.commit(flight.schedule, self.recovery.redo(flight.schedule, error))
+        if behind is None:
+            return outputs, 0
+        more, num_prompt_tokens = self._compute_again(behind)
+        return outputs + more, num_prompt_tokens
+
+    def _compute_again(self, flight: _Flight) -> tuple[list[TokenOutput], int]:
+        """Compute a launched step once more, since it took tokens from one that failed, or since the launch behind it
+        raised: devices report what went wrong in a step at any later call."""
+        self.executor.settle()
+        results = self.recovery.again(flight.schedule)
+        return self.recovery.commit(flight.schedule, results), flight.schedule.num_prompt_tokens

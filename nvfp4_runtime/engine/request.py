@@ -30,12 +30,16 @@ class Request:
     tokens               prompt and output together, as far as they are known
     num_pending          tokens that scheduled steps will sample and nobody has read yet; they count in `num_tokens`
     num_computed         tokens whose KV is in `block_ids` once every scheduled step has run
+    state_slot           of the model's states while it runs, where the model has any; 0: none
     block_hashes         chained hashes of the full blocks of `tokens`, as far as they were needed
     num_published        how many blocks this request has made findable
     num_cached_tokens    prompt tokens whose KV was found, at first admission; -1 before it
     num_scored           prompt positions whose logprobs were sent (prompt_logprobs only)
     arrival              position in the order of arrival, given by the scheduler
     hidden_sum           pooling only: the sum of the hidden states that are pooled, as far as they are computed
+    num_faults           how often the scheduler raised while it handled this request
+    num_memory_faults    how often it was preempted because a step ran out of memory
+    is_degenerate        its answer was seen to go round in circles
     epoch                how often its blocks were given back: a step scheduled before that is not its any more
     """
 
@@ -73,8 +77,12 @@ class Request:
         self.arrival = 0
         self.num_pending = 0
         self.num_computed = 0
+        self.num_faults = 0
+        self.num_memory_faults = 0
+        self.is_degenerate = False
         self.epoch = 0
         self.block_ids: list[int] = []
+        self.state_slot = 0
         self.block_hashes: list[bytes] = []
         self.num_published = 0
         self.num_cached_tokens = -1
@@ -108,6 +116,15 @@ class Request:
     def ends_with_pending(self) -> bool:
         """The token on its way is the last there is room for: nothing is left to compute."""
         return self.num_pending > 0 and len(self.output_token_ids) + self.num_pending >= self.max_output_tokens
+
+    def start_over(self) -> None:
+        """Nothing is computed, nothing is held: only the tokens count."""
+        self.tokens[self.num_prompt_tokens :] = self.output_token_ids
+        self.status = Status.WAITING
+        self.block_ids, self.block_hashes = [], []
+        self.state_slot = 0
+        self.num_computed = self.num_published = self.num_pending = 0
+        self.epoch += 1
 
     def append(self, token_id: int) -> None:
         self.tokens.append(token_id)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import AdapterRows, CacheLayer, ForwardBatch
+from nvfp4_runtime.batch import AdapterRows, CacheLayer, ForwardBatch, StateLayer
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, StepResult
 from nvfp4_runtime.engine.staging import StepLists
@@ -51,7 +51,8 @@ class ModelRunner:
         self._adapters = {name: i for i, name in enumerate(adapters)}
         self._kv = kv
         self._sampler = sampler
-        self._block_size = kv[0].block_size
+        self._block_size = next(layer.block_size for layer in kv if not isinstance(layer, StateLayer))
+        self._has_states = any(isinstance(layer, StateLayer) for layer in kv)
         self._torch_device = kv[0].device
 
     @torch.inference_mode()
@@ -116,6 +117,7 @@ class ModelRunner:
             max_query_len=max(entry.count for entry in schedule.entries),
             max_seq_len=max(lists.seq_lens),
             adapters=self.adapter_rows(schedule),
+            state_slots=torch.tensor([e.request.state_slot for e in schedule.entries]) if self._has_states else None,
         )
 
     def adapter_rows(self, schedule: Schedule) -> AdapterRows | None:
@@ -149,6 +151,10 @@ class ModelRunner:
                 results.append(StepResult(None, None, scores, finite))
         return results
 
+    def probe(self) -> None:
+        """One token that keeps nothing. Raises when the device cannot compute any more."""
+        self.warm_up()
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One token into the null block: thread pools start and lazy set-up happens before the first request."""
@@ -164,6 +170,7 @@ class ModelRunner:
                 kv=self._kv,
                 max_query_len=1,
                 max_seq_len=1,
+                state_slots=torch.zeros(1, dtype=torch.int64) if self._has_states else None,
             )
         )
 

@@ -13,18 +13,22 @@ import itertools
 import secrets
 import time
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nvfp4_runtime.cache.block_pool import BlockPool, chain_hash, salt_hash
 from nvfp4_runtime.config import SchedulerConfig
+from nvfp4_runtime.engine.degenerate import is_due, repeats_itself
 from nvfp4_runtime.engine.fairness import FairOrder
 from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
 if TYPE_CHECKING:
     from nvfp4_runtime.engine.request import FloatRow
+
+
+OUTPUT_INVALID = "model_output_invalid"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class StepResult:
     prompt_logprobs  for the prompt tokens at positions start + 1 .. start + count, where asked for
     finite           False: this row's logits were not numbers; the request ends with an error, others go on
     error            why, where it was something else
+    code             with finite False: what kind of failure, in one word for programs; None: by `error`
     hidden_sum       pooling: the sum of this entry's hidden states (mean), or the last token's (last)
     """
 
@@ -84,6 +89,7 @@ class StepResult:
     finite: bool = True
     error: str | None = None
     hidden_sum: FloatRow | None = None
+    code: str | None = None
 
 
 def _take(request: Request, count: int) -> Scheduled:
@@ -97,12 +103,20 @@ def _take(request: Request, count: int) -> Scheduled:
 
 @dataclass
 class Scheduler:
-    """Waiting and running requests over one block pool."""
+    """Waiting and running requests over one block pool.
+
+    num_state_slots  of a model that keeps states beside its blocks, one for each running request; slot 0 is nobody's.
+                     Such states are not found again by prefix: `enable_prefix_caching` must be off
+    handling         the request that `schedule` is at, or was at when it raised
+    num_invalid      requests that ended because their logits were not numbers
+    num_degenerate   requests whose answer goes round in circles
+    """
 
     config: SchedulerConfig
     pool: BlockPool
     block_size: int
     enable_prefix_caching: bool = True
+    num_state_slots: int = 0
     hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     waiting: list[Request] = field(default_factory=list)  # both sorted by rank
     running: list[Request] = field(default_factory=list)
@@ -111,7 +125,15 @@ class Scheduler:
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    num_invalid: int = 0
+    num_degenerate: int = 0
+    handling: Request | None = None
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        assert not (self.num_state_slots and self.enable_prefix_caching), "states are not cached by prefix"
+        assert self.num_state_slots in (0, self.config.max_num_seqs), "a running request has one slot"
+        self._free_slots = list(range(self.num_state_slots, 0, -1))
 
     @property
     def has_work(self) -> bool:
@@ -141,15 +163,16 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         preempted = False
         index = 0
+        self.handling = None
         while index < len(self.running) and budget > 0:
-            request = self.running[index]
+            request = self.handling = self.running[index]
             if request.ends_with_pending:
                 index += 1
                 continue
             count = min(request.num_tokens - request.num_computed, budget)
             while not self._grow(request, count):
-                victim = self.running.pop()
-                self._preempt(victim)
+                victim = self.running[-1]
+                self.preempt(victim)
                 preempted = True
                 if victim is request:
                     break
@@ -165,7 +188,7 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Iterator[Scheduled]:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self.fair.next(self.waiting)
+            request = self.handling = self.fair.next(self.waiting)
             cached = self._find_prefix(request)
             start = len(cached) * self.block_size
             count = min(request.num_tokens - start, budget)
@@ -177,6 +200,8 @@ class Scheduler:
             request.num_computed = start
             request.num_published = len(cached)
             request.status = Status.RUNNING
+            if self.num_state_slots:
+                request.state_slot = self._free_slots.pop()
             self._note_admission(request, start)
             self.waiting.remove(request)
             insort(self.running, request, key=_rank)
@@ -203,8 +228,9 @@ class Scheduler:
             request.block_ids.extend(self.pool.allocate(needed))
         return True
 
-    def _preempt(self, request: Request) -> None:
-        """Give blocks back; the tokens stay and are computed again, or found again by their hashes."""
+    def preempt(self, request: Request) -> None:
+        """Give a running request's blocks back; the tokens stay and are computed again, or found by their hashes."""
+        self.running.remove(request)
         self._release(request)
         request.status = Status.WAITING
         self.num_preemptions += 1
@@ -213,6 +239,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
         request.block_ids = []
+        if request.state_slot:
+            self._free_slots.append(request.state_slot)
+            request.state_slot = 0
         request.num_computed = 0
         request.num_published = 0
         request.num_pending = 0  # a token on its way is not waited for: it will be sampled again
@@ -250,25 +279,22 @@ class Scheduler:
 
     # -- commit --------------------------------------------------------------------------------------------------
 
-    def commit(self, schedule: Schedule, results: Sequence[StepResult]) -> list[TokenOutput]:
-        """Take a step's results: advance, publish full blocks, append tokens, finish what is done."""
-        now = time.monotonic()
-        outputs = []
-        for entry, result in zip(schedule.entries, results, strict=True):
-            request = entry.request
-            if entry.is_stale:  # while the step ran
-                continue
-            if not result.finite:
-                failed = self._finish(request, "error", error=result.error or _why_no_token(request))
-                spec = request.params.structured
-                failed.param = spec.field if result.error is not None and spec is not None else None
-                outputs.append(failed)
-                continue
-            self._publish(request, entry.stop)
-            output = self._advance(entry, result, now)
-            if output is not None:
-                outputs.append(output)
-        return outputs
+    def commit(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
+        """Take the result of an entry that is not stale: advance, publish full blocks, append a token, finish."""
+        if not result.finite:
+            return self._fail(entry.request, result)
+        self._publish(entry.request, entry.stop)
+        return self._advance(entry, result, now)
+
+    def _fail(self, request: Request, result: StepResult) -> TokenOutput:
+        if result.error is None:
+            self.num_invalid += 1
+            self.pool.unpublish(request.block_ids)  # earlier chunks had no logits to show that they were not numbers
+        failed = self._finish(request, "error", error=result.error or _why_no_token(request))
+        failed.error_code = result.code or (OUTPUT_INVALID if result.error is None else None)
+        if failed.error_code is None and request.params.structured is not None:
+            failed.param = request.params.structured.field
+        return failed
 
     def _advance(self, entry: Scheduled, result: StepResult, now: float) -> TokenOutput | None:
         request = entry.request
@@ -281,6 +307,7 @@ class Scheduler:
             return TokenOutput(request.id, [], prompt_logprobs=scored) if scored is not None else None
         request.num_pending -= 1
         request.append(result.token_id)
+        self._watch(request)
         first = request.times.first_token == 0.0
         if first:
             request.times.first_token = now
@@ -297,6 +324,12 @@ class Scheduler:
             output.finish_reason, output.stop_reason, output.times = reason[0], reason[1], ended.times
             output.ends_whole = request.ends_whole
         return output
+
+    def _watch(self, request: Request) -> None:
+        tokens = request.output_token_ids
+        if is_due(len(tokens)) and not request.is_degenerate and repeats_itself(tokens):
+            request.is_degenerate = True
+            self.num_degenerate += 1
 
     def _new_scores(self, entry: Scheduled, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob | None] | None:
         """Prompt logprobs not sent before (a preempted request scores its prompt again); None for position 0."""
@@ -329,6 +362,18 @@ class Scheduler:
             embedding=embedding,
         )
 
+    # -- after a fault -------------------------------------------------------------------------------------------
+
+    def start_over(self, without: Request | None) -> None:
+        """Every request but `without` waits, nothing is computed, every block is free: right whatever was before."""
+        self.pool.reset()
+        self.requests = {key: request for key, request in self.requests.items() if request is not without}
+        self.running = []
+        self.waiting = sorted(self.requests.values(), key=_rank)
+        self._free_slots = list(range(self.num_state_slots, 0, -1))
+        for request in self.waiting:
+            request.start_over()
+
     # -- facts ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> StepStats:
@@ -341,6 +386,8 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.prefix_queries,
             prefix_cache_hits=self.prefix_hits,
+            num_invalid_outputs=self.num_invalid,
+            num_degenerate_outputs=self.num_degenerate,
             oldest_waiting=min((request.times.arrival for request in self.waiting), default=0.0),
             running_adapters=sorted({request.adapter for request in self.running if request.adapter}),
             waiting_adapters=sorted({request.adapter for request in self.waiting if request.adapter}),
@@ -350,6 +397,8 @@ class Scheduler:
         """Assert that every block and every request is accounted for."""
         self.pool.check(request.block_ids for request in self.running)
         assert all(not request.block_ids for request in self.waiting), "a waiting request holds blocks"
+        slots = sorted([*self._free_slots, *(r.state_slot for r in self.running if self.num_state_slots)])
+        assert slots == list(range(1, self.num_state_slots + 1)), "a state slot is lost or shared"
         alive = {request.id for request in self.running} | {request.id for request in self.waiting}
         assert alive == set(self.requests), "requests and queues disagree"
 

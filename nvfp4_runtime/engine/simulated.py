@@ -19,8 +19,10 @@ from nvfp4_runtime.config import EngineConfig, SimulatedConfig
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup, TokenLogprob
 from nvfp4_runtime.engine.plan import check_limits
+from nvfp4_runtime.engine.recovery import Executor
 from nvfp4_runtime.engine.request import Request
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
+from nvfp4_runtime.engine.simulated_faults import FaultyExecutor
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.matcher import GrammarState
 from nvfp4_runtime.structured.worker import GrammarTrial
@@ -39,6 +41,9 @@ class SimulatedExecutor:
         if self.config.step_seconds > 0:
             self._sleep(self.config.step_seconds)
         return [self._result(entry) for entry in schedule.entries]
+
+    def probe(self) -> None:
+        """Nothing here can break."""
 
     def _result(self, entry: Scheduled) -> StepResult:
         request = entry.request
@@ -60,6 +65,8 @@ class SimulatedExecutor:
     def next_token(self, request: Request) -> int:
         """The hash's or script's token, or the next one that allowed_token_ids and bad words permit."""
         params = request.params
+        if (forced := request.sampling.forced_token) is not None:
+            return forced
         token = self._preferred(request)
         if params.allowed_token_ids is None and not params.bad_words_token_ids:
             return token
@@ -148,7 +155,10 @@ def simulated_engine(config: EngineConfig) -> Engine:
     )
     vocabulary = _vocabulary(simulated)
     grammars = GrammarCompiler(vocabulary, GrammarTrial(vocabulary))
-    return Engine(scheduler, SimulatedExecutor(simulated), info, config.seed, grammars)
+    executor: Executor = SimulatedExecutor(simulated)
+    if simulated.faults:
+        executor = FaultyExecutor(executor, simulated.faults)
+    return Engine(scheduler, executor, info, config.seed, grammars)
 
 
 def _vocabulary(config: SimulatedConfig) -> Vocabulary:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import ForwardBatch, KVLayer, StateLayer
 from nvfp4_runtime.config import Dtype, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
@@ -157,6 +157,31 @@ class MLASpec:
     kind: str = "mla_decode"
 
 
+@dataclass(frozen=True)
+class Mamba2Spec:
+    """Convolution and selective scan of one Mamba-2 mixer, token by token, over per-sequence states.
+
+    Inputs are `dtype`, the result is float32; all arithmetic is FP32, in the order of the tokens, so that it does not
+    matter how a prompt is cut.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_width: int
+    dtype: Dtype
+    kind: str = "mamba2"
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.inner + 2 * self.num_groups * self.state_size
+
+
 def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
     """Why no backend can keep this cache, or None."""
     if spec.kv_dtype == "nvfp4" and spec.head_dim % 16:
@@ -168,7 +193,15 @@ def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
 
 
 OpSpec = (
-    LinearSpec | GroupedLinearSpec | QuantizeSpec | NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec
+    LinearSpec
+    | GroupedLinearSpec
+    | QuantizeSpec
+    | NormSpec
+    | ActivationSpec
+    | RopeSpec
+    | PagedAttentionSpec
+    | MLASpec
+    | Mamba2Spec
 )
 
 
@@ -303,6 +336,36 @@ class MLAKernel(Protocol):
 
 
 @dataclass(frozen=True)
+class Mamba2Weights:
+    """What a Mamba-2 kernel reads beside its input, all float32.
+
+    conv_weight  [conv_dim, conv_width]     conv_bias  [conv_dim]
+    a            [num_heads], negative      dt_bias, d [num_heads]
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    a: Tensor
+    dt_bias: Tensor
+    d: Tensor
+    min_step: float
+
+
+class Mamba2Kernel(Protocol):
+    def __call__(
+        self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
+    ) -> Tensor:
+        """xbc [T, conv_dim] and dt [T, num_heads], both contiguous -> y float32 [T, num_heads * head_dim].
+
+        Per token: xbc through the causal convolution and SiLU becomes x [H, P], B and C [G, N];
+        step = max(softplus(dt + dt_bias), min_step); state = exp(step * a) * state + step * x B^T; y = state C + d * x.
+        The states of batch.state_slots are read (zeros for a sequence that begins) and left as they are after its
+        last token.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class NormOp:
     """A norm with its weight."""
 
@@ -396,6 +459,8 @@ class Backend(Protocol):
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
 
     def mla_decode(self, spec: MLASpec) -> MLAKernel: ...
+
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel: ...
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         """The whole decoder as one call, or why not, for a person to read."""

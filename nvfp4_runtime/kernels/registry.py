@@ -24,6 +24,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -95,6 +97,9 @@ class Choice:
     reason: str
 
 
+Samples = dict[LinearSpec | GroupedLinearSpec, tuple[Sequence[Weight], LinearKernel | GroupedLinearKernel, str]]
+
+
 @dataclass
 class Kernels:
     """Hands layers their kernels and remembers every choice. One per loaded model.
@@ -107,6 +112,8 @@ class Kernels:
     observe   wraps every linear kernel with the module prefixes it serves: how calibration sees each layer's input.
               Layers therefore pass `names` to `linear`, e.g. names=["model.layers.0.self_attn.q_proj", "...k_proj",
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
+    samples   where a dict is given: weight, kernel and backend of each distinct linear, for kernels/self_test.py
+    chosen    the backend of each distinct op without weights
     """
 
     backends: Sequence[Backend]
@@ -116,6 +123,8 @@ class Kernels:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observe: Callable[[tuple[str, ...], LinearKernel], LinearKernel] | None = None
     choices: list[Choice] = field(default_factory=list)
+    samples: Samples | None = None
+    chosen: dict[OpSpec, Backend] = field(default_factory=dict)
     _logged: set[OpSpec] = field(default_factory=set)
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -153,6 +162,8 @@ class Kernels:
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
         self._record_weights(group, [weight], spec, backend, reason, made_from)
+        if self.samples is not None:
+            self.samples.setdefault(spec, ([weight], kernel, backend.name))
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
 
     def linear_spec(self, group: str, weight: Weight, made_from: str | None = None) -> LinearSpec:
@@ -212,6 +223,9 @@ class Kernels:
     def mla_decode(self, spec: MLASpec) -> MLAKernel:
         return self._record(spec).mla_decode(spec)
 
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        return self._record(spec).mamba2(spec)
+
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
 
@@ -237,6 +251,8 @@ class Kernels:
         backend, reason = self._choose(spec)
         kernel = backend.grouped_linear(weights, spec)
         self._record_weights(group, weights, spec, backend, reason)
+        if self.samples is not None:
+            self.samples.setdefault(spec, (weights, kernel, backend.name))
         return kernel
 
     def quantize(
@@ -279,8 +295,11 @@ class Kernels:
         reason = "writes its result as NVFP4, scales swizzled"
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
-    def _record(self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec) -> Backend:
+    def _record(
+        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
+    ) -> Backend:
         backend, reason = self._choose(spec)
+        self.chosen[spec] = backend
         self.choices.append(Choice(spec.kind, "-", 0.0, 0, backend.name, spec.dtype, reason))
         return backend
 

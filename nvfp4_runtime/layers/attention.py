@@ -16,7 +16,8 @@ from nvfp4_runtime.layers.norm import load_norm_weight
 class Attention:
     """One layer's attention, `prefix` being e.g. "model.layers.3.self_attn".
 
-    cos, sin  the rope tables, shared by all layers
+    layer_id  also the place of its keys and values in batch.kv, unless `cache_index` names another
+    cos, sin  the rope tables, shared by all layers; none of the dimensions turns where they are empty
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Attention:
         cos: Tensor,
         sin: Tensor,
         kv_dtype: KVDtype,
+        cache_index: int | None = None,
     ) -> None:
         heads, kv_heads, dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
         self.qkv_proj = Linear.fused(
@@ -46,7 +48,7 @@ class Attention:
         self.cos, self.sin = cos, sin
         self.eps = config.rms_norm_eps
         self.scale = dim**-0.5
-        self.layer_id = layer_id
+        self.layer_id = layer_id if cache_index is None else cache_index
         window = config.layer_windows[layer_id]
         self.rope = kernels.rope_and_cache(
             RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)

@@ -1,9 +1,10 @@
-"""The gated feed-forward (SwiGLU): fused gate and up, silu(gate) * up, down."""
+"""Feed-forwards: the gated one (SwiGLU: fused gate and up, silu(gate) * up, down) and the plain one with relu(x)^2."""
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import AdapterRows
@@ -43,3 +44,20 @@ class MLP:
         if self._quantizes is not None and self._quantized_under is not None:
             return self.down_proj(self._quantizes.quantize(gate_up, self._quantized_under, True))
         return self.down_proj(self.silu_mul(gate_up), adapters)
+
+
+class PlainMLP:
+    """down(relu(up(x))^2), `prefix` being e.g. "backbone.layers.3.mixer"."""
+
+    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str) -> None:
+        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
+        self.up_proj = Linear.single(ckpt, kernels, f"{prefix}.up_proj", inner, hidden)
+        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner)
+
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        return self.down_proj(relu_squared(self.up_proj(x, adapters)).to(self.dtype), adapters)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return x.relu().square()

@@ -9,8 +9,8 @@ from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MoEConfig
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.layers.linear import linear_kernel, load_weight
-from nvfp4_runtime.layers.mlp import MLP
+from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
+from nvfp4_runtime.layers.mlp import MLP, PlainMLP, relu_squared
 from nvfp4_runtime.nvfp4.weight import can_fuse, fuse
 
 
@@ -24,15 +24,24 @@ class MoE:
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
         self.config = config
         self.router = Router(ckpt, kernels, hidden, config, prefix)
-        self.experts = Experts(ckpt, kernels, hidden, config, f"{prefix}.experts")
+        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
+        self.into_latent: Linear | None = None
+        if latent := config.latent_size:
+            self.into_latent = Linear.single(ckpt, kernels, f"{prefix}.fc1_latent_proj", latent, hidden)
+            self.out_of_latent = Linear.single(ckpt, kernels, f"{prefix}.fc2_latent_proj", hidden, latent)
+        self.experts = Experts(ckpt, kernels, latent or hidden, config, f"{prefix}.experts")
         self.shared: SharedExpert | None = None
         if config.shared_size:
             self.shared = SharedExpert(ckpt, kernels, hidden, config, prefix)
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
-        """x [T, hidden] -> [T, hidden] of the stream's type. Adapters: on the shared expert, not on routed ones."""
+        """x [T, hidden] -> [T, hidden] of the stream's type. Adapters: on all but the router and routed experts."""
         weights, chosen = self.router(x)
-        y = self.experts(x, weights, chosen)
+        if self.into_latent is None:
+            y = self.experts(x, weights, chosen)
+        else:
+            latent = self.experts(self.into_latent(x, adapters).to(self.dtype), weights, chosen)
+            y = self.out_of_latent(latent.to(self.dtype), adapters)
         return y if self.shared is None else y + self.shared(x, adapters)
 
 
@@ -74,19 +83,21 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
 
 
 class Experts:
-    """All experts' gated feed-forwards: two grouped multiplications over the tokens sorted by expert."""
+    """All experts' feed-forwards, gated or plain: two grouped multiplications over the tokens sorted by expert."""
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
         count, inner = config.num_experts, config.intermediate_size
-        gates = ckpt.experts(prefix, "gate_proj", count, inner, hidden)
-        ups = ckpt.experts(prefix, "up_proj", count, inner, hidden)
+        projections = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
+        firsts = [ckpt.experts(prefix, name, count, inner, hidden) for name in projections]
         downs = ckpt.experts(prefix, "down_proj", count, hidden, inner)
         names = [f"{prefix}.{i}" for i in range(count)]
-        pairs = list(zip(gates, ups, strict=True))
-        self.halves = [gates, ups] if not all(can_fuse(pair) for pair in pairs) else [[fuse(pair) for pair in pairs]]
-        self.gate_up = [kernels.grouped_linear("experts.gate_up_proj", half, names) for half in self.halves]
+        if config.gated and all(can_fuse(pair) for pair in zip(*firsts, strict=True)):
+            firsts = [[fuse(pair) for pair in zip(*firsts, strict=True)]]
+        group = "experts.gate_up_proj" if config.gated else "experts.up_proj"
+        self.first = [kernels.grouped_linear(group, weights, names) for weights in firsts]
         self.down = kernels.grouped_linear("experts.down_proj", downs, names)
-        self.silu_mul = kernels.silu_mul(inner)
+        self.activation = kernels.silu_mul(inner) if config.gated else relu_squared
+        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.bounds = kernels.place(torch.arange(count + 1))
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -94,8 +105,9 @@ class Experts:
         num_tokens, top_k = chosen.shape
         order, offsets = by_expert(chosen, self.bounds)
         rows = x[order // top_k]  # [T * k, hidden], sorted by expert
-        gate_up = [kernel(rows, offsets) for kernel in self.gate_up]
-        y = self.down(self.silu_mul(gate_up[0] if len(gate_up) == 1 else torch.cat(gate_up, dim=-1)), offsets)
+        parts = [kernel(rows, offsets) for kernel in self.first]
+        inner = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(self.dtype)
+        y = self.down(inner, offsets)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         ranked = y[places].view(num_tokens, top_k, y.shape[1])
@@ -121,7 +133,11 @@ class SharedExpert:
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
         name = f"{prefix}.shared_expert" if config.shared_gate else f"{prefix}.shared_experts"
-        self.mlp = MLP(ckpt, kernels, hidden, config.shared_size, name)
+        self.mlp: MLP | PlainMLP
+        if config.gated:
+            self.mlp = MLP(ckpt, kernels, hidden, config.shared_size, name)
+        else:
+            self.mlp = PlainMLP(ckpt, kernels, hidden, config.shared_size, name)
         self.gate = None
         if config.shared_gate:
             weight = load_weight(ckpt, f"{prefix}.shared_expert_gate", 1, hidden, bias=False)

@@ -32,11 +32,13 @@ ARCHITECTURES = {
     "Glm4MoeForCausalLM": "llama",
     "Glm4MoeLiteForCausalLM": "llama",
     "DeepseekV3ForCausalLM": "llama",
+    "NemotronHForCausalLM": "nemotron_h",
 }
 
 # Tensors that no model reads, and why that is right.
 HARMLESS = {
     "*.rotary_emb.inv_freq": "computed from config.json",
+    "mtp.*": "predicts further tokens; speculation is not done here",
     "*.q_scale": "for attention in FP8; queries are not quantised here",
     "*.prob_output_scale": "for attention in FP8; probabilities are not quantised here",
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.errors import UnsupportedFormatError
 
 Raw = Mapping[str, Any]
@@ -58,6 +59,13 @@ def flag(raw: Raw, field: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise unsupported(field, value, "true or false")
     return bool(value)
+
+
+def declared_dtype(raw: Raw) -> Dtype:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise unsupported("dtype", name, "bfloat16, float16 or float32")
+    return cast(Dtype, name)
 
 
 def unsupported(field: str, found: object, expected: str) -> UnsupportedFormatError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from nvfp4_runtime.config import Dtype, ModelConfig
-from nvfp4_runtime.models.config_values import Raw, count, flag, number, token_ids, unsupported
+from nvfp4_runtime.config import ModelConfig
+from nvfp4_runtime.models import hf_nemotron_h
+from nvfp4_runtime.models.config_values import Raw, count, declared_dtype, flag, number, token_ids, unsupported
 from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
 from nvfp4_runtime.models.hf_rope import parse_rope
@@ -72,6 +73,8 @@ def parse_model_config(raw: Raw) -> ModelConfig:
     layout, and for values that cannot be.
     """
     architecture = parse_architecture(raw)
+    if architecture == hf_nemotron_h.ARCHITECTURE:
+        return hf_nemotron_h.parse_nemotron_h(raw)
     if architecture not in FAMILIES:
         raise unsupported("architectures", architecture, f"one of {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[architecture]
@@ -107,7 +110,7 @@ def parse_model_config(raw: Raw) -> ModelConfig:
         mlp_bias=_family_flag(raw, family.mlp_bias),
         qk_norm=_family_flag(raw, family.qk_norm),
         layer_windows=_windows(raw, family, num_layers),
-        dtype=_dtype(raw),
+        dtype=declared_dtype(raw),
         bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
         eos_token_ids=token_ids(raw, "eos_token_id"),
         moe=parse_moe(raw, ROUTERS[architecture], num_layers) if architecture in ROUTERS else None,
@@ -164,13 +167,6 @@ def _refuse_other_arithmetic(raw: Raw) -> None:
         value = raw.get(field)
         if value is not None and value != neutral:
             raise unsupported(field, value, f"{neutral} or nothing")
-
-
-def _dtype(raw: Raw) -> Dtype:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if name not in ("bfloat16", "float16", "float32"):
-        raise unsupported("dtype", name, "bfloat16, float16 or float32")
-    return cast(Dtype, name)
 
 
 def _family_flag(raw: Raw, rule: bool | str) -> bool:

@@ -39,8 +39,18 @@ ROUTERS = {
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def parse_moe(raw: Raw, router: Router, num_layers: int) -> MoEConfig:
-    """The mixture, with its field names in one spelling. Raises UnsupportedFormatError for values that cannot be."""
+def parse_moe(
+    raw: Raw,
+    router: Router,
+    num_layers: int,
+    shared_size: int | None = None,
+    gated: bool = True,
+    latent_size: int = 0,
+) -> MoEConfig:
+    """The mixture, with its field names in one spelling. Raises UnsupportedFormatError for values that cannot be.
+
+    shared_size, gated, latent_size  as in MoEConfig, where the architecture's own reader knows better
+    """
     field = next((name for name in _COUNTS if raw.get(name) is not None), _COUNTS[0])
     num_experts, top_k = count(raw, field), count(raw, "num_experts_per_tok")
     if top_k > num_experts:
@@ -64,8 +74,10 @@ def parse_moe(raw: Raw, router: Router, num_layers: int) -> MoEConfig:
         top_groups=top_groups,
         renormalise=router.renormalise is True or flag(raw, router.renormalise),
         scale=number(raw, "routed_scaling_factor", 1.0) if router.scoring == "sigmoid" else 1.0,
-        shared_size=_shared_size(raw, router, size),
+        shared_size=_shared_size(raw, router, size) if shared_size is None else shared_size,
         shared_gate=router.shared_gate,
+        gated=gated,
+        latent_size=latent_size,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
@@ -15,45 +14,69 @@ from nvfp4_runtime.sampling.state import SamplingState
 from nvfp4_runtime.structured.matcher import GrammarState
 
 
-@dataclass(frozen=True, slots=True)
 class Mask:
-    """What one grammar allows next, as the shorter of two lists, so that applying it costs little.
+    """What one grammar allows next.
 
-    ids      int64 [n]  ascending
-    allowed  these tokens alone may come; False: all but these
-    size     how many tokens the grammar knows; rows may be longer, and what is beyond may not come
+    words  int32 [W]  bit i of the whole: token i may come
+    size   how many tokens the grammar knows; rows may be longer, and what is beyond may not come
     """
 
-    ids: TokenIds
-    allowed: bool
-    size: int
+    __slots__ = ("_allowed", "_ids", "_words", "size")
+
+    def __init__(self, words: npt.NDArray[np.int32]) -> None:
+        self._words = words
+        self.size = 32 * len(words)
+        self._ids: TokenIds | None = None
+        self._allowed = False
+
+    def permits(self, token_id: int) -> bool:
+        return token_id < self.size and bool(int(self._words[token_id >> 5]) >> (token_id & 31) & 1)
+
+    def make_list(self) -> None:
+        """Find the tokens that may come, or those that may not, whichever are fewer: applying these costs little."""
+        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(bool)
+        self._allowed = 2 * int(np.count_nonzero(bits)) < len(bits)
+        self._ids = np.flatnonzero(bits if self._allowed else ~bits)
+
+    def few(self, vocab_size: int) -> TokenIds | None:
+        """The tokens below `vocab_size` that may come, ascending; None where it is most of them.
+
+        A tokenizer may have more tokens than the model has rows.
+        """
+        ids = self._listed()
+        if not self._allowed:
+            return None
+        if len(ids) == 0 or ids[-1] < vocab_size:
+            return ids
+        return ids[: int(ids.searchsorted(vocab_size))]
 
     def apply(self, row: FloatRow) -> FloatRow:
         """A copy of `row` with -Inf wherever no token may come."""
-        ids = self.within(len(row))
-        if self.allowed:
+        few = self.few(len(row))
+        if few is not None:
             masked = np.full_like(row, -np.inf)
-            masked[ids] = row[ids]
+            masked[few] = row[few]
             return masked
+        ids = self._listed()
         masked = row.copy()
-        masked[ids] = -np.inf
+        masked[ids[: int(ids.searchsorted(len(row)))]] = -np.inf
         masked[self.size :] = -np.inf
         return masked
 
-    def within(self, vocab_size: int) -> TokenIds:
-        """`ids` below `vocab_size`: a tokenizer may have more tokens than the model has rows."""
-        if len(self.ids) == 0 or self.ids[-1] < vocab_size:
-            return self.ids
-        return self.ids[: int(self.ids.searchsorted(vocab_size))]
+    def _listed(self) -> TokenIds:
+        if self._ids is None:
+            self.make_list()
+        assert self._ids is not None
+        return self._ids
 
 
 class _Job:
     """Masks that are being made. Lighter than a Future, which would cost as much as a mask."""
 
-    __slots__ = ("_done", "_failure", "_grammars", "_masks")
+    __slots__ = ("_done", "_failure", "_masks", "_states")
 
-    def __init__(self, grammars: Sequence[GrammarState]) -> None:
-        self._grammars = grammars
+    def __init__(self, states: Sequence[SamplingState]) -> None:
+        self._states = states
         self._masks: dict[GrammarState, Mask] = {}
         self._failure: Exception | None = None
         self._done = threading.Lock()
@@ -61,9 +84,13 @@ class _Job:
 
     def run(self) -> None:
         try:
-            words = np.zeros(max(grammar.num_words for grammar in self._grammars), dtype=np.int32)
-            for grammar in self._grammars:
-                self._masks[grammar] = _mask(grammar, words[: grammar.num_words])
+            for state in self._states:
+                assert state.grammar is not None
+                words = np.zeros(state.grammar.num_words, dtype=np.int32)
+                state.grammar.fill(words)
+                mask = self._masks[state.grammar] = Mask(words)
+                if state.params.temperature > 0:  # without, the likeliest token is often allowed, and no list is needed
+                    mask.make_list()
         except Exception as error:  # noqa: BLE001 - raised again where the mask is wanted
             self._failure = error
         finally:
@@ -93,8 +120,8 @@ class Masks:
 class MaskWorker:
     """One thread that makes masks while the model computes; the library drops the interpreter lock, as the kernels do.
 
-    Tried, and no better beyond the noise of the machine: to begin as soon as a token is chosen, and to make masks in
-    the engine's own thread.
+    Tried, and no better beyond the noise of the machine (batch 1, 8, 32 on two cores): to begin as soon as a token is
+    chosen, to make masks in the engine's own thread, and to have the library make a batch's in threads of its own.
     """
 
     def __init__(self) -> None:
@@ -103,14 +130,14 @@ class MaskWorker:
 
     def start(self, states: Sequence[SamplingState]) -> Masks | None:
         """Begin the masks of the constrained among `states`; None when there is none."""
-        grammars = [s.grammar for s in states if s.grammar is not None and s.grammar.applies]
-        return Masks(self._submit(grammars)) if grammars else None
+        constrained = [state for state in states if state.grammar is not None and state.grammar.applies]
+        return Masks(self._submit(constrained)) if constrained else None
 
-    def _submit(self, grammars: Sequence[GrammarState]) -> _Job:
+    def _submit(self, states: Sequence[SamplingState]) -> _Job:
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self._queue,), name="masks", daemon=True)
             self._thread.start()
-        job = _Job(grammars)
+        job = _Job(states)
         self._queue.put(job)
         return job
 
@@ -118,10 +145,3 @@ class MaskWorker:
 def _work(queue: SimpleQueue[_Job]) -> None:
     while True:
         queue.get().run()
-
-
-def _mask(grammar: GrammarState, words: npt.NDArray[np.int32]) -> Mask:
-    grammar.fill(words)
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little").view(bool)
-    few = 2 * int(np.count_nonzero(bits)) < len(bits)
-    return Mask(np.flatnonzero(bits if few else ~bits), few, len(bits))

@@ -52,7 +52,7 @@ def can_sample(state: SamplingState, position: int) -> bool:
     """Whether a DeviceSampler can choose the output token number `position` of this request."""
     params = state.params
     chosen_freely = state.grammar is None and not state.edits_logits and position >= params.min_tokens
-    return chosen_freely and params.logprobs is None
+    return chosen_freely and params.logprobs is None and state.free_at(position)
 
 
 class TorchSampler:

@@ -8,6 +8,7 @@ import msgspec
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.structured.spec import StructuredSpec
+from nvfp4_runtime.structured.thinking import ThinkingBudget
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -24,6 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprob_token_ids: report these tokens beside the sampled one instead of the likeliest; needs logprobs.
     allowed_token_ids: only these may be sampled; None for all.
     bad_words_token_ids: the last token of each sequence is forbidden where the output ends with those before it.
+    thinking: how long the model may reason; the tokens that end it are not subject to the lists above.
     """
 
     temperature: float = 1.0
@@ -45,6 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprob_token_ids: tuple[int, ...] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    thinking: ThinkingBudget | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise InvalidParameterError naming the first field that has another type or is out of range."""
@@ -86,6 +89,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             for token_id in getattr(self, name) or ():
                 _check_token(token_id, vocab_size, name)
         self._validate_token_lists()
+        if self.thinking is not None:
+            name, span = "thinking_token_budget", self.thinking.span
+            _check(self.thinking.num_tokens >= 0, name, self.thinking.num_tokens, "an integer >= 0")
+            marked = span.opens and span.closes and self.thinking.ending
+            _check(bool(marked), name, "an empty one", "given with markers of at least one token")
+            for token_id in self.thinking.token_ids:
+                _check_token(token_id, vocab_size, name)
 
     def _validate_token_lists(self) -> None:
         allowed, scored = self.allowed_token_ids, self.logprob_token_ids

@@ -54,8 +54,11 @@ class BatchSampler:
             if not math.isfinite(value):
                 answers.append(Sampled(-1, finite=False))
                 continue
+            if (forced := state.forced_token) is not None:
+                answers.append(_forced(row, forced, state))
+                continue
             if state.grammar is not None:
-                answers.append(self._sample_structured(row, state, state.grammar, masks))
+                answers.append(self._sample_structured(row, token_id, state, state.grammar, masks))
                 continue
             if state.edits_logits or state.awaits_min_tokens or state.params.temperature > 0:
                 # a row's -Inf, and what overflows to it when divided by a small temperature, are probability 0 as meant
@@ -65,9 +68,12 @@ class BatchSampler:
         return answers
 
     def _sample_structured(
-        self, row: FloatRow, state: SamplingState, grammar: GrammarState, masks: Masks | None
+        self, row: FloatRow, best: int, state: SamplingState, grammar: GrammarState, masks: Masks | None
     ) -> Sampled:
-        """The token of a row with a grammar, which moves on by it. Log-probabilities are those after the mask."""
+        """The token of a row with a grammar, which moves on by it. Log-probabilities are those after the mask.
+
+        best  the likeliest token without the grammar
+        """
         mask = None
         if grammar.applies:
             assert masks is not None
@@ -75,8 +81,12 @@ class BatchSampler:
         if (failure := _failure(grammar)) is not None:
             return failure
         ids = None
-        if mask is not None and mask.allowed and _only_chooses(state):
-            ids = mask.within(len(row))  # a few of many tokens, and nobody asks for the others
+        if mask is not None and _only_chooses(state):  # nobody asks for the tokens that cannot come
+            if state.params.temperature == 0 and mask.permits(best):
+                grammar.accept(best)
+                return _failure(grammar) or Sampled(best)
+            ids = mask.few(len(row))
+        if ids is not None:
             row = row[ids]
         elif mask is not None:
             row = mask.apply(row)
@@ -115,6 +125,15 @@ def _failure(grammar: GrammarState) -> Sampled | None:
     if grammar.error is None:
         return None
     return Sampled(-1, finite=False, error=f"the grammar cannot go on: {grammar.error}")
+
+
+def _forced(row: FloatRow, token_id: int, state: SamplingState) -> Sampled:
+    """A token that comes whatever its logit is. Its log-probability is the model's own."""
+    if state.grammar is not None:
+        state.grammar.accept(token_id)
+        if (failure := _failure(state.grammar)) is not None:
+            return failure
+    return _answer(row, token_id, state)
 
 
 def _only_chooses(state: SamplingState) -> bool:

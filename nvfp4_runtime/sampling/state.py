@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.structured.matcher import GrammarState
+from nvfp4_runtime.structured.thinking import ThinkingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,11 @@ class SamplingState:
     grammar: GrammarState | None = None
     edits_logits: bool = field(init=False)
     penalises: bool = field(init=False)
+    _thinking: ThinkingState | None = field(init=False)
 
     def __post_init__(self) -> None:
         p = self.params
+        self._thinking = None if p.thinking is None else ThinkingState(p.thinking.span, p.thinking)
         self.penalises = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         restricts = p.allowed_token_ids is not None or bool(p.bad_words_token_ids)
         self.edits_logits = self.penalises or bool(p.logit_bias) or restricts
@@ -76,6 +79,21 @@ class SamplingState:
             if before == 0 or tuple(self.output_token_ids[-before:]) == word[:-1]:
                 found.append(word[-1])
         return found
+
+    @property
+    def forced_token(self) -> int | None:
+        """What comes next, the reasoning's budget being spent, whatever the logits say; a grammar has its way first."""
+        if self._thinking is None or self.is_constrained:
+            return None
+        self._thinking.follow(self.output_token_ids)
+        return self._thinking.forced
+
+    def free_at(self, position: int) -> bool:
+        """Whether output token `position` is certainly no forced one."""
+        if self._thinking is None:
+            return True
+        self._thinking.follow(self.output_token_ids)
+        return self._thinking.free_at(position)
 
     @property
     def is_constrained(self) -> bool:

@@ -84,6 +84,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._limits: Any = None
+        self._special: dict[str, int] | None = None
         self._cache: OrderedDict[bytes, tuple[LLMatcher | str, int]] = OrderedDict()
         self._cache_bytes = cache_bytes
         self.cached_bytes = 0
@@ -142,7 +143,7 @@ class GrammarCompiler:
         if self._trial is not None and len(spec.value) > DIRECT_BYTES and (reason := self._trial(spec)) is not None:
             return reason
         try:
-            grammar = grammar_text(spec)
+            grammar = grammar_text(spec, self._special_tokens)
         except InvalidParameterError as error:
             return str(error).removeprefix(f"{spec.param} ")
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=self._limits)
@@ -155,6 +156,17 @@ class GrammarCompiler:
             if self._tokenizer is None:
                 self._tokenizer, self._limits = _load_tokenizer(self._vocabulary)
             return self._tokenizer
+
+    def _special_tokens(self) -> dict[str, int]:
+        """Text -> id; those that end an answer are no part of one."""
+        if self._special is None:
+            tokenizer = self._load()
+            ids = filter(tokenizer.is_special_token, range(tokenizer.vocab_size))
+            eos = {tokenizer.eos_token, *self._vocabulary.eos_token_ids}
+            found = {tokenizer.decode_bytes([i]).decode("utf-8", "replace"): i for i in ids if i not in eos}
+            # rows of the model without a token are called <[id]>
+            self._special = {text: token_id for text, token_id in found.items() if text != f"<[{token_id}]>"}
+        return self._special
 
     def _token_bytes(self, token_id: int) -> bytes:
         assert self._tokenizer is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvfp4_runtime.structured.ebnf import ebnf_to_lark, looks_like_ebnf
@@ -15,8 +16,11 @@ BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-def grammar_text(spec: StructuredSpec) -> str:
-    """The grammar. Raises InvalidParameterError for what can be seen without compiling."""
+def grammar_text(spec: StructuredSpec, special: Callable[[], Mapping[str, int]]) -> str:
+    """The grammar. Raises InvalidParameterError for what can be seen without compiling.
+
+    special  the tokenizer's special tokens: text -> id
+    """
     match spec.kind:
         case "json_object":
             return _json_grammar(spec, ANY_OBJECT)
@@ -32,7 +36,7 @@ def grammar_text(spec: StructuredSpec) -> str:
             lark = ebnf_to_lark(spec.value) if looks_like_ebnf(spec.value) else spec.value
             return json.dumps({"grammars": [{"lark_grammar": lark}]})
         case "structural_tag":
-            lark = structural_tag_to_lark(spec, spec.json_value())
+            lark = structural_tag_to_lark(spec, spec.json_value(), special())
             return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 

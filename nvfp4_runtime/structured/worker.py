@@ -18,6 +18,7 @@ from typing import IO
 import msgspec
 
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.process import die_with_parent
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.spec import StructuredSpec
 
@@ -138,6 +139,7 @@ def _until_eof() -> None:
 
 
 def main() -> int:
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides; its end closes our stdin
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

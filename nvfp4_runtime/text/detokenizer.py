@@ -27,15 +27,24 @@ class ByteDecoder:
         self, tokenizer: Tokenizer, skip_special_tokens: bool = True, kept: frozenset[int] = frozenset()
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
+        self._whole_text = tokenizer.whole_text
         self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waits = False  # bytes of an unfinished character
 
     def push(self, token_id: int) -> str:
         """Text that is certain after this token; bytes of an unfinished character wait."""
-        return "" if token_id in self._skipped else self._utf8.decode(self._token_bytes(token_id))
+        if token_id in self._skipped:
+            return ""
+        if not self._waits and (text := self._whole_text(token_id)) is not None:
+            return text
+        text = self._utf8.decode(self._token_bytes(token_id))
+        self._waits = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What was still waiting: U+FFFD for an unfinished character."""
+        self._waits = False
         return self._utf8.decode(b"", final=True)
 
 
@@ -177,6 +186,7 @@ class Detokenizer:
             )
         )
         self._scanner = StopScanner(stop, include_stop_str_in_output)
+        self._scans = bool(stop)
         self._min_tokens = min_tokens
         self.num_tokens = 0
 
@@ -187,7 +197,17 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Text that is certain and may be shown after this token."""
         self.num_tokens += 1
-        return self._scanner.push(self._decoder.push(token_id), armed=self.num_tokens > self._min_tokens)
+        text = self._decoder.push(token_id)
+        return self._scanner.push(text, armed=self.num_tokens > self._min_tokens) if self._scans else text
+
+    def push_all(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """As `push` of one after the other, up to one that completes a stop string: text and how many."""
+        text = ""
+        for i, token_id in enumerate(token_ids, start=1):
+            text += self.push(token_id)
+            if self._scanner.found is not None:
+                return text, i
+        return text, len(token_ids)
 
     def skip(self) -> None:
         """Count a token without showing it (the stop token that ended the request)."""

@@ -73,6 +73,7 @@ class Tokenizer:
         spelled = {raw.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         self._byte_tokens = spelled if "ByteFallback" in decoder_types else {}
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
         texts = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._prefixes = frozenset(text[:end] for text in texts for end in range(1, len(text)))
@@ -174,6 +175,11 @@ class Tokenizer:
         token: str | None = self._raw.id_to_token(token_id) if token_id >= 0 else None
         return token or ""
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token that the vocabulary spells so; None without one."""
+        found: int | None = self._raw.token_to_id(token)
+        return found
+
     def byte_of(self, token_id: int) -> int | None:
         """The byte that a byte-fallback token such as <0x0A> stands for; None for every other token."""
         return self._byte_tokens.get(token_id)
@@ -184,6 +190,19 @@ class Tokenizer:
         if found is None:
             found = self._bytes[token_id] = self._token_bytes(token_id)
         return found
+
+    def whole_text(self, token_id: int) -> str | None:
+        """A token's text if its bytes are whole characters, else None."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text: str | None = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._whole_texts[token_id] = text
+        return text
 
     def token_text(self, token_id: int) -> str:
         """A token alone as text, for logprobs; parts of characters show as U+FFFD."""
@@ -209,8 +228,7 @@ class Tokenizer:
 
     def _id_of(self, role: str) -> int | None:
         text = self.special_tokens.get(role)
-        token_id: int | None = self._raw.token_to_id(text) if text is not None else None
-        return token_id
+        return self.id_of(text) if text is not None else None
 
     def _encode(self, raw: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
         try:

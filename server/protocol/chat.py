@@ -10,6 +10,7 @@ from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.fields import Int, ShortStr, TemplateStr, Text, check_num_logprobs, note_unknown
 from server.protocol.generation import GenerationRequest
 from server.protocol.not_honoured import NOT_HONOURED, NOT_HONOURED_CHAT
+from server.reasoning.request import ReasoningFields
 from server.tools.request import ToolFields
 
 
@@ -34,7 +35,7 @@ class ChatMessage(BaseModel):
         note_unknown(f"{where}.", self)
 
 
-class ChatCompletionRequest(GenerationRequest, ToolFields):
+class ChatCompletionRequest(GenerationRequest, ToolFields, ReasoningFields):
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]

@@ -60,6 +60,7 @@ def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
 
 
 Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[Int, Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 ShortStr = Annotated[str, Field(max_length=MAX_STRING_CHARS)]
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]

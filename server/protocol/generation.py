@@ -11,6 +11,7 @@ from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from server.protocol.fields import (
     MAX_STOP_CHARS,
+    Count,
     Int,
     Number,
     RequestBody,
@@ -37,6 +38,7 @@ NOT_WITH_BEAM_SEARCH = (
     "bad_words",
     "prompt_logprobs",
     "logprob_token_ids",
+    "thinking_token_budget",
 )
 
 
@@ -83,6 +85,7 @@ class GenerationRequest(StructuredFields, RequestBody):
     echo: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    thinking_token_budget: Count | None = None
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] = "left"
     priority: Int = 0

@@ -9,28 +9,65 @@ from pydantic import BaseModel, ConfigDict, Field
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
 from server.protocol.fields import Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
+from server.protocol.message_blocks import AnthropicMessage, chat_messages, text_of
+from server.reasoning.request import Effort
+from server.tools.request import MAX_TOOLS, Tool
+
+MIN_THINKING_BUDGET = 1024  # Anthropic's
 
 # Known fields that are not honoured, with the values that ask for nothing. null always does.
 _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),  # says nothing without tools
-    "thinking": ({"type": "disabled"},),
     "mcp_servers": ([],),
     "container": (),
     "context_management": (),
-    "output_format": (),
-    "output_config": ({},),
     "speed": ("standard",),
 }
 
 
-class AnthropicMessage(BaseModel):
-    """One turn: text, or a list of blocks."""
+class AnthropicTool(BaseModel):
+    """A function the model may call. `input_schema` is a JSON schema of an object."""
 
     model_config = ConfigDict(extra="allow")
+    type: Literal["custom"] = "custom"
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
 
-    role: Literal["user", "assistant"]
-    content: Text | list[dict[str, Any]]
+    def as_chat(self) -> Tool:
+        given = {
+            name: value for name in ("name", "description", "strict") if (value := getattr(self, name)) is not None
+        }
+        return Tool.model_validate({"type": "function", "function": given | {"parameters": self.input_schema}})
+
+
+class AnthropicToolChoice(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+    def as_chat(self) -> str | dict[str, Any]:
+        if self.type == "tool":
+            if self.name is None:
+                raise InvalidParameterError("tool_choice of type tool needs name", "tool_choice")
+            return {"type": "function", "function": {"name": self.name}}
+        return "required" if self.type == "any" else self.type
+
+
+class Thinking(BaseModel):
+    """Whether the model may reason, and for how many tokens at most. It is shown whole, never left out."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["enabled", "disabled"]
+    budget_tokens: Int | None = None
+    display: Literal["summarized"] | None = None
+
+
+class OutputConfig(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    effort: Effort | None = None
+    format: dict[str, Any] | None = None
 
 
 class Metadata(BaseModel):
@@ -45,6 +82,11 @@ class CountTokensRequest(RequestBody):
     model: ShortStr
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: Text | list[dict[str, Any]] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] = Field([])
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Refuse known fields that are not honoured. Raises InvalidParameterError naming the field."""
@@ -55,19 +97,62 @@ class CountTokensRequest(RequestBody):
 
     def as_chat(self) -> ChatCompletionRequest:
         """The same conversation as a chat completion; a last turn of the assistant's is continued."""
-        return ChatCompletionRequest(**self._chat_fields())
+        chat = ChatCompletionRequest(**self._chat_fields())
+        if self.thinking is not None and self.thinking.type == "enabled":
+            chat.ask_for_reasoning()
+        return chat
 
     def _chat_fields(self) -> dict[str, Any]:
-        messages = [_chat_message(message, i) for i, message in enumerate(self.messages)]
+        messages = chat_messages(self.messages)
         continues = self.messages[-1].role == "assistant"
         if self.system is not None:
-            messages.insert(0, ChatMessage(role="system", content=_text(self.system, "system")))
+            messages.insert(0, ChatMessage(role="system", content=text_of(self.system, "system")))
         return {
             "model": self.model,
             "messages": messages,
             "continue_final_message": continues,
             "add_generation_prompt": not continues,
+            **self._tool_fields(),
+            **self._thinking_fields(),
+            **self._format_fields(),
         }
+
+    def _tool_fields(self) -> dict[str, Any]:
+        choice = self.tool_choice
+        found: dict[str, Any] = {"tools": [tool.as_chat() for tool in self.tools]} if self.tools else {}
+        if choice is not None and (self.tools or choice.type not in ("auto", "none")):
+            found |= {
+                "tool_choice": choice.as_chat(),
+                "parallel_tool_calls": not choice.disable_parallel_tool_use,
+            }
+        return found
+
+    def _thinking_fields(self) -> dict[str, Any]:
+        thinking, effort = self.thinking, self.output_config.effort if self.output_config is not None else None
+        if thinking is not None and thinking.type == "disabled":
+            return {"reasoning_effort": "none"}
+        found: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        if thinking is not None:
+            if thinking.budget_tokens is None or thinking.budget_tokens < MIN_THINKING_BUDGET:
+                raise InvalidParameterError(
+                    f"thinking.budget_tokens must be an integer >= {MIN_THINKING_BUDGET}, got {thinking.budget_tokens}",
+                    "thinking",
+                )
+            found["thinking_token_budget"] = thinking.budget_tokens
+        return found
+
+    def _format_fields(self) -> dict[str, Any]:
+        inner = self.output_config.format if self.output_config is not None else None
+        if inner is not None and self.output_format is not None:
+            raise InvalidParameterError("output_config.format and output_format: give one of them", "output_format")
+        form = inner or self.output_format
+        if form is None:
+            return {}
+        param = "output_format" if inner is None else "output_config"
+        if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+            raise InvalidParameterError(f"{param}: expected type json_schema and schema, an object", param)
+        schema = {"name": "output", "schema": form["schema"]}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 class MessagesRequest(CountTokensRequest):
@@ -88,6 +173,11 @@ class MessagesRequest(CountTokensRequest):
             raise InvalidParameterError(
                 f"temperature must be a number in [0, 1], got {self.temperature}", "temperature"
             )
+        budget = self.thinking.budget_tokens if self.thinking is not None else None
+        if budget is not None and budget >= self.max_tokens:
+            raise InvalidParameterError(
+                f"thinking.budget_tokens must be less than max_tokens ({self.max_tokens}), got {budget}", "thinking"
+            )
 
     def _chat_fields(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
@@ -96,33 +186,3 @@ class MessagesRequest(CountTokensRequest):
             | {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences, "stream": self.stream}
             | {name: value for name, value in given.items() if value is not None}
         )
-
-
-def _chat_message(message: AnthropicMessage, position: int) -> ChatMessage:
-    note_unknown(f"messages.{position}.", message)
-    if isinstance(message.content, str):
-        return ChatMessage(role=message.role, content=message.content)
-    where = f"messages.{position}.content"
-    thought = [block for block in message.content if block.get("type") == "thinking"]
-    said = [block for block in message.content if block.get("type") != "thinking"]
-    reasoning = "\n".join(_string(block, "thinking", where) for block in thought) if thought else None
-    return ChatMessage(role=message.role, content=_text(said, where), reasoning=reasoning)
-
-
-def _text(content: str | list[dict[str, Any]], where: str) -> str:
-    if isinstance(content, str):
-        return content
-    for block in content:
-        if block.get("type") != "text":
-            raise InvalidParameterError(
-                f"{where}: this server takes text blocks only, found a block of type {block.get('type')!r:.64}",
-                where.partition(".")[0],
-            )
-    return "\n".join(_string(block, "text", where) for block in content)
-
-
-def _string(block: dict[str, Any], name: str, where: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise InvalidParameterError(f"{where}: a {name} block needs a string", where.partition(".")[0])
-    return value

@@ -14,7 +14,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "ec_transfer_params": (),
     "vllm_xargs": ({},),
     "repetition_detection": (),
-    "thinking_token_budget": (),
 }
 # What older clients of vLLM and OpenAI send, by the name that took its place.
 _STRUCTURED = "structured_outputs took its place"
@@ -30,8 +29,11 @@ REPLACED = {
 NOT_HONOURED |= dict.fromkeys(REPLACED, ())
 NOT_HONOURED_COMPLETION: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": ()}
 NOT_HONOURED_CHAT: dict[str, tuple[Any, ...]] = {
-    "reasoning_effort": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "return_assistant_tokens_mask": (False,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
 }

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
+from server.protocol.fields import Count, Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
+from server.protocol.response_items import messages_of
+from server.reasoning.request import EFFORTS
+from server.structured import JsonObject
+from server.tools.request import MAX_TOOLS, Tool
 
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
 # Known fields that are not honoured, with the values that ask for nothing. null always does.
 _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # says nothing without tools
-    "parallel_tool_calls": (True, False),
-    "max_tool_calls": (),
-    "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
+    "max_tool_calls": (),  # counts calls of OpenAI's own tools
     "truncation": ("disabled",),
     "prompt": (),
     "conversation": (),
     "context_management": (),
     "service_tier": ("auto", "default"),
-    "stream_options": ({},),
+    "stream_options": ({}, {"include_obfuscation": False}),
 }
 # Sampling fields of vLLM that go to the chat as they are.
 _PASSED_ON = (
@@ -44,8 +44,39 @@ _PASSED_ON = (
     "cache_salt",
     "priority",
     "user",
+    "structured_outputs",
+    "chat_template_kwargs",
+    "thinking_token_budget",
+    "include_reasoning",
 )
-_ITEM_ROLES = ("system", "developer", "user", "assistant")
+
+
+class ResponsesTool(BaseModel):
+    """A function the model may call. `parameters` is a JSON schema of an object; none: it takes nothing."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def as_chat(self) -> Tool:
+        given = {name: value for name in _FUNCTION if (value := getattr(self, name)) is not None}
+        return Tool.model_validate({"type": "function", "function": given})
+
+    def written(self) -> dict[str, Any]:
+        """As a response repeats it."""
+        return {"type": "function", **{name: getattr(self, name) for name in _FUNCTION}}
+
+
+class ResponsesToolChoice(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    name: str
+
+
+_FUNCTION = ("name", "description", "parameters", "strict")
 
 
 class ResponsesRequest(RequestBody):
@@ -81,6 +112,30 @@ class ResponsesRequest(RequestBody):
     timeout: Number | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     text: dict[str, Any] = Field({})
+    reasoning: dict[str, Any] = Field({})
+    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)] = Field([])
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    structured_outputs: JsonObject | None = None
+    chat_template_kwargs: dict[ShortStr, Any] | None = None
+    thinking_token_budget: Count | None = None
+    include_reasoning: bool | None = None
+
+    @property
+    def effort(self) -> str | None:
+        """`reasoning.effort`. Raises InvalidParameterError where it is none."""
+        effort = self.reasoning.get("effort")
+        if effort is not None and effort not in EFFORTS:
+            raise InvalidParameterError(
+                f"reasoning.effort must be one of {', '.join(EFFORTS)}, found {effort!r:.64}", "reasoning"
+            )
+        return effort
+
+    @property
+    def tool_choice_written(self) -> str | dict[str, Any]:
+        """As a response repeats it."""
+        choice = self.tool_choice
+        return choice if isinstance(choice, str) else {"type": "function", "name": choice.name}
 
     @property
     def text_format(self) -> dict[str, Any]:
@@ -98,6 +153,9 @@ class ResponsesRequest(RequestBody):
             if name in _NOT_HONOURED and value not in _NOT_HONOURED[name]:
                 raise InvalidParameterError(f"{name}: {value!r:.100} is not supported by this server", name)
         note_unknown("", self, _NOT_HONOURED)
+        for name, value in self.reasoning.items():
+            if name != "effort" and value is not None:
+                raise InvalidParameterError(f"reasoning.{name:.64} is not supported by this server", "reasoning")
         if self.text.get("verbosity") is not None:
             raise InvalidParameterError("text.verbosity is not supported by this server; leave it out", "text")
         if unknown := [name for name in self.include if name != LOGPROBS]:
@@ -117,20 +175,7 @@ class ResponsesRequest(RequestBody):
         """The turns in `input`."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        messages: list[dict[str, Any]] = []
-        reasoning: list[str] = []
-        for i, item in enumerate(self.input):
-            if item.get("type") == "reasoning":
-                reasoning.append(_reasoning_text(item, i))
-                continue
-            message = _message(item, i)
-            if reasoning and message["role"] == "assistant":
-                message["reasoning"] = "\n".join(reasoning)
-                reasoning = []
-            messages.append(message)
-        if not messages:
-            raise InvalidParameterError("input holds no message; expected at least one", "input")
-        return messages
+        return messages_of(self.input)
 
     def as_chat(self, messages: list[dict[str, Any]]) -> ChatCompletionRequest:
         """The chat that answers `messages`."""
@@ -144,29 +189,14 @@ class ResponsesRequest(RequestBody):
         if form.get("type") == "json_schema":
             form = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
         given["response_format"] = form
+        if self.effort is not None:
+            given["reasoning_effort"] = self.effort
+        if self.tools:
+            given |= {"tools": [tool.as_chat() for tool in self.tools], "parallel_tool_calls": self.parallel_tool_calls}
+        if isinstance(self.tool_choice, ResponsesToolChoice):
+            given["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+        elif self.tools or self.tool_choice == "required":  # auto and none say nothing without tools
+            given["tool_choice"] = self.tool_choice
         return ChatCompletionRequest(
             model=self.model, messages=turns, stream=self.stream, max_completion_tokens=self.max_output_tokens, **given
         )
-
-
-def _message(item: dict[str, Any], position: int) -> dict[str, Any]:
-    kind, role, content = item.get("type", "message"), item.get("role"), item.get("content")
-    if kind != "message":
-        raise InvalidParameterError(
-            f"input.{position}: this server takes items of type message and reasoning, found {kind!r:.64}", "input"
-        )
-    if role not in _ITEM_ROLES:
-        raise InvalidParameterError(f"input.{position}.role must be one of {_ITEM_ROLES}, found {role!r:.64}", "input")
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise InvalidParameterError(f"input.{position}.content must be a string or a list of parts", "input")
-    return {"role": role, "content": content}
-
-
-def _reasoning_text(item: dict[str, Any], position: int) -> str:
-    parts = item.get("content") or item.get("summary") or []
-    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidParameterError(f"input.{position}: a reasoning item needs parts with a text", "input")
-    return "\n".join(str(text) for text in texts)

@@ -32,6 +32,11 @@ class ReasoningStyle:
         return Harmony() if self.is_harmony else ThinkTags(self.begins_open(prompt))
 
     @property
+    def tags(self) -> tuple[str, str]:
+        """Around the reasoning, where it is not a channel."""
+        return THINK, THINK_END
+
+    @property
     def markers(self) -> tuple[str, ...]:
         return Harmony.markers if self.is_harmony else ThinkTags.markers
 

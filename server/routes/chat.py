@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from server.errors import json_response
 from server.form import AnswerForm
 from server.formatting import TokenNames, usage_of
 from server.generation import Piece, make_jobs, off_loop, until_disconnect
+from server.message import Delta
 from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, bad_words_token_ids, encode_chat, fit, output_budget
 from server.protocol.chat import ChatCompletionRequest
@@ -26,6 +28,7 @@ from server.streaming import ChunkWriter, EventStream
 
 router = APIRouter()
 ROLE = "assistant"
+_ONLY_CONTENT = {"content"}
 
 
 class Chat:
@@ -49,19 +52,17 @@ class Chat:
         self.form = AnswerForm(body, server.styles, prompt.text)
         bad_words = bad_words_token_ids(body.bad_words, server.text.tokenizer)
         params = body.sampling_params(budget, server.config.default_sampling, body.prompt_logprobs, bad_words)
-        params = msgspec.structs.replace(params, structured=self.form.structured)
-        jobs = make_jobs([self.prompt_token_ids], [params], body.n)
+        params = msgspec.structs.replace(params, structured=self.form.structured, thinking=self.form.thinking)
+        jobs = make_jobs([self.prompt_token_ids], [params], body.n, self.form.span)
         kept = self.form.kept_special_ids(server.text.tokenizer)
         self.generation = start_generation(server, body, answer, jobs, kept)
         self.writers = [self.form.writer() for _ in range(body.n)]
 
-    async def content_pieces(self) -> AsyncGenerator[Piece, None]:
-        """The generation's pieces with their content alone: for endpoints that show no reasoning."""
+    async def news(self) -> AsyncGenerator[tuple[Piece, list[Delta]], None]:
+        """The generation's pieces, each with what is new of its choice's message."""
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
-                deltas = self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
-                piece.text = "".join(delta.get("content", "") for delta in deltas)
-                yield piece
+                yield piece, self.writers[piece.index].push(piece.text, piece.finish_reason is not None)
 
     def echo_text(self) -> str:
         """echo: the last message's text, if it is the assistant's own, comes before the new text."""
@@ -83,6 +84,8 @@ class Chat:
         always = body.logprobs or body.return_token_ids
         echo = self.echo_text()
         begun: set[int] = set()
+        only_text = not (always or continuous)
+        writers = [chunks.text_chunk(partial(_content, i)) for i in range(body.n)]
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 extra = {"usage": usage_of(self.generation.choices, body.n, details)} if continuous else {}
@@ -95,6 +98,10 @@ class Chat:
                         yield chunks.choice(_delta(piece.index, {"content": echo}), extra)
                 ends = piece.finish_reason is not None
                 deltas = self.writers[piece.index].push(piece.text, ends)
+                if only_text and not ends and all(delta.keys() == _ONLY_CONTENT for delta in deltas):
+                    for delta in deltas:
+                        yield writers[piece.index](delta["content"])
+                    continue
                 if not deltas and (always or ends):
                     deltas = [{} if self.writers[piece.index].calls else {"content": ""}]
                 for i, delta in enumerate(deltas):
@@ -153,6 +160,10 @@ class Chat:
             "token_ids": choice.token_ids if self.body.return_token_ids else None,
             "routed_experts": None,
         }
+
+
+def _content(index: int, text: str) -> dict[str, Any]:
+    return _delta(index, {"content": text})
 
 
 def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from starlette.responses import Response
 
 from nvfp4_runtime.engine.messages import TokenLogprob
 from nvfp4_runtime.errors import InvalidParameterError
+from nvfp4_runtime.structured.thinking import ThinkingBudget
 from server.beam_search import start_generation
 from server.errors import json_response
 from server.formatting import CompletionLogprobs, TokenNames, usage_of
@@ -20,11 +22,13 @@ from server.generation import ChoiceState, Piece, make_jobs, off_loop, until_dis
 from server.openapi import GENERATION_RESPONSES
 from server.prompts import EncodedPrompt, bad_words_token_ids, encode_prompts, fit, num_chars, output_budget
 from server.protocol.completions import CompletionRequest
+from server.reasoning.tokens import thinking_of
 from server.state import Answer, ServerState
 from server.streaming import ChunkWriter, EventStream
 
 router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
+PROMPT_END = 16  # tokens that are looked at for an opened reasoning
 
 
 @dataclass
@@ -67,7 +71,8 @@ class _Completion:
             budget = output_budget(asked, default, len(ids), limit, "max_tokens")
             defaults = server.config.default_sampling
             one = body.sampling_params(budget, defaults, self._prompt_logprobs(), bad_words)
-            params.append(msgspec.structs.replace(one, structured=body.structured_spec()))
+            thinking = self._thinking(ids)
+            params.append(msgspec.structs.replace(one, structured=body.structured_spec(), thinking=thinking))
             fitted.append(prompt if ids is prompt.token_ids and prompt.text else EncodedPrompt("", ids))
         jobs = make_jobs([prompt.token_ids for prompt in fitted], params, body.n)
         self.generation = start_generation(server, body, answer, jobs)
@@ -83,6 +88,13 @@ class _Completion:
         """What the engine computes: for prompt_logprobs, and for the prompt's part of echoed logprobs."""
         wanted = [self.body.prompt_logprobs, self.body.logprobs if self.body.echo else None]
         return max((count for count in wanted if count is not None), default=None)
+
+    def _thinking(self, prompt_token_ids: list[int]) -> ThinkingBudget | None:
+        """The bound of the reasoning that the prompt leads into, if the request sets one."""
+        if self.body.thinking_token_budget is None:
+            return None
+        end = self.server.text.tokenizer.decode(prompt_token_ids[-PROMPT_END:], skip_special_tokens=False)
+        return thinking_of(self.server.styles.reasoning_tokens, end, self.body.thinking_token_budget)[1]
 
     def echo_text(self, choice: _Choice) -> str:
         if not self.body.echo:
@@ -109,8 +121,15 @@ class _Completion:
         details = self.server.config.enable_prompt_tokens_details
         chunks = ChunkWriter(answer.id, "text_completion", answer.created, answer.model, self.server.fingerprint)
         always = body.logprobs is not None or body.return_token_ids
+        continuous = with_usage and options is not None and options.continuous_usage_stats
+        only_text = not (always or body.echo or continuous)
+        writers = [chunks.text_chunk(partial(self.text_choice, i)) for i in range(len(self.choices))]
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
+                if only_text and piece.finish_reason is None:
+                    if piece.text:
+                        yield writers[piece.index](piece.text)
+                    continue
                 choice = self.take(piece)
                 text, entries = piece.text, list[TokenLogprob | None](piece.logprobs)
                 begins = not choice.begun and (body.echo or body.return_token_ids)
@@ -124,7 +143,7 @@ class _Completion:
                 if begins and body.return_token_ids:
                     written["prompt_token_ids"] = choice.prompt.token_ids
                 extra = {}
-                if with_usage and options is not None and options.continuous_usage_stats:
+                if continuous:
                     extra["usage"] = usage_of(self.generation.choices, body.n, details)
                 yield chunks.choice(written, extra, last=piece.finish_reason is not None)
         if with_usage:
@@ -136,11 +155,16 @@ class _Completion:
         logprobs = None
         if choice.logprobs is not None:
             logprobs = choice.logprobs.of(entries, choice.prompt.token_ids[0])
-        written: dict[str, Any] = {"index": piece.index, "text": text, "logprobs": logprobs}
-        written |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        written = self.text_choice(piece.index, text)
+        written |= {"logprobs": logprobs, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
         if self.body.return_token_ids:
             written["token_ids"] = piece.token_ids
         return written
+
+    @staticmethod
+    def text_choice(index: int, text: str) -> dict[str, Any]:
+        """A choice's text as it goes on, with nothing else to say of it."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     async def whole(self) -> dict[str, Any]:
         """The unstreamed answer: all fields, nulls included."""

@@ -93,7 +93,9 @@ class _Embedding:
         try:
             async for output in stream:
                 if output.finish_reason == "error":
-                    raise GenerationError(output.error or "the engine could not complete this request")
+                    raise GenerationError(
+                        output.error or "the engine could not complete this request", output.error_code
+                    )
                 if output.embedding is not None:
                     self._running.discard(stream.request_id)
                     self.server.metrics.released(stream.request_id)

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import EngineDeadError
 from server.errors import error_response, json_response
+from server.health import why_not_healthy, why_not_live, why_not_ready
 from server.metrics_port import metrics_response
 from server.openapi import HEALTH_RESPONSES, TEXT_RESPONSES, json_responses
 from server.state import ServerState
@@ -19,13 +20,25 @@ router = APIRouter()
 @router.get("/ping", responses=HEALTH_RESPONSES, response_class=Response)
 @router.post("/ping", responses=HEALTH_RESPONSES, response_class=Response)
 async def health(request: Request) -> Response:
-    """200 and empty while the engine runs, else 503 with the reason."""
-    server = ServerState.of(request)
-    if server.draining:
-        return error_response(EngineDeadError("the server is shutting down"))
-    if not server.engine.alive:
-        return error_response(EngineDeadError(server.engine.death_reason or "the engine is not running"))
-    return Response(status_code=200)
+    """200 and empty while the engine runs and progresses, else 503 with the reason. A full queue is no reason."""
+    reason = why_not_healthy(ServerState.of(request))
+    return Response(status_code=200) if reason is None else error_response(EngineDeadError(reason))
+
+
+@router.get("/health/live", responses=HEALTH_RESPONSES, response_class=Response)
+async def live(request: Request) -> Response:
+    """200 while this process turns, unless an engine that hangs could not be replaced for twice the stall timeout."""
+    return _answer("live", why_not_live(ServerState.of(request)))
+
+
+@router.get("/health/ready", responses=HEALTH_RESPONSES, response_class=Response)
+async def ready(request: Request) -> Response:
+    """200 while a new request would be served: /health, and room in the queue. Else 503 with the reason."""
+    return _answer("ready", why_not_ready(ServerState.of(request)))
+
+
+def _answer(status: str, reason: str | None) -> Response:
+    return json_response({"status": status}) if reason is None else error_response(EngineDeadError(reason))
 
 
 @router.get("/metrics", responses=TEXT_RESPONSES, response_class=Response)

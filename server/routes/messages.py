@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.content_blocks import ContentBlocks
 from server.errors import ANTHROPIC_PATH, in_dialect, json_response, renamed_params
 from server.generation import Piece, until_disconnect
 from server.openapi import MESSAGES_RESPONSES, anthropic_responses
@@ -21,7 +22,13 @@ from server.state import Answer, ServerState
 from server.streaming import EventStream, named_event
 
 router = APIRouter()
-_PARAMS = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+_PARAMS = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking",
+    "reasoning_effort": "output_config",
+    "response_format": "output_config",
+}
 
 
 class _Message:
@@ -30,6 +37,7 @@ class _Message:
     def __init__(self, chat: Chat, message_id: str) -> None:
         self.chat = chat
         self.id = message_id
+        self.blocks = ContentBlocks()
 
     def head(self) -> dict[str, Any]:
         return {
@@ -55,40 +63,42 @@ class _Message:
         }
 
     async def whole(self) -> dict[str, Any]:
-        text, last = "", Piece(0)
-        async with aclosing(self.chat.content_pieces()) as pieces:
-            async for piece in pieces:
-                text += piece.text
+        last = Piece(0)
+        async with aclosing(self.chat.news()) as news:
+            async for piece, deltas in news:
+                self.blocks.push(deltas)
                 last = piece
-        content = [{"type": "text", "text": text}] if text else []
+        self.blocks.finish()
         num_tokens = self.chat.generation.choices[0].num_tokens
-        return self.head() | _stop(last) | {"content": content, "usage": self.usage(num_tokens)}
+        content = self.blocks.content
+        return self.head() | self.stop(last) | {"content": content, "usage": self.usage(num_tokens)}
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         begun, last = False, Piece(0)
-        async with aclosing(self.chat.content_pieces()) as pieces:
-            async for piece in pieces:
+        async with aclosing(self.chat.news()) as news:
+            async for piece, deltas in news:
                 last = piece
                 if not begun:
                     begun = True
                     yield named_event({"type": "message_start", "message": self.head()})
-                    block = {"type": "text", "text": ""}
-                    yield named_event({"type": "content_block_start", "index": 0, "content_block": block})
-                if piece.text:
-                    delta = {"type": "text_delta", "text": piece.text}
-                    yield named_event({"type": "content_block_delta", "index": 0, "delta": delta})
+                for event in self.blocks.push(deltas):
+                    yield named_event(event)
+        for event in self.blocks.finish():
+            yield named_event(event)
         num_tokens = self.chat.generation.choices[0].num_tokens
-        yield named_event({"type": "content_block_stop", "index": 0})
-        yield named_event({"type": "message_delta", "delta": _stop(last), "usage": self.usage(num_tokens)})
+        yield named_event({"type": "message_delta", "delta": self.stop(last), "usage": self.usage(num_tokens)})
         yield named_event({"type": "message_stop"})
 
-
-def _stop(last: Piece) -> dict[str, Any]:
-    if last.finish_reason == "length":
-        return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if isinstance(last.stop_reason, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": last.stop_reason}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
+    def stop(self, last: Piece) -> dict[str, Any]:
+        """How the message ended."""
+        reason, sequence = "end_turn", None
+        if last.finish_reason == "length":
+            reason = "max_tokens"
+        elif isinstance(last.stop_reason, str):
+            reason, sequence = "stop_sequence", last.stop_reason
+        elif self.chat.writers[0].calls:
+            reason = "tool_use"
+        return {"stop_reason": reason, "stop_sequence": sequence}
 
 
 def _error_event(body: dict[str, Any]) -> bytes:

@@ -16,6 +16,8 @@ from nvfp4_runtime.errors import InvalidParameterError, NVFP4Error, QueueFullErr
 from server.errors import json_response, renamed_params
 from server.generation import until_disconnect
 from server.openapi import RESPONSES_RESPONSES, json_responses
+from server.output_items import OutputItems
+from server.protocol.response_items import check_results
 from server.protocol.responses import ResponsesRequest
 from server.response_store import StoredResponse
 from server.routes.chat import Chat, begin_chat
@@ -25,8 +27,13 @@ from server.terms import tenant_of
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
-_PARAMS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
-_WHERE = {"output_index": 0, "content_index": 0}
+_PARAMS = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text",
+    "reasoning_effort": "reasoning",
+}
+_KEPT = ("role", "reasoning", "tool_calls")  # of an answer, beside its content
 
 
 class _Response:
@@ -36,61 +43,50 @@ class _Response:
         self.chat = chat
         self.asked = asked
         self.id = f"resp_{secrets.token_hex(24)}"  # whoever knows it may read what is kept
-        self.item_id = f"msg_{secrets.token_hex(24)}"
         self.messages = messages
         self.failure: NVFP4Error | None = None
-        self._text = ""
-        self._logprobs: list[dict[str, Any]] = []
+        self._output = OutputItems()
         self.body = self._body("in_progress")
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Generate, telling every step. A failure of the engine is the last event, and `failure`."""
         yield {"type": "response.created", "response": self.body}
         yield {"type": "response.in_progress", "response": self.body}
-        yield {"type": "response.output_item.added", "output_index": 0, "item": self._item("in_progress", [])}
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        yield {"type": "response.content_part.added", "item_id": self.item_id, **_WHERE, "part": part}
         finish_reason = None
         try:
-            async with aclosing(self.chat.content_pieces()) as pieces:
-                async for piece in pieces:
+            async with aclosing(self.chat.news()) as news:
+                async for piece, deltas in news:
                     shown = self.chat.logprobs(piece.logprobs)
-                    logprobs = shown["content"] if shown else []
-                    self._text += piece.text
-                    self._logprobs += logprobs
                     finish_reason = piece.finish_reason
-                    if piece.text or logprobs:
-                        delta = {"delta": piece.text, "logprobs": logprobs}
-                        yield {"type": "response.output_text.delta", "item_id": self.item_id, **_WHERE, **delta}
+                    for event in self._output.push(deltas, shown["content"] if shown else []):
+                        yield event
         except NVFP4Error as error:
             self.failure = error
             self.body = self._body("failed", error={"code": "server_error", "message": str(error)})
             yield {"type": "response.failed", "response": self.body}
             return
         status = {"stop": "completed", "length": "incomplete"}.get(finish_reason or "", "cancelled")
-        self.finish(status)
-        (item,) = self.body["output"]
-        whole = {"text": self._text, "logprobs": self._logprobs}
-        yield {"type": "response.output_text.done", "item_id": self.item_id, **_WHERE, **whole}
-        yield {"type": "response.content_part.done", "item_id": self.item_id, **_WHERE, "part": item["content"][0]}
-        yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+        for event in self.finish(status):
+            yield event
         yield {"type": f"response.{status}", "response": self.body}
 
-    def finish(self, status: str) -> None:
-        """Set `body` to what it is now that nothing more comes."""
-        part = {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self._logprobs}
-        item = self._item("completed" if status == "completed" else "incomplete", [part])
-        self.body = self._body(status, output=[item], usage=self._usage())
+    def finish(self, status: str) -> list[dict[str, Any]]:
+        """Set `body` to what it is now that nothing more comes; the events of the last item."""
+        events: list[dict[str, Any]] = self._output.finish("completed" if status == "completed" else "incomplete")
+        self.body = self._body(status, output=self._output.items, usage=self._usage())
+        return events
 
     def keep(self, task: asyncio.Task[None] | None = None) -> StoredResponse:
         """Put the response as it stands into the store, with the turns that a next one goes on from."""
-        said = [{"role": "assistant", "content": self._text}] if self.body["output"] else []
+        said = []
+        if self.body["output"]:
+            message = self.chat.writers[0].message("assistant", "")
+            said = [
+                {name: message[name] for name in _KEPT if message.get(name)} | {"content": message["content"] or ""}
+            ]
         stored = StoredResponse(self.body, self.messages + said, self.chat.answer.terms.tenant, task)
         self.chat.server.responses.put(stored)
         return stored
-
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _usage(self) -> dict[str, Any]:
         (choice,) = self.chat.generation.choices
@@ -100,7 +96,7 @@ class _Response:
             "input_tokens": num_prompt,
             "input_tokens_details": {"cached_tokens": cached},
             "output_tokens": choice.num_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": choice.num_reasoning_tokens or 0},
             "total_tokens": num_prompt + choice.num_tokens,
         }
 
@@ -128,16 +124,16 @@ class _Response:
             "metadata": asked.metadata,
             "model": self.chat.answer.model,
             "output": output or [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": asked.parallel_tool_calls,
             "previous_response_id": asked.previous_response_id,
             "prompt": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": asked.effort, "summary": None},
             "service_tier": "default",
             "store": asked.store,
             "temperature": params.temperature,
             "text": {"format": asked.text_format},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": asked.tool_choice_written,
+            "tools": [tool.written() for tool in asked.tools],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
@@ -212,6 +208,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         else _finished(server, body.previous_response_id, answer.terms.tenant).messages
     )
     messages = before + body.new_messages()
+    check_results(messages)
     with renamed_params(_PARAMS):
         chat = await begin_chat(server, body.as_chat(messages), answer)
     response = _Response(chat, body, messages)

@@ -11,6 +11,9 @@ _CONSTRAIN = "<|constrain|>"
 _RECIPIENT = " to="
 MAX_HEADER_CHARS = 1024
 FINAL = f"{_CHANNEL}final{_MESSAGE}"  # from here on the answer itself
+ANALYSIS = f"{_CHANNEL}analysis{_MESSAGE}"
+END = _ENDS[0]
+REPLY = f"{_START}assistant"
 
 
 class Harmony:

@@ -52,7 +52,6 @@ class ToolFields(BaseModel):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool = True
-    include_reasoning: bool = True
 
     def check_tools(self) -> None:
         """Refuse what can be refused without the model. Raises InvalidParameterError naming the field."""

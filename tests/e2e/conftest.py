@@ -32,7 +32,7 @@ class LiveServer:
             cwd=REPOSITORY,
             stdout=self._stdout,
             stderr=self._stderr,
-            env=os.environ | (env or {}),
+            env=os.environ | {"NVFP4_DRAIN_DELAY": "0"} | (env or {}),
         )
         try:
             self.url = self._wait_ready()

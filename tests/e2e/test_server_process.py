@@ -80,6 +80,15 @@ def test_sigterm_lets_running_streams_finish_and_exits_0(launch: Launch) -> None
     assert "length" in lines[-4]
 
 
+def test_sigterm_ends_an_idle_server_at_once(launch: Launch) -> None:
+    server = launch("--simulate", "--max-model-len", "128")
+    with httpx.Client() as client:  # whose connection stays open
+        assert client.get(f"{server.url}/health").status_code == 200
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < 1
+
+
 def test_sigterm_ends_streams_that_take_longer_than_the_timeout(launch: Launch) -> None:
     server = launch(*SLOW, "--shutdown-timeout", "1")
     stream(server, 4000, threading.Event())[0]
@@ -107,7 +116,7 @@ def test_second_signal_ends_at_once(launch: Launch) -> None:
 
 
 def test_killed_engine_gives_streams_an_error_event_and_the_server_exits_3(launch: Launch) -> None:
-    server = launch(*SLOW)
+    server = launch(*SLOW, "--exit-on-engine-death")
     thread, lines = stream(server, 4000, threading.Event())
     engine = server.engine_pid()
     os.kill(engine, signal.SIGKILL)

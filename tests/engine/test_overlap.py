@@ -19,6 +19,7 @@ from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.sampling.on_device import TorchSampler
 from nvfp4_runtime.sampling.sampler import BatchSampler
+from nvfp4_runtime.structured.thinking import ThinkingBudget, ThinkingSpan
 from tests.engine.helpers import make_engine, submit, tokens_of
 from tests.engine.twin import HashModel, TwinDevice
 
@@ -91,7 +92,18 @@ def random_params(draw: random.Random) -> dict[str, Any]:
     found |= draw.choice([{}] * 8 + [{"logprobs": 2}, {"prompt_logprobs": 1}, {"presence_penalty": 1.5}])
     found |= draw.choice([{}] * 4 + [{"min_tokens": min(3, found["max_tokens"])}, {"logit_bias": {7: 5.0}}])
     found |= draw.choice([{}, {"ignore_eos": True}, {"stop_token_ids": (20, 30, 40)}])
+    if draw.random() < 0.3:
+        found["thinking"] = random_budget(draw)
     return found
+
+
+def random_budget(draw: random.Random) -> ThinkingBudget:
+    """Markers short enough to be met by chance, in any shape there is."""
+    closes = draw.choice([(50,), (50, 51)])
+    ending = draw.choice([closes, (*closes, 52, 53)])
+    blanks = draw.choice([None, (), tuple(range(0, 90, 2))])
+    span = ThinkingSpan((9,), closes, draw.random() < 0.7, blanks)
+    return ThinkingBudget(span, draw.choice([0, 1, 2, 5, 11]), ending)
 
 
 def run(engine: Engine, work: Workload) -> dict[str, list[TokenOutput]]:
@@ -105,7 +117,7 @@ def run(engine: Engine, work: Workload) -> dict[str, list[TokenOutput]]:
             if (output := engine.abort(name)) is not None:
                 outputs.setdefault(name, []).append(output)
         if turn in work.preemptions and engine.scheduler.running:
-            engine.scheduler._preempt(engine.scheduler.running.pop())
+            engine.scheduler.preempt(engine.scheduler.running[-1])
         if engine.has_work:
             for output in engine.step()[0]:
                 outputs.setdefault(output.request_id, []).append(output)
@@ -153,6 +165,7 @@ def test_random_workloads_give_the_plain_engines_outputs(seed: int) -> None:
         "max_model_len": 64,
     }
     work = Workload.random(draw, 64)
+    budgets = {one.request_id: one.params.thinking for arrived in work.arrivals.values() for one in arrived}
     expected = run(plain_engine(options), work)
     engine = overlapped_engine(options, draw.choice(["none", "most", "random"]), draw.random() < 0.6, seed)
     found = run(engine, work)
@@ -161,13 +174,24 @@ def test_random_workloads_give_the_plain_engines_outputs(seed: int) -> None:
         assert_same_or_aborted(found[name], expected[name])
         SEEN[str(found[name][-1].finish_reason)] += 1
         SEEN["logprobs"] += found[name][-1].logprobs is not None
+        SEEN["spent budgets"] += 50 in tokens_of(found[name]) and budgets[name] is not None
     SEEN["preemptions"] += engine.scheduler.num_preemptions
     SEEN["prefix hits"] += engine.scheduler.prefix_hits
     SEEN["graph steps"] += engine.twin.num_replayed  # type: ignore[attr-defined]  # put there above
 
 
 def test_the_random_workloads_met_every_case() -> None:
-    cases = ("stop", "length", "abort", "error", "logprobs", "preemptions", "prefix hits", "graph steps")
+    cases = (
+        "stop",
+        "length",
+        "abort",
+        "error",
+        "logprobs",
+        "preemptions",
+        "prefix hits",
+        "graph steps",
+        "spent budgets",
+    )
     missing = {case: SEEN[case] for case in cases if SEEN[case] < 10}
     assert not missing, f"met fewer than ten times: {missing}"
 

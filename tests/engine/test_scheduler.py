@@ -57,7 +57,7 @@ def any_sequence_of_actions(num_blocks: int, budget: int, max_num_seqs: int, pre
             assert output.finish_reason == "abort"
             aborted.add(name)
         elif action == "preempt" and engine.scheduler.running:
-            engine.scheduler._preempt(engine.scheduler.running.pop())
+            engine.scheduler.preempt(engine.scheduler.running[-1])
         elif action == "step" and engine.has_work:
             for output in engine.step()[0]:
                 got.setdefault(output.request_id, []).append(output)
@@ -112,7 +112,7 @@ def test_a_preempted_request_goes_before_those_that_waited() -> None:
     for name in ("first", "second", "third"):
         engine.add(submit(name, [1, 2, 3], 6))
     engine.step()
-    engine.scheduler._preempt(engine.scheduler.running.pop())
+    engine.scheduler.preempt(engine.scheduler.running[-1])
     assert [request.id for request in engine.scheduler.waiting] == ["second", "third"]
     assert [output.request_id for output in engine.step()[0]] == ["first", "second"]
 

@@ -30,6 +30,7 @@ FAMILIES = {
     "glm4_moe": tiny.glm4_moe_config(),
     "glm4_moe_lite": tiny.glm4_moe_lite_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
+    "nemotron_h": tiny.nemotron_h_config(),
     "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
 }
 

@@ -44,7 +44,9 @@ class PagedRunner:
         self.model = model
         self.block_size = block_size
         device = torch.device("cpu")
-        self.kv: tuple[CacheLayer, ...] = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, device)
+        self.kv: tuple[CacheLayer, ...] = allocate(
+            model.kv_specs, model.kv_dtype, num_blocks, block_size, device, num_slots=32
+        )
         # block 0 is the null block
         shuffled = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
         self.free: list[int] = shuffled.tolist()
@@ -80,6 +82,7 @@ class PagedRunner:
             cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32),
             logits_rows=torch.tensor(range(len(ids)) if logits_rows is None else logits_rows, dtype=torch.int64),
             kv=self.kv,
+            state_slots=torch.tensor([1 + seq for seq, _ in pieces]),
         )
 
     def run(self, *pieces: tuple[int, Sequence[int]]) -> list[Tensor]:

@@ -26,6 +26,7 @@ CONFIGS = {
     "glm4_moe": tiny.glm4_moe_config(),
     "glm4_moe_lite": tiny.glm4_moe_lite_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
+    "nemotron_h": tiny.nemotron_h_config(),
     "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
 }
 PROMPT = torch.randint(0, 320, (70,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -40,7 +41,7 @@ def dequantised(tensors: tiny.Tensors) -> tiny.Tensors:
             plain[name] = codec.dequantize(
                 tensor, tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"]
             )
-        elif leaf in ("weight", "bias") or leaf.endswith("correction_bias"):
+        elif not leaf.startswith("weight_scale") and leaf != "input_scale":
             plain[name] = tensor
     return plain
 

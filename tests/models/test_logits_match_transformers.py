@@ -71,6 +71,23 @@ DEEPSEEK = {
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 0,
 }
+NEMOTRON = {
+    "num_hidden_layers": None,
+    "head_dim": 16,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
+NEMOTRON_MOE = {
+    **NEMOTRON,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "routed_scaling_factor": 2.5,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -111,6 +128,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek v3": ("DeepseekV3", {**DEEPSEEK, "rope_parameters": DEEPSEEK_YARN}),
     "deepseek v3, one query projection": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}),
     "glm4 moe lite": ("Glm4MoeLite", {**DEEPSEEK, "qk_nope_head_dim": 24, "n_group": 1, "topk_group": 1}),
+    "nemotron h": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "M-M*-M-"}),
+    "nemotron h moe": ("NemotronH", {**NEMOTRON_MOE, "hybrid_override_pattern": "MEM*EME"}),
+    "nemotron h latent moe": ("NemotronH", {**NEMOTRON_MOE, "hybrid_override_pattern": "ME*E", "moe_latent_size": 32}),
     "glm4 moe in groups": ("Glm4Moe", {**GLM_MOE, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
 }
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]

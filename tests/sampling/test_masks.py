@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nvfp4_runtime.sampling.masks import Mask
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.sampling.sampler import BatchSampler
 from nvfp4_runtime.sampling.state import SamplingState
@@ -148,3 +149,29 @@ def test_broken_logits_are_reported_as_ever() -> None:
     logits[0, 5] = math.nan
     (answer,) = BatchSampler().sample(logits, [state_of(0, {3})])
     assert (answer.finite, answer.error) == (False, None)
+
+
+@pytest.mark.parametrize("allowed", [set(), {0}, {V - 1, 31, 32}, set(range(V)) - {5, 64}, set(range(32 * WORDS))])
+def test_a_mask_permits_and_applies_the_same_tokens(allowed: set[int]) -> None:
+    words = np.zeros(WORDS, dtype=np.int32)
+    Allows(allowed).unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    row = np.arange(V, dtype=np.float32)
+    mask = Mask(words)
+    assert {i for i in range(V) if mask.permits(i)} == {i for i in allowed if i < V}
+    assert set(np.flatnonzero(mask.apply(row) >= 0)) == {i for i in allowed if i < V}
+    few = mask.few(V)
+    assert few is None or set(few) == {i for i in allowed if i < V}
+    assert not mask.permits(32 * WORDS)
+
+
+def test_a_greedy_choice_is_the_same_whether_the_likeliest_token_is_allowed_or_not() -> None:
+    logits = logits_of(9, 4)
+    best = logits.argmax(dim=-1).tolist()
+    for token_id, without in ((best[0], False), (best[1], True)):
+        i = best.index(token_id)
+        allowed = set(range(0, V, 3)) - {token_id} if without else set(range(0, V, 3)) | {token_id}
+        state = state_of(0, allowed, temperature=0.0)
+        (answer,) = BatchSampler().sample(logits[i : i + 1], [state])
+        assert answer.token_id == max(sorted(allowed), key=lambda t: logits[i, t].item())
+        assert state.grammar is not None
+        assert state.grammar._matcher.left == 10**9 - 1  # type: ignore[attr-defined]  # the grammar moved on, once

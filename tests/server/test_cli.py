@@ -74,6 +74,13 @@ def test_errors_are_one_line_that_names_the_flag(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "nvfp4: the port must be between 0 and 65535, found 70000 [--port]\n"
 
 
+@pytest.mark.parametrize("flag", ["--simulate-step-seconds=1", "--simulate-script=x"])
+def test_flags_of_the_simulation_need_it(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", flag]) == 1
+    name = flag.partition("=")[0]
+    assert capsys.readouterr().err == f"nvfp4: {name} says how to simulate; it needs --simulate\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -44,6 +44,7 @@ async def test_plain_answer_has_every_field_nulls_included(serve: Serve) -> None
     assert choice == dict.fromkeys(CHOICE_FIELDS) | {"index": 0, "text": "Hello", "finish_reason": "length"}
     assert body["usage"] == {
         "prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14, "prompt_tokens_details": None,
+        "completion_tokens_details": None,
     }  # fmt: skip
 
 

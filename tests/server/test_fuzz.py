@@ -60,19 +60,54 @@ def bodies(kind: type[BaseModel], /, **given_fields: Any) -> Any:
 
 
 PROMPTS = st.text(max_size=9) | st.lists(st.integers(0, 258), max_size=5) | VALUES
-BLOCKS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "thinking"])}, optional={"text": VALUES}))
+NAMES = st.sampled_from(["f", "g"]) | VALUES
+BLOCKS = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "thinking", "tool_use", "tool_result", "image"])},
+        optional={
+            "text": VALUES, "thinking": VALUES, "id": NAMES, "name": NAMES, "tool_use_id": NAMES, "is_error": VALUES,
+            "input": st.just({}) | VALUES, "content": VALUES | st.lists(PARTS, max_size=2),
+        },
+    ),
+    max_size=3,
+)  # fmt: skip
 TURNS = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=9) | BLOCKS}),
     max_size=3,
 )
-ITEMS = st.lists(MESSAGES.map(lambda m: m[0] if m else {}) | st.dictionaries(st.text(max_size=5), VALUES), max_size=3)
+CALLS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["function_call", "function_call_output", "reasoning"])},
+    optional={
+        "call_id": NAMES, "name": NAMES, "arguments": st.sampled_from(["{}", "{", "[1]"]) | VALUES,
+        "output": st.text(max_size=5) | st.lists(PARTS, max_size=2) | VALUES, "content": VALUES, "summary": VALUES,
+    },
+)  # fmt: skip
+ITEMS = st.lists(
+    MESSAGES.map(lambda m: m[0] if m else {}) | CALLS | st.dictionaries(st.text(max_size=5), VALUES), max_size=4
+)
+SCHEMAS = st.just({"type": "object"}) | VALUES
+TOOLS: dict[str, Any] = {
+    "tools": st.none()
+    | st.lists(
+        st.fixed_dictionaries({"name": NAMES, "input_schema": SCHEMAS}, optional={"type": st.just("function") | VALUES})
+        | st.fixed_dictionaries({"type": st.just("function"), "name": NAMES}, optional={"parameters": SCHEMAS}),
+        max_size=2,
+    ),
+    "tool_choice": st.none()
+    | st.sampled_from(["auto", "required", {"type": "any"}, {"type": "tool", "name": "f"}])
+    | st.fixed_dictionaries({"type": st.just("function"), "name": NAMES}),
+}
 FEW = {"max_tokens": st.integers(-1, 20) | VALUES}
 REQUESTS = st.one_of(
     st.tuples(st.just("/v1/completions"), bodies(CompletionRequest, prompt=PROMPTS)),
     st.tuples(st.just("/v1/chat/completions"), bodies(ChatCompletionRequest, messages=MESSAGES | VALUES)),
-    st.tuples(st.just("/v1/responses"), bodies(ResponsesRequest, input=st.text(max_size=9) | ITEMS | VALUES)),
-    st.tuples(st.just("/v1/messages"), bodies(MessagesRequest, model=st.just("tiny"), messages=TURNS | VALUES, **FEW)),
-    st.tuples(st.just("/v1/messages/count_tokens"), bodies(CountTokensRequest, model=st.just("tiny"), messages=TURNS)),
+    st.tuples(st.just("/v1/responses"), bodies(ResponsesRequest, input=st.text(max_size=9) | ITEMS | VALUES, **TOOLS)),
+    st.tuples(
+        st.just("/v1/messages"), bodies(MessagesRequest, model=st.just("tiny"), messages=TURNS | VALUES, **FEW, **TOOLS)
+    ),
+    st.tuples(
+        st.just("/v1/messages/count_tokens"), bodies(CountTokensRequest, model=st.just("tiny"), messages=TURNS, **TOOLS)
+    ),
     st.tuples(st.just("/v1/embeddings"), bodies(EmbeddingRequest, input=PROMPTS)),
     st.tuples(st.just("/tokenize"), bodies(TokenizeRequest, messages=MESSAGES | st.none())),
     st.tuples(st.just("/detokenize"), bodies(DetokenizeRequest, tokens=st.lists(st.integers(-1, 300)) | VALUES)),

@@ -65,15 +65,6 @@ async def test_reasoning_can_be_left_out(serve: Serve) -> None:
     assert (found["reasoning"], found["content"]) == (None, "Yes")
 
 
-async def test_endpoints_without_a_field_for_it_leave_it_out(serve: Serve) -> None:
-    server = await serve(engine=says("hm</think>Yes"), text=text_of(OPENED))
-    messages = [{"role": "user", "content": "Hi"}]
-    anthropic = await server.post("/v1/messages", {"messages": messages, "model": "tiny", "max_tokens": 50})
-    assert anthropic.json()["content"] == [{"type": "text", "text": "Yes"}]
-    response = await server.post("/v1/responses", {"input": "Hi", "model": "tiny"})
-    assert response.json()["output"][0]["content"][0]["text"] == "Yes"
-
-
 async def test_calls_come_after_the_reasoning(serve: Serve) -> None:
     said = '<tool_call> is it?</think>\n<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
     found = await message(serve, OPENED, said, tools=[WEATHER])

@@ -24,14 +24,15 @@ NOT_HONOURED = [
     ("early_stopping", True), ("length_penalty", 0.5), ("logprob_token_ids", [1]), ("session_id", "s"),
     ("return_token_offsets", True), ("routed_experts_prompt_start", 3), ("kv_transfer_params", {"a": 1}),
     ("ec_transfer_params", {"a": 1}), ("vllm_xargs", {"a": 1}), ("repetition_detection", {"a": 1}),
-    ("thinking_token_budget", 5), ("best_of", 3), ("best_of", True), ("functions", []),
+    ("thinking_token_budget", -1), ("best_of", 3), ("best_of", True), ("functions", []),
     ("function_call", "auto"), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
     ("guided_grammar", "root ::= x"), ("guided_decoding_backend", "auto"),
 ]  # fmt: skip
 NOT_HONOURED_COMPLETION = [("suffix", "end"), ("prompt_embeds", "AAAA")]
 NOT_HONOURED_CHAT = [
     ("reasoning_effort", "low"), ("chat_template", "{{ x }}"), ("media_io_kwargs", {"a": 1}),
-    ("mm_processor_kwargs", {"a": 1}), ("return_assistant_tokens_mask", True),
+    ("mm_processor_kwargs", {"a": 1}), ("return_assistant_tokens_mask", True), ("modalities", ["text", "audio"]),
+    ("audio", {"voice": "x"}), ("web_search_options", {}), ("verbosity", "low"),
 ]  # fmt: skip
 
 
@@ -266,3 +267,12 @@ async def test_unknown_model_is_a_404_in_vllms_words(serve: Serve) -> None:
         assert_error(response, 404, "model", "The model `other` does not exist.")
         assert response.json()["error"]["type"] == "NotFoundError"
         assert (await server.post(path, body_for(path, model="tiny-alias"))).json()["model"] == "tiny-alias"
+
+
+@pytest.mark.parametrize("path", [*BOTH, "/v1/responses", "/tokenize"])
+async def test_json_that_is_nested_too_deep_to_read_is_a_400(serve: Serve, path: str) -> None:
+    server = await serve()
+    content = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    response = await server.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert_error(response, 400, None, "nested too deep")
+    assert response.json()["error"]["type"] == "BadRequestError"

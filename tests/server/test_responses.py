@@ -205,7 +205,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
     ({"input": [{"type": "reasoning", "content": [{"text": "x"}]}]}, "input"), ({"input": "x" * 300}, "input"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "o"}]}, "input"),
-    ({"tools": [{"type": "function", "name": "f"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "web_search"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
     ({"text": {"format": {"type": "odd"}}}, "text"), ({"text": {"format": 5}}, "text"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text"), ({"text": {"verbosity": "low"}}, "text"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 5}}}, "text"),

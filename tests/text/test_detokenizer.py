@@ -156,3 +156,17 @@ def test_stop_string_of_special_tokens_works_when_they_are_shown() -> None:
     detokenizer = Detokenizer(BYTES, stop=["<|im_end|>"], skip_special_tokens=False)
     assert detokenizer.push(97) + detokenizer.push(258) == "a"
     assert detokenizer.stopped_by == "<|im_end|>"
+
+
+@given(
+    st.lists(st.sampled_from([97, 98, 99, 0xC3, 0xA9, 258]), max_size=40),
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=2),
+)
+def test_pushing_all_gives_what_pushing_one_by_one_gives(ids: list[int], stop: list[str]) -> None:
+    one_by_one, all_at_once = Detokenizer(BYTES, stop=stop), Detokenizer(BYTES, stop=stop)
+    text, num_taken = "", 0
+    for token_id in ids:
+        if one_by_one.stopped_by is None:
+            text, num_taken = text + one_by_one.push(token_id), num_taken + 1
+    assert all_at_once.push_all(ids) == (text, num_taken)
+    assert all_at_once.stopped_by == one_by_one.stopped_by

@@ -28,6 +28,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -145,6 +147,9 @@ class BlackwellBackend:
         raise KernelError(self._not_here(spec))
 
     def mla_decode(self, spec: MLASpec) -> MLAKernel:
+        raise KernelError(self._not_here(spec))
+
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(self._not_here(spec))
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from nvfp4_runtime.config import Numerics
-from nvfp4_runtime.errors import ConfigError, KernelError
+from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.cpu.checks import MOST, StepMemo
 from nvfp4_runtime.kernels.cpu.cores import physical_cores as physical_cores
 from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
@@ -23,6 +23,7 @@ from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, 
 from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4, row_amax
+from nvfp4_runtime.kernels.cpu.states import NativeMamba2, NativeMLA
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
@@ -32,6 +33,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -55,7 +58,6 @@ except ImportError as e:
     _missing = str(e)
 
 NOT_BUILT = "extension not built: install a C++17 compiler (and Python's headers) and run `pip install .` again"
-_NO_MLA = "no native kernel for multi-head latent attention"
 MAX_HEAD_DIM = 512  # csrc/rows.h: kMaxHeadDim
 FP8_SCALE_STEP = 64  # csrc/types.h: kPlainChunk
 
@@ -96,13 +98,11 @@ class CPUBackend:
     def refuses(self, spec: OpSpec) -> str | None:
         if self._context is None:
             return "extension not built"
-        if isinstance(spec, MLASpec):
-            return _NO_MLA
         if isinstance(spec, QuantizeSpec):
             return None
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
-        if not isinstance(spec, RopeSpec) and spec.out_dtype not in ("bfloat16", "float32"):
+        if not isinstance(spec, RopeSpec | Mamba2Spec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
         if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
             return reason
@@ -118,6 +118,8 @@ class CPUBackend:
                 return reason
         if isinstance(spec, RopeSpec) and (spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim):
             return f"rotary_dim must be even and at most head_dim {spec.head_dim}, asked for {spec.rotary_dim}"
+        if isinstance(spec, Mamba2Spec) and spec.num_heads % spec.num_groups:
+            return f"{spec.num_heads} heads do not divide over {spec.num_groups} groups"
         if isinstance(spec, PagedAttentionSpec) and spec.window is not None and spec.window < 1:
             return f"a window is at least 1 token, asked for {spec.window}"
         return None
@@ -161,7 +163,10 @@ class CPUBackend:
         return NativePagedAttention(self._context, self._memo, spec)
 
     def mla_decode(self, spec: MLASpec) -> MLAKernel:
-        raise KernelError(_NO_MLA)
+        return NativeMLA(self._context, spec)
+
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        return NativeMamba2(self._context, spec)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
@@ -207,7 +212,12 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
         return {"hidden": spec.hidden}
     if isinstance(spec, ActivationSpec):
         return {"twice the width": 2 * spec.width}
-    assert not isinstance(spec, MLASpec)  # refused before anybody asks
+    if isinstance(spec, MLASpec):
+        width = spec.kv_lora_rank + spec.rope_dim
+        return {"the number of heads": spec.num_heads, "kv_lora_rank": spec.kv_lora_rank, "a key's width": width}
+    if isinstance(spec, Mamba2Spec):
+        sizes = {"the number of heads": spec.num_heads, "of groups": spec.num_groups, "head_dim": spec.head_dim}
+        return sizes | {"state_size": spec.state_size, "conv_width": spec.conv_width, "channels": spec.conv_dim}
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     heads = {"the number of heads": spec.num_heads, "of KV heads": spec.num_kv_heads, "head_dim": spec.head_dim}
     return heads | {"the width of q, k and v": width}

@@ -19,6 +19,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -32,6 +34,7 @@ from nvfp4_runtime.kernels.ops import (
 )
 from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
 from nvfp4_runtime.kernels.reference.linear import reference_linear
+from nvfp4_runtime.kernels.reference.mamba2 import ReferenceMamba2
 from nvfp4_runtime.kernels.reference.mla import ReferenceMLA
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
@@ -115,6 +118,9 @@ class ReferenceBackend:
 
     def mla_decode(self, spec: MLASpec) -> MLAKernel:
         return ReferenceMLA(spec)
+
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        return ReferenceMamba2(spec)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "the plain kernels are called one by one"

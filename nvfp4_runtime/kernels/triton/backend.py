@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.config import Numerics
+from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
@@ -24,6 +25,8 @@ from nvfp4_runtime.kernels.ops import (
     GroupedLinearSpec,
     LinearKernel,
     LinearSpec,
+    Mamba2Kernel,
+    Mamba2Spec,
     MLAKernel,
     MLASpec,
     NormSpec,
@@ -48,6 +51,8 @@ NOT_INSTALLED = "triton is not installed: it comes with PyTorch's CUDA builds, o
 NO_DEVICE = "no CUDA device"
 FLOATS = ("bfloat16", "float32")
 NUMERICS = ("w4a16", "w4a4")
+
+_NO_MAMBA2 = "no Triton kernel for Mamba-2"
 
 
 class TritonBackend:
@@ -78,6 +83,8 @@ class TritonBackend:
             return self.missing
         if isinstance(spec, QuantizeSpec):
             return None
+        if isinstance(spec, Mamba2Spec):
+            return _NO_MAMBA2
         if spec.dtype not in FLOATS:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in FLOATS:
@@ -145,6 +152,9 @@ class TritonBackend:
         from nvfp4_runtime.kernels.triton.mla import TritonMLA
 
         return TritonMLA(spec)
+
+    def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        raise KernelError(_NO_MAMBA2)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "a CUDA graph joins the launches of its kernels"

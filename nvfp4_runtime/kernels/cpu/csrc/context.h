@@ -57,6 +57,8 @@ class Context {
   void rope(const Rope& a, int rows, int64_t num_slots, int64_t num_positions);
   void attention(Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences, int rows,
                  int num_blocks);
+  void latent(Latent& a, int sequences, int num_blocks);
+  void mamba2(Mamba2& a, int sequences, int64_t num_slots);  // `mixed`, `steps` and `decays` are filled in here
   void quantize(const PackX& a, uint8_t* codes, uint8_t* scales);
 
  private:

@@ -163,6 +163,31 @@ NB_MODULE(_native, m) {
           },
           no_gil)
       .def(
+          "latent",
+          [](Context& c, Address q_nope, Address q_rope, Address cache, int type, Address out, int out_type,
+             Address tables, int table_stride, Address seq_lens, int sequences, int heads, int rank, int rope,
+             int block_size, int num_blocks, float scale) {
+            Latent a{at(q_nope, type), at(q_rope, type), at(cache, type), Type(type), at(out, out_type), Type(out_type),
+                     at<const int32_t>(tables), table_stride, at<const int32_t>(seq_lens), heads, rank, rope, block_size,
+                     scale, 0};
+            c.latent(a, sequences, num_blocks);
+          },
+          no_gil)
+      .def(
+          "mamba2",
+          [](Context& c, Address xbc, Address dt, int type, Address dt_bias, Address a, float min_step,
+             Address conv_weight, Address conv_bias, Address d, Address conv_state, Address ssm_state, Address slots,
+             Address positions, Address cu_seqlens, int sequences, int64_t num_slots, int heads, int head_dim, int state,
+             int groups, int conv_width, Address out) {
+            Mamba2 m{at(xbc, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), min_step,
+                     at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<float>(conv_state),
+                     at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
+                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr, nullptr,
+                     nullptr, at<float>(out)};
+            c.mamba2(m, sequences, num_slots);
+          },
+          no_gil)
+      .def(
           "quantize_activation",
           [](Context& c, Address x, int type, int rows, int k, float input_scale, Address codes, Address scales) {
             PackX a{};

@@ -196,6 +196,57 @@ static constexpr size_t attention_scratch(int rows, int d) {
 }
 static constexpr size_t attention_partial(int rows, int dp) { return round16(2 * rows) + static_cast<size_t>(rows) * dp; }
 
+// One decoding step of multi-head latent attention, absorbed; see MLAKernel in kernels/ops.py. Queries are plain floats of
+// `type`, as is the cache.
+struct Latent {
+  const void* q_nope;  // [b][heads][rank]
+  const void* q_rope;  // [b][heads][rope]
+  const void* cache;   // [blocks][block_size][rank + rope]
+  Type type;
+  void* out;  // [b][heads][rank]
+  Type out_type;
+  const int32_t* block_tables;
+  int table_stride;
+  const int32_t* seq_lens;
+  int heads, rank, rope, block_size;
+  float scale;
+  int groups;  // of kLatentHeads heads, per sequence: an item is one sequence and one group
+};
+
+constexpr int kLatentHeads = 8;  // share a widened tile
+constexpr int kLatentTile = 32;  // keys, from a multiple of it on
+// floats of scratch an item needs
+static constexpr size_t latent_scratch(int rank, int rope) {
+  return static_cast<size_t>(kLatentTile) * round16(rank + rope) + kLatentHeads * (2 * static_cast<size_t>(round16(rank + rope)) + 2 * 16 + kLatentTile);
+}
+
+// Mamba-2's convolution and scan; see Mamba2Kernel in kernels/ops.py. All float32 but xbc and dt.
+struct Mamba2 {
+  const void* xbc;  // [t][conv_dim] of `type`
+  const void* dt;   // [t][heads] of `type`
+  Type type;
+  const float* dt_bias;      // [heads]
+  const float* a;            // [heads], negative
+  float min_step;
+  const float* conv_weight;  // [conv_width][conv_dim], oldest first
+  const float* conv_bias;    // [conv_dim]
+  const float* d;            // [heads]
+  float* conv_state;         // [slots][conv_width - 1][conv_dim]
+  float* ssm_state;          // [slots][heads][head_dim][state]
+  const int64_t* slots;      // per sequence
+  const int64_t* positions;  // per token
+  const int32_t* cu_seqlens;
+  int heads, head_dim, state, groups, conv_width;
+  int pieces;    // of kConvPiece channels: an item of the convolution is one sequence and one piece
+  float* mixed;   // [t][conv_dim], what the convolution gives and the scan reads
+  float* steps;   // [t][heads]: max(softplus(dt + dt_bias), min_step)
+  float* decays;  // [t][heads]: exp(step * a)
+  float* out;    // [t][heads * head_dim]
+  int conv_dim() const { return heads * head_dim + 2 * groups * state; }
+};
+
+constexpr int kConvPiece = 256;
+
 // One ISA's kernels. Every function works on [begin, end) of its outermost axis and touches nothing else, so any split
 // over threads gives the same bits.
 struct Kernels {
@@ -214,6 +265,10 @@ struct Kernels {
   void (*rope)(const Rope&, int begin, int end);                    // tokens
   void (*attention)(const Attention&, const AttentionItem&, int begin, int end, float* scratch);  // segments of one item
   void (*attention_merge)(const Attention&, const AttentionItem&, float* scratch);
+  void (*latent)(const Latent&, int begin, int end, float* scratch);  // items
+  void (*mamba2_steps)(const Mamba2&, int begin, int end);            // tokens
+  void (*mamba2_conv)(const Mamba2&, int begin, int end);             // items
+  void (*mamba2_scan)(const Mamba2&, int begin, int end);             // sequences x heads
   void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
   void (*quantize_weight)(const QuantizeWeight&, int begin, int end);  // rows
 };

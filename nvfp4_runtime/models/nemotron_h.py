@@ -1,0 +1,128 @@
+"""Nemotron-H and Nemotron 3: layers that are one thing each, after one norm.
+
+A Mamba-2 mixer, attention without rope, a plain feed-forward, or a mixture of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvfp4_runtime.batch import ForwardBatch
+from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.layers.attention import Attention
+from nvfp4_runtime.layers.head import lm_head
+from nvfp4_runtime.layers.mamba2 import Mamba2
+from nvfp4_runtime.layers.mlp import PlainMLP
+from nvfp4_runtime.layers.moe import MoE
+from nvfp4_runtime.layers.norm import RMSNorm
+
+
+class Decoder:
+    """Token ids in, float32 logits out; as models/llama.py's Decoder.
+
+    kv_specs  keys and values of the layers of attention, states of the Mamba-2 layers, in layer order
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        kv_dtype: KVDtype,
+        max_positions: int | None = None,
+        lm_head_dtype: HeadDtype = "auto",
+    ) -> None:
+        self.config, self.kv_dtype = config, kv_dtype
+        self.stream: torch.dtype = getattr(torch, kernels.stream)
+        root = root_of(ckpt)
+        embedding = ckpt.tensor(f"{root}.embeddings.weight", (config.vocab_size, config.hidden_size))
+        self.embedding = kernels.place(embedding)
+        self.max_positions = max_positions or config.max_position_embeddings
+        no_turn = kernels.place(torch.empty(self.max_positions, 0, dtype=torch.float32))
+        specs: list[CacheSpec] = []
+        self.layers: list[Layer] = []
+        for i in range(config.num_layers):
+            self.layers.append(Layer(ckpt, kernels, config, f"{root}.layers.{i}", i, no_turn, kv_dtype, len(specs)))
+            if (spec := self.layers[-1].spec(ckpt)) is not None:
+                specs.append(spec)
+        self.kv_specs = tuple(specs)
+        self.norm = RMSNorm(ckpt, kernels, f"{root}.norm_f", config.hidden_size, config.rms_norm_eps)
+        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Write the new tokens' K and V and states; return logits fp32 [R, vocab] of batch.logits_rows."""
+        return self.lm_head(self.hidden(batch))
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
+        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch)
+        assert residual is not None  # a config has at least one layer
+        rows = batch.logits_rows
+        return self.norm(x[rows], residual[rows])[0]
+
+
+class Layer:
+    """A norm, which first adds what came before to the residual stream, and what the layer is.
+
+    no_turn      empty rope tables
+    cache_index  its place in batch.kv, if it keeps anything
+    """
+
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        config: ModelConfig,
+        prefix: str,
+        layer_id: int,
+        no_turn: Tensor,
+        kv_dtype: KVDtype,
+        cache_index: int,
+    ) -> None:
+        hidden, eps, name = config.hidden_size, config.rms_norm_eps, f"{prefix}.mixer"
+        self.name, self.config = name, config
+        self.norm = RMSNorm(ckpt, kernels, f"{prefix}.norm", hidden, eps)
+        self.mixer: Mamba2 | Attention | PlainMLP | MoE
+        match config.blocks[layer_id]:
+            case "mamba":
+                assert config.mamba is not None
+                self.mixer = Mamba2(ckpt, kernels, config.mamba, hidden, eps, name, cache_index)
+            case "attention":
+                self.mixer = Attention(
+                    ckpt, kernels, config, name, layer_id, no_turn, no_turn, kv_dtype, cache_index=cache_index
+                )
+            case "mlp":
+                self.mixer = PlainMLP(ckpt, kernels, hidden, config.intermediate_size, name)
+            case "moe":
+                assert config.moe is not None
+                self.mixer = MoE(ckpt, kernels, hidden, config.moe, name)
+
+    def spec(self, ckpt: Checkpoint) -> CacheSpec | None:
+        """What it keeps between steps."""
+        if isinstance(self.mixer, Mamba2):
+            return self.mixer.spec
+        if not isinstance(self.mixer, Attention):
+            return None
+        scales = ckpt.kv_scales(self.name)
+        k_scale, v_scale = scales or (1.0, 1.0)
+        config = self.config
+        return AttentionSpec(config.num_kv_heads, config.head_dim, None, k_scale, v_scale, scales is not None)
+
+    def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """(x, residual), both [T, hidden] -> the same for the next layer."""
+        normed, residual = self.norm(x, residual)
+        if isinstance(self.mixer, Mamba2 | Attention):
+            return self.mixer(normed, batch), residual
+        return self.mixer(normed, batch.adapters), residual
+
+
+def root_of(ckpt: Checkpoint) -> str:
+    """The hub's files say "backbone", those that transformers saves "model"."""
+    return "backbone" if ckpt.has("backbone.embeddings.weight") else "model"

@@ -1,0 +1,19 @@
+"""What processes of this project do with each other."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when the one that started it is gone, whatever either is doing by then.
+
+    On Linux only; elsewhere the end of a pipe or socket has to be noticed. The system means the thread that started
+    us: it must live as long as we should.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
