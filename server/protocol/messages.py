@@ -29,8 +29,8 @@ class AnthropicTool(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     type: Literal["custom"] = "custom"
-    name: str
-    description: str | None = None
+    name: ShortStr
+    description: Text | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
 
@@ -44,7 +44,7 @@ class AnthropicTool(BaseModel):
 class AnthropicToolChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: ShortStr | None = None
     disable_parallel_tool_use: bool = False
 
     def as_chat(self) -> str | dict[str, Any]:

@@ -56,8 +56,8 @@ class ResponsesTool(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
-    name: str
-    description: str | None = None
+    name: ShortStr
+    description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -73,7 +73,7 @@ class ResponsesTool(BaseModel):
 class ResponsesToolChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
-    name: str
+    name: ShortStr
 
 
 _FUNCTION = ("name", "description", "parameters", "strict")
