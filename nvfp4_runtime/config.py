@@ -218,6 +218,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
 
 
 FaultKind = Literal["exception", "nan", "memory", "hang", "death"]

@@ -17,6 +17,8 @@ NVFP4Error
     ModelNotFoundError      the named model is not served here (HTTP 404)
   CapacityError           us, for now: HTTP 429 or 503 with Retry-After
     QueueFullError
+  DeadlineExceededError   a request took longer than it may: HTTP 504
+  SlowReaderError         client: it does not take what it asked for
   EngineDeadError         us: HTTP 503, and /health says so
 """
 
@@ -159,6 +161,14 @@ class CapacityError(NVFP4Error):
 
 class QueueFullError(CapacityError):
     """The waiting queue is at its bound."""
+
+
+class DeadlineExceededError(NVFP4Error):
+    """A request had not ended when its time was up."""
+
+
+class SlowReaderError(NVFP4Error):
+    """More of an answer waits for its reader than is kept."""
 
 
 class EngineDeadError(NVFP4Error):

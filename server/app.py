@@ -22,6 +22,7 @@ from server.errors import error_response, status_response, validation_response
 from server.fault_metrics import FaultMetrics
 from server.loop_lag import watch_loop_lag
 from server.metrics import ENGINE, Metrics
+from server.metrics_port import MetricsPort
 from server.middleware import LimitBody, Observer, RequestContext, RequireKey
 from server.openapi import document
 from server.request_log import RequestLog
@@ -39,6 +40,7 @@ from server.routes import (
     tokenize,
     ui,
 )
+from server.shedding import ShedLoad
 from server.shutdown import RefuseNew
 from server.state import ServerState
 from server.tracing import Tracer
@@ -98,10 +100,13 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: every answer, a 413 or 401 too, gets its request id.
     app.add_middleware(Turnstile)
-    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
+    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes, seconds=config.body_seconds)
+    app.add_middleware(ShedLoad, engine=engine)
     if keyed:
         app.add_middleware(RequireKey, key_hashes=config.api_key_hashes, open_paths=page)
     app.add_middleware(RefuseNew, state=state)
+    if config.metrics_port is not None:
+        app.add_middleware(MetricsPort, render=metrics.render, port=config.metrics_port)
     observers: list[Observer] = [metrics.http]
     if config.log_requests:
         observers.append(RequestLog(text.tokenizer.decode if config.log_prompts else None))
@@ -110,17 +115,17 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
 
 
 async def _runtime_error(request: Request, error: Exception) -> Response:
-    return error_response(error, request.url.path)
+    return error_response(error, request.scope["path"])  # request.url is made of the Host header
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_response(error.errors(), request.url.path)
+    return validation_response(error.errors(), request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, RecursionError):
         error = InvalidParameterError("the body is not readable: its JSON is nested too deep")
-        return error_response(error, request.url.path)
-    return status_response(error.status_code, error.detail, error.headers, request.url.path)
+        return error_response(error, request.scope["path"])
+    return status_response(error.status_code, error.detail, error.headers, request.scope["path"])

@@ -14,14 +14,21 @@ from dataclasses import dataclass
 
 from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob
-from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error, QueueFullError
+from nvfp4_runtime.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    InvalidParameterError,
+    NVFP4Error,
+    QueueFullError,
+)
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from nvfp4_runtime.text.detokenizer import Detokenizer
+from server.deadline import Deadline
 from server.errors import GenerationError
 from server.generation import ChoiceState, Generation, Job, Piece, chosen_adapter
 from server.protocol.generation import GenerationRequest
 from server.request_record import note
-from server.state import ServerState
+from server.state import Answer, ServerState
 
 RETRY_SECONDS = 0.02
 
@@ -29,7 +36,7 @@ RETRY_SECONDS = 0.02
 def start_generation(
     server: ServerState,
     request: GenerationRequest,
-    request_id: str,
+    answer: Answer,
     jobs: Sequence[Job],
     kept_special_ids: frozenset[int] = frozenset(),
 ) -> Generation | BeamGeneration:
@@ -39,8 +46,9 @@ def start_generation(
             raise InvalidParameterError("use_beam_search cannot be had with structured output", "use_beam_search")
         if any(job.params.thinking is not None for job in jobs):
             raise InvalidParameterError("use_beam_search cannot be had with reasoning_effort none", "use_beam_search")
-        return BeamGeneration(server, request, request_id, jobs)
-    return Generation(server.engine, server.text.tokenizer, server.metrics, request, request_id, jobs, kept_special_ids)
+        return BeamGeneration(server, request, answer, jobs)
+    engine, tokenizer, metrics = server.engine, server.text.tokenizer, server.metrics
+    return Generation(engine, tokenizer, metrics, request, answer.engine_id, answer.terms, jobs, kept_special_ids)
 
 
 @dataclass(frozen=True)
@@ -77,15 +85,18 @@ class BeamGeneration:
     Raises at construction what the engine's admission raises; later a full queue is waited for.
     """
 
-    def __init__(self, server: ServerState, request: GenerationRequest, request_id: str, jobs: Sequence[Job]) -> None:
+    def __init__(self, server: ServerState, request: GenerationRequest, answer: Answer, jobs: Sequence[Job]) -> None:
         self._engine = server.engine
         self._metrics = server.metrics
         self._tokenizer = server.text.tokenizer
         self._request = request
-        self._request_id = request_id
+        self._request_id = answer.engine_id
+        self._terms = answer.terms
         self._eos = frozenset(() if request.ignore_eos else server.engine.info.eos_token_ids)
         self._num_submitted = 0
-        self._running: set[str] = set()
+        self._running: dict[str, TokenStream] = {}
+        self._expired: DeadlineExceededError | None = None
+        self._deadline = Deadline(answer.terms.timeout_seconds, self._expire)
         self.choices = [ChoiceState(job) for job in jobs]
         self._groups = [self.choices[i : i + request.n] for i in range(0, len(jobs), request.n)]
         try:
@@ -115,9 +126,16 @@ class BeamGeneration:
 
     def close(self) -> None:
         """Abort whatever has not finished. Safe to call twice."""
+        self._deadline.cancel()
         for request_id in list(self._running):
-            self._running.discard(request_id)
+            del self._running[request_id]
             self._metrics.released(request_id)
+            self._engine.abort(request_id)
+
+    def _expire(self, error: DeadlineExceededError) -> None:
+        self._expired = error
+        for request_id, stream in self._running.items():
+            stream.fail(error)
             self._engine.abort(request_id)
 
     async def _search(self, group: list[ChoiceState], first: TokenStream) -> list[Beam]:
@@ -163,18 +181,21 @@ class BeamGeneration:
 
     def _submit(self, token_ids: list[int]) -> TokenStream:
         """One more token after `token_ids`."""
+        if self._expired is not None:
+            raise self._expired
         request_id = f"{self._request_id}-beam-{self._num_submitted}"
         num_logprobs = min(MAX_LOGPROBS, max(2 * self._request.n, self._request.num_logprobs or 0))
         stream = self._engine.submit(
             token_ids,
             SamplingParams(temperature=0.0, max_tokens=1, logprobs=num_logprobs, ignore_eos=True),
             request_id=request_id,
-            cache_salt=self._request.cache_salt or "",
+            cache_salt=self._terms.salted(self._request.cache_salt),
             priority=self._request.priority,
+            tenant=self._terms.tenant,
             adapter=chosen_adapter(self._engine, self._request.model),
         )
         self._num_submitted += 1
-        self._running.add(request_id)
+        self._running[request_id] = stream
         self._metrics.start(request_id, len(token_ids), 1)
         return stream
 
@@ -196,11 +217,11 @@ class BeamGeneration:
                     for choice in group:
                         choice.num_cached_tokens = output.num_cached_tokens
                         choice.times = output.times
-                    self._running.discard(stream.request_id)
+                    self._running.pop(stream.request_id, None)
                     self._metrics.released(stream.request_id)
                     return output.logprobs[0]
             raise EngineDeadError("the engine ended a request without saying why")
         except NVFP4Error:  # not when cancelled: then it still runs, and `close` aborts it
-            self._running.discard(stream.request_id)
+            self._running.pop(stream.request_id, None)
             self._metrics.failed(stream.request_id)
             raise

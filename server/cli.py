@@ -12,13 +12,12 @@ from typing import NoReturn
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.logs import LOG_FORMATS, configure_logs
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
-from server.commands import evaluate, flags, inspect, quantize, reliability, top
+from server.commands import evaluate, flags, inspect, limits, quantize, reliability, security, top
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
 EXIT_CONFIG, EXIT_LOAD, EXIT_ENGINE_DEATH = 1, 2, 3
 EXIT_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,9 +137,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=flags.whole, default=64, help="requests in one step (default: %(default)s)")
     add("--max-num-batched-tokens", type=flags.whole, default=1024, help="tokens in one step (default: %(default)s)")
     add(
-        "--max-queued-requests", type=flags.whole, default=1024, help="more are refused with 429 (default: %(default)s)"
-    )
-    add(
         "--kv-cache-dtype",
         type=flags.kv_dtype,
         default="auto",
@@ -149,7 +145,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--kv-cache-memory",
-        type=parse_bytes,
+        type=flags.size,
         metavar="SIZE",
         help="for the KV cache, as 2GiB (default: by free memory)",
     )
@@ -163,7 +159,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-kv-blocks", type=flags.whole, help="blocks of the KV cache, instead of a size")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
     add("--seed", type=flags.whole, default=0, help="of requests that give none (default: %(default)s)")
-    add("--api-key-file", type=flags.path, metavar="FILE", help="keys that clients need, one per line")
     add("--allow-download", action="store_true", help="MODEL may be a Hugging Face hub id")
     add("--generation-config", choices=("auto", "none"), default="auto", help="take the model's sampling defaults")
     add(
@@ -189,12 +184,14 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--embedding-pooling", choices=("last", "mean"), default="last", help="for /v1/embeddings (default: last)")
     add(
         "--response-store-memory",
-        type=parse_bytes,
+        type=flags.size,
         default=64 << 20,
         metavar="SIZE",
         help="for what /v1/responses keeps (default: 64MiB)",
     )
     add("--response-store-ttl", type=float, default=3600.0, help="seconds it keeps a response (default: %(default)s)")
+    limits.add_flags(parser)
+    security.add_flags(parser)
     add("--no-ui", action="store_true", help="do not serve the page at /")
     reliability.add_flags(parser)
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -209,19 +206,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--simulate", action="store_true", help="no model: deterministic tokens, one per byte, for tests of clients")
     add("--simulate-step-seconds", type=float, help="how long each simulated step takes (default: no time)")
     add("--simulate-script", metavar="TEXT", help="what the simulated model says, over and over")
-
-
-def parse_bytes(text: str) -> int:
-    """A size such as 512MiB, 2G or 1073741824. Units are powers of 1024."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = number[-1:] if number[-1:] in _UNITS else ""
-    try:
-        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"expected a size such as 2GiB or 512MiB, found {text!r}")
-    return size
 
 
 def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:

@@ -26,13 +26,21 @@ class ServerConfig:
     model_root                what /v1/models calls the root: the folder or name the model was loaded from
     api_key_hashes            SHA-256 of each accepted key; none: no key is asked for
     max_choices               prompts x n of one request
+    max_body_bytes            of a request's body; more is a 413
+    max_header_bytes          of a request's line and headers; more is a 431
+    header_seconds            for a request's line and headers to arrive
+    body_seconds              for its body; longer is a 408
+    request_timeout_seconds   from admission to the last token; a request's `timeout` may be less, not more
+    stream_buffer_bytes       of a streamed answer that wait for a client which lags; more ends it
+    metrics_port              where /metrics answers without a key, and nothing else answers; None: nowhere
+    share_prefix_cache        API keys share one prefix cache
     shutdown_timeout_seconds  how long running requests may go on after SIGTERM
     drain_delay_seconds       how long new ones are still accepted after SIGTERM, until load balancers know
     stall_seconds             work waits and the engine makes no progress for so long: not ready; twice: not live
     slow_client_seconds       a stream whose client takes nothing for this long is aborted
     tool_call_parser          by name, "auto" (by the chat template) or "none"
     reasoning_parser          the same
-    trust_request_chat_template  requests may bring a chat_template of their own; it runs in the sandbox, but may loop
+    trust_request_chat_template  requests may bring a chat_template of their own; it runs in a process that can be ended
     enable_tokenizer_info     /tokenizer_info answers
     pooling                   how /v1/embeddings makes one vector of a prompt, where the request does not say
     stored_responses_bytes    bound on what /v1/responses keeps; the oldest go first
@@ -46,6 +54,13 @@ class ServerConfig:
     model_root: str = ""
     api_key_hashes: tuple[bytes, ...] = ()
     max_body_bytes: int = 8 << 20
+    max_header_bytes: int = 64 << 10
+    header_seconds: float = 10.0
+    body_seconds: float = 60.0
+    request_timeout_seconds: float = 600.0
+    stream_buffer_bytes: int = 256 << 10
+    metrics_port: int | None = None
+    share_prefix_cache: bool = False
     max_n: int = 128
     max_choices: int = 1024
     shutdown_timeout_seconds: float = 30.0

@@ -13,10 +13,12 @@ from starlette.responses import Response
 
 from nvfp4_runtime.errors import (
     CapacityError,
+    DeadlineExceededError,
     EngineDeadError,
     ModelNotFoundError,
     NVFP4Error,
     RequestError,
+    SlowReaderError,
 )
 
 ANTHROPIC_PATH = "/v1/messages"
@@ -29,6 +31,7 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -53,6 +56,8 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (ResponseNotFoundError, 404, "NotFoundError"),
     (RequestError, 400, "BadRequestError"),
     (CapacityError, 429, "TooManyRequestsError"),
+    (DeadlineExceededError, 504, "GatewayTimeoutError"),
+    (SlowReaderError, 408, "RequestTimeoutError"),
     (EngineDeadError, 503, "ServiceUnavailableError"),
     (GenerationError, 500, "InternalServerError"),
 )
@@ -106,9 +111,13 @@ def status_response(
     status: int, message: str | None = None, headers: Mapping[str, str] | None = None, path: str = ""
 ) -> Response:
     """For errors of the HTTP layer (404 on a path, 405, 413): the type is the status's phrase, but for a 400."""
+    return json_response(in_dialect(status_body(status, message), path), status, headers)
+
+
+def status_body(status: int, message: str | None = None) -> dict[str, Any]:
     phrase = HTTPStatus(status).phrase
     kind = "BadRequestError" if status == 400 else phrase
-    return json_response(in_dialect(error_body(message or phrase, kind, status), path), status, headers)
+    return error_body(message or phrase, kind, status)
 
 
 def validation_response(errors: Sequence[Mapping[str, Any]], path: str = "") -> Response:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -14,15 +15,17 @@ from starlette.types import Receive
 
 from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
 from nvfp4_runtime.engine.messages import RequestTimes, TokenLogprob, TokenOutput
-from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
+from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
 from nvfp4_runtime.structured.thinking import ThinkingSpan, ThinkingState
 from nvfp4_runtime.text.detokenizer import Detokenizer
 from nvfp4_runtime.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
+from server.deadline import Deadline
 from server.errors import GenerationError
 from server.metrics import Metrics
 from server.protocol.generation import GenerationRequest
 from server.request_record import note
+from server.terms import Terms
 
 T = TypeVar("T")
 
@@ -114,6 +117,7 @@ class Generation:
         metrics: Metrics,
         request: GenerationRequest,
         request_id: str,
+        terms: Terms,
         jobs: Sequence[Job],
         kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
@@ -124,17 +128,21 @@ class Generation:
         self._kept_special_ids = kept_special_ids  # shown even where special tokens are skipped: parsers need them
         self.choices = [ChoiceState(job) for job in jobs]
         self._streams: list[TokenStream] = []
+        self._deadline = Deadline(terms.timeout_seconds, self._expire)
         try:
             for job in jobs:
                 stream = engine.submit(
                     job.prompt_token_ids,
                     job.params,
                     request_id=f"{request_id}-{job.index}",
-                    cache_salt=request.cache_salt or "",
+                    cache_salt=terms.salted(request.cache_salt),
                     priority=request.priority,
+                    tenant=terms.tenant,
                     adapter=chosen_adapter(engine, request.model),
                 )
                 self._streams.append(stream)
+                if request.stream:
+                    stream.bound(terms.max_unread_bytes, partial(engine.abort, stream.request_id))
                 metrics.start(stream.request_id, len(job.prompt_token_ids), job.params.max_tokens or 0)
         except BaseException:  # whatever it was: none of them may run without somebody to take its tokens
             self.close()
@@ -200,10 +208,18 @@ class Generation:
 
     def close(self) -> None:
         """Abort whatever has not finished. Safe to call twice."""
+        self._deadline.cancel()
         for stream, choice in zip(self._streams, self.choices, strict=False):
             if not choice.finished:
                 choice.finished = True
                 self._metrics.released(stream.request_id)
+                self._engine.abort(stream.request_id)
+
+    def _expire(self, error: DeadlineExceededError) -> None:
+        """Time is up: what still runs ends in the engine now, and with `error` for whoever reads it."""
+        for stream, choice in zip(self._streams, self.choices, strict=False):
+            if not choice.finished:
+                stream.fail(error)
                 self._engine.abort(stream.request_id)
 
     async def _choice(self, choice: ChoiceState, stream: TokenStream) -> AsyncGenerator[Piece, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import secrets
@@ -18,6 +19,7 @@ from server.generation import ClientDisconnected
 from server.request_log import is_probe
 from server.request_record import RequestRecord, begin
 from server.state import sane_request_id
+from server.terms import set_tenant
 from server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,8 @@ class RequestContext:
 class RequireKey:
     """401 for everything but /health* and `open_paths` without one of the accepted keys.
 
-    Hashes are compared in constant time.
+    Hashes are compared in constant time. Where there are several keys, whose request it is goes into the scope: see
+    terms.py.
     """
 
     def __init__(self, app: ASGIApp, key_hashes: Sequence[bytes], open_paths: Collection[str] = ()) -> None:
@@ -96,7 +99,7 @@ class RequireKey:
         self._key_hashes = tuple(key_hashes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_open(scope["path"]) or self._accepts(scope):
+        if scope["type"] != "http" or self._is_open(scope["path"]) or self._accept(scope):
             await self._app(scope, receive, send)
             return
         body = error_body("Unauthorized: this server needs an API key", "AuthenticationError", 401)
@@ -105,21 +108,26 @@ class RequireKey:
     def _is_open(self, path: str) -> bool:
         return path == "/health" or path.startswith("/health/") or path in self._open_paths
 
-    def _accepts(self, scope: Scope) -> bool:
+    def _accept(self, scope: Scope) -> bool:
         scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
             key = _header(scope, b"x-api-key") or ""  # how Anthropic's clients send it
         given = hash_key(key.strip().encode("latin-1"))
         matches = [hmac.compare_digest(given, known) for known in self._key_hashes]  # all of them: no early exit
-        return any(matches)
+        if True not in matches:
+            return False
+        if len(matches) > 1:
+            set_tenant(scope, f"key-{matches.index(True)}")
+        return True
 
 
 class LimitBody:
-    """413 for bodies over `max_bytes`, before they are in memory."""
+    """413 for bodies over `max_bytes`, before they are in memory; 408 for those that take longer than `seconds`."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,16 +136,25 @@ class LimitBody:
         message = f"the body is larger than {self._max_bytes} bytes"
         declared = _header(scope, b"content-length")
         if declared is not None and declared.isdigit() and int(declared[:20]) > self._max_bytes:
-            await status_response(413, message, {"connection": "close"}, scope["path"])(scope, receive, send)
+            await status_response(413, message, path=scope["path"])(scope, receive, send)
             return
-        received = 0
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._seconds
 
         async def limited() -> Message:
-            nonlocal received
-            part = await receive()
+            nonlocal received, complete
+            if complete:  # the application waits for the client to leave
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    part = await receive()
+            except TimeoutError:
+                late = f"the body did not arrive within {self._seconds:g} seconds"
+                raise HTTPException(408, late, {"connection": "close"}) from None
             received += len(part.get("body", b""))
+            complete = not part.get("more_body", False)
             if received > self._max_bytes:
-                raise HTTPException(413, message, {"connection": "close"})
+                raise HTTPException(413, message)
             return part
 
         await self._app(scope, limited, send)

@@ -33,10 +33,12 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: _json("The request cannot be honoured; param names the field.", _ERROR),
     401: _json("The API key is missing or wrong.", _ERROR),
     404: _json("The model or path does not exist.", _ERROR),
+    408: _json("The body took too long to arrive.", _ERROR),
     413: _json("The body is too large.", _ERROR),
     429: _json("Too many requests are waiting; see Retry-After.", _ERROR),
     500: _json("Our fault.", _ERROR),
     503: _json("The engine is not running.", _ERROR),
+    504: _json("The request did not end in its time.", _ERROR),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nvfp4_runtime.errors import InvalidParameterError, PromptTooLongError, UnsupportedFormatError
 from nvfp4_runtime.text.chat_template import ChatTemplate, render_to_ids
+from nvfp4_runtime.text.confined import ConfinedTemplate
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
@@ -153,7 +154,7 @@ def output_budget(asked: int | None, default: int | None, num_prompt: int, max_m
 
 @lru_cache(maxsize=8)
 def _compile_template(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    return ChatTemplate(source, dict(special_tokens))
+    return ConfinedTemplate(source, dict(special_tokens))
 
 
 def _own_template(source: str, text: TextProcessor) -> ChatTemplate:

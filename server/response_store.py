@@ -21,12 +21,14 @@ OVERHEAD = 6  # a parsed JSON text takes about this many times its bytes in memo
 class StoredResponse:
     """One response as it was answered, and the conversation up to and including it.
 
+    owner     whose API key made it (see terms.py); to others it does not exist
     messages  role and content of every turn, without the instructions, which are not carried over
     task      what generates it, where it runs in the background
     """
 
     body: dict[str, Any]
     messages: list[dict[str, Any]]
+    owner: str = ""
     task: asyncio.Task[None] | None = None
     expires: float = 0.0
     num_bytes: int = field(default=0, init=False)
@@ -67,20 +69,20 @@ class ResponseStore:
         self.num_bytes += response.num_bytes
         self._shrink()
 
-    def get(self, response_id: str) -> StoredResponse:
-        """Raises ResponseNotFoundError for what was never here, is too old, or had to make room."""
+    def get(self, response_id: str, owner: str = "") -> StoredResponse:
+        """Raises ResponseNotFoundError for what was never here, is too old, had to make room, or is another's."""
         self._shrink()
         response = self._responses.get(response_id)
-        if response is None:
+        if response is None or response.owner != owner:
             raise ResponseNotFoundError(response_id)
         return response
 
     def __contains__(self, response_id: str) -> bool:
         return response_id in self._responses
 
-    def delete(self, response_id: str) -> None:
+    def delete(self, response_id: str, owner: str = "") -> None:
         """Forget a response; one that runs is stopped. Raises ResponseNotFoundError."""
-        response = self.get(response_id)
+        response = self.get(response_id, owner)
         if response.task is not None:
             response.task.cancel()
         self._drop(response_id)

@@ -28,8 +28,9 @@ from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterE
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
+from server.commands import limits, security
 from server.commands.reliability import simulated_faults, supervision
-from server.config import ServerConfig, environment_flags, read_api_keys, traces_wanted
+from server.config import ServerConfig, environment_flags, traces_wanted
 from server.reasoning.parsers import reasoning_style
 from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
@@ -68,7 +69,10 @@ def serve(args: argparse.Namespace) -> int:
     exporter = None
     if args.otlp_traces_endpoint is not None or traces_wanted():
         exporter = otlp_exporter(args.otlp_traces_endpoint)
-    sock = bind(args.host, args.port)  # before loading: a port in use should not cost a minute
+    socks = [bind(args.host, args.port)]  # before loading: a port in use should not cost a minute
+    if args.metrics_port is not None:
+        socks.append(bind(args.host, args.metrics_port, "--metrics-port"))
+        config = replace(config, metrics_port=socks[1].getsockname()[1])
     if not args.simulate:
         model = str(resolve_model(model, args.allow_download))
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
@@ -80,7 +84,7 @@ def serve(args: argparse.Namespace) -> int:
             raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
     tracer = None if exporter is None else Tracer(exporter)
     try:
-        return _run(_serve(args, engine, policy, config, sock, started, tracer))
+        return _run(_serve(args, engine, policy, config, socks, started, tracer))
     finally:
         if tracer is not None:
             tracer.close()
@@ -99,14 +103,14 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
     tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
     reasoning_style(args.reasoning_parser, None)
-    if args.api_key_file is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+    secured = security.config_fields(args)
+    if not secured["api_key_hashes"] and not security.is_loopback(args.host):
         logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
     if not 0 < args.response_store_ttl < math.inf:
         raise ConfigError(f"expected seconds, more than 0, found {args.response_store_ttl}", "--response-store-ttl")
     return ServerConfig(
         served_model_names=tuple(names),
         model_root=model or "",
-        api_key_hashes=read_api_keys(args.api_key_file) if args.api_key_file is not None else (),
         shutdown_timeout_seconds=args.shutdown_timeout,
         drain_delay_seconds=args.drain_delay,
         stall_seconds=args.stall_timeout,
@@ -118,6 +122,8 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         pooling=args.embedding_pooling,
         stored_responses_bytes=args.response_store_memory,
         stored_responses_seconds=args.response_store_ttl,
+        **secured,
+        **limits.config_fields(args),
         log_requests=not args.no_log_requests,
         log_prompts=args.log_prompts,
         ui=not args.no_ui,
@@ -164,6 +170,7 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_model_len=args.max_model_len,
             max_queued_requests=args.max_queued_requests,
+            max_queued_tokens=args.max_queued_tokens,
         ),
         simulated=simulated,
     )
@@ -271,13 +278,13 @@ def _unusable_default(name: str, why: str) -> ConfigError:
     )
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A socket that listens already, which makes the port ours; who connects before we are ready waits until we are.
 
     Being bound alone would not do: two processes may bind one port with SO_REUSEADDR, and the second to listen fails.
     """
     if not 0 <= port <= 65535:
-        raise ConfigError(f"the port must be between 0 and 65535, found {port}", "--port")
+        raise ConfigError(f"the port must be between 0 and 65535, found {port}", flag)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
@@ -287,8 +294,8 @@ def bind(host: str, port: int) -> socket.socket:
     except UnicodeError as error:
         raise ConfigError(f"the host {host!r} is no name or address: {error}", "--host") from error
     except OSError as error:
-        hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", "--port") from error
+        hint = f"; choose another with {flag}" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", flag) from error
     return sock
 
 
@@ -311,7 +318,7 @@ async def _serve(
     engine_config: EngineConfig,
     policy: Supervision,
     config: ServerConfig,
-    sock: socket.socket,
+    socks: list[socket.socket],
     started: float,
     tracer: Tracer | None,
 ) -> int:
@@ -341,7 +348,7 @@ async def _serve(
     engine.info.startup_seconds["ready"] = time.monotonic() - started
     try:
         announce = print_ready if args.log_format == "text" else log_ready
-        return await _run_http(engine, text, config, sock, stop, tracer, announce)
+        return await _run_http(engine, text, config, socks, stop, tracer, announce)
     finally:
         await engine.close()
 
@@ -350,7 +357,7 @@ async def _run_http(
     engine: SupervisedEngine,
     text: TextProcessor,
     config: ServerConfig,
-    sock: socket.socket,
+    socks: list[socket.socket],
     stop: _StopSignal,
     tracer: Tracer | None,
     announce: Callable[[EngineInfo, ServerConfig, str], None],
@@ -359,12 +366,12 @@ async def _run_http(
 
     app = create_app(engine, text, config, tracer)
     server = _make_server(app, config)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    serving = asyncio.create_task(server.serve(sockets=socks))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
         _spare_the_collector()
-        announce(engine.info, config, url_of(sock))
+        announce(engine.info, config, url_of(socks[0]))
     shutdown = Shutdown(server, app.state.server)
     # Ctrl-C is a person's, whom no load balancer follows
     stop.then(lambda number: shutdown.begin(0.0 if number == signal.SIGINT else config.drain_delay_seconds))
@@ -392,6 +399,8 @@ def _spare_the_collector() -> None:
 def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
     import uvicorn
 
+    from server.http_protocol import BoundedProtocol
+
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:  # ours are set already; uvicorn's would end us with the signal
@@ -403,6 +412,7 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            http=BoundedProtocol.within(config),
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -420,7 +430,8 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 def _import_web() -> None:
     import uvicorn  # noqa: F401 - for its side effect: later imports are instant
 
-    import server.app  # noqa: F401
+    import server.app
+    import server.http_protocol  # noqa: F401
 
 
 def _load_text(config: EngineConfig) -> TextProcessor:

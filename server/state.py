@@ -20,6 +20,7 @@ from server.form import Styles
 from server.metrics import Metrics
 from server.request_record import note
 from server.response_store import ResponseStore
+from server.terms import Terms
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -75,12 +76,14 @@ class Answer:
     """What every part of one answer repeats.
 
     engine_id  unique even when a client sends the same request id twice
+    terms      what the server and the client agreed on
     """
 
     id: str
     engine_id: str
     model: str
     created: int
+    terms: Terms
 
     @classmethod
     def begin(cls, prefix: str, state: ServerState, request: Request, body: Any) -> Answer:
@@ -88,8 +91,9 @@ class Answer:
         base = sane_request_id(request.headers.get("x-request-id")) or body.request_id
         unique = secrets.token_hex(8)
         answer_id = f"{prefix}-{base or unique}"
+        terms = Terms.of(request.scope, body.timeout, state.config)
         note((), model, answer_id)
-        return cls(answer_id, f"{answer_id}-{unique}" if base else answer_id, model, int(time.time()))
+        return cls(answer_id, f"{answer_id}-{unique}" if base else answer_id, model, int(time.time()), terms)
 
 
 def sane_request_id(value: str | None) -> str | None:

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nvfp4_runtime.engine.admission import Admission
 from nvfp4_runtime.engine.client import CLOSED, TokenStream
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
@@ -19,7 +20,7 @@ from nvfp4_runtime.engine.messages import (
     TokenLogprob,
     TokenOutput,
 )
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError
+from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 
 Script = Callable[[list[int], SamplingParams], Sequence[int]]
@@ -73,6 +74,7 @@ class Submitted:
     cache_salt: str
     priority: int = 0
     pooling: Pooling | None = None
+    tenant: str = ""
     task: asyncio.Task[None] | None = None
 
 
@@ -96,6 +98,7 @@ class FakeEngine:
     ) -> None:
         self.info = info or fake_info()
         total = self.info.num_blocks - 1
+        self.admission = Admission.of(self.info)
         self.stats = StepStats(0, 0, total, 0, total)
         self.death_reason: str | None = None
         self.submitted: list[Submitted] = []
@@ -133,17 +136,17 @@ class FakeEngine:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        tenant: str = "",
         adapter: str = "",
     ) -> TokenStream:
         if self.death_reason is not None:
             raise EngineDeadError(self.death_reason)
         check_request(prompt_token_ids, params, self.info)
         assert request_id not in self._streams, "the server used a request id twice"
-        if len(self._streams) >= self.info.max_num_seqs + self.info.max_queued_requests:
-            raise QueueFullError("the queue is full")
+        self.admission.admit(request_id, tenant, len(prompt_token_ids))
         stream = self._streams[request_id] = TokenStream(request_id)
         self._started[request_id] = time.monotonic()
-        entry = Submitted(request_id, prompt_token_ids, params, cache_salt, priority, pooling)
+        entry = Submitted(request_id, prompt_token_ids, params, cache_salt, priority, pooling, tenant)
         self.submitted.append(entry)
         self._report(len(prompt_token_ids), 0)
         entry.task = asyncio.get_running_loop().create_task(self._play(entry))
@@ -179,6 +182,7 @@ class FakeEngine:
     def _fail_all(self, error: NVFP4Error) -> None:
         for stream in self._streams.values():
             stream.put(error)
+            self.admission.ended(stream.request_id)
         self._streams.clear()
 
     async def _play(self, entry: Submitted) -> None:
@@ -245,7 +249,9 @@ class FakeEngine:
             output.times = RequestTimes(started, started, started + 0.001, 0.0)
         for callback in self._on_output:
             callback(output)
+        self.admission.started(output.request_id)
         if output.finish_reason is not None:
+            self.admission.ended(output.request_id)
             del self._streams[output.request_id]
             started = self._started.pop(output.request_id)
             output.times = RequestTimes(started, started, started + 0.001, time.monotonic() + 0.001)

@@ -107,6 +107,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         max_model_len=placed.max_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_queued_requests=config.scheduler.max_queued_requests,
+        max_queued_tokens=config.scheduler.max_queued_tokens,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         block_size=config.cache.block_size,
         num_blocks=placed.num_blocks,

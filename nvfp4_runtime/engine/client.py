@@ -14,6 +14,7 @@ from typing import Protocol
 
 from nvfp4_runtime import errors
 from nvfp4_runtime.config import EngineConfig
+from nvfp4_runtime.engine.admission import Admission
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     Abort,
@@ -33,7 +34,7 @@ from nvfp4_runtime.engine.messages import (
     TokenOutput,
 )
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_from_engine, frame
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError
+from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError, SlowReaderError
 from nvfp4_runtime.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,34 @@ class TokenStream:
         self._waiting: deque[TokenOutput | NVFP4Error] = deque()
         self._reader: asyncio.Future[None] | None = None
         self._ended = False
+        self._complete = False
+        self._max_bytes: int | None = None
+        self._waiting_bytes = 0
+        self._on_overflow: Callable[[], None] = lambda: None
+
+    def bound(self, max_bytes: int, on_overflow: Callable[[], None]) -> None:
+        """Keep at most about `max_bytes` for a reader that lags: more ends the stream with SlowReaderError."""
+        self._max_bytes, self._on_overflow = max_bytes, on_overflow
+
+    def fail(self, error: NVFP4Error) -> None:
+        """End the stream with an error, in place of what is not read yet. Nothing if its last output has come."""
+        if not self._complete:
+            self._waiting.clear()
+            self.put(error)
 
     def put(self, item: TokenOutput | NVFP4Error) -> None:
+        if self._complete:
+            return  # it failed, and this is what the engine said until it knew
+        if isinstance(item, NVFP4Error):
+            self._complete = True
+        else:
+            self._complete = item.finish_reason is not None
+            if self._max_bytes is not None and self._waiting and not self._complete:
+                self._waiting_bytes += item.num_bytes
+                if self._waiting_bytes > self._max_bytes:
+                    self.fail(SlowReaderError(f"more than {self._max_bytes} bytes of the answer wait for its reader"))
+                    self._on_overflow()
+                    return
         self._waiting.append(item)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -80,6 +107,7 @@ class TokenStream:
         ):
             item.absorb(later)
             self._waiting.popleft()
+        self._waiting_bytes = 0
         self._ended = item.finish_reason is not None
         return item
 
@@ -95,6 +123,9 @@ class AsyncEngine(Protocol):
     stats: StepStats
     num_restarts: int
     num_stalls: int
+
+    @property
+    def admission(self) -> Admission: ...
 
     @property
     def alive(self) -> bool: ...
@@ -116,6 +147,7 @@ class AsyncEngine(Protocol):
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        tenant: str = "",
         adapter: str = "",
     ) -> TokenStream: ...
 
@@ -143,6 +175,7 @@ class EngineClient:
         self.stats = StepStats(0, 0, info.num_blocks - 1, 0, info.num_blocks - 1)
         self._process = process
         self._writer = writer
+        self.admission = Admission.of(info)
         self._streams: dict[str, TokenStream] = {}
         self._death: str | None = None
         self._closed_because: str | None = None
@@ -232,6 +265,7 @@ class EngineClient:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        tenant: str = "",
         adapter: str = "",
     ) -> TokenStream:
         """Admit a request or raise at once: RequestError (400), QueueFullError (429), EngineDeadError (503)."""
@@ -239,13 +273,11 @@ class EngineClient:
         check_request(prompt_token_ids, params, self.info, adapter)
         if request_id in self._streams:
             raise errors.InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
-        bound = self.info.max_num_seqs + self.info.max_queued_requests
-        if len(self._streams) >= bound:
-            raise QueueFullError(f"{bound} requests are running or waiting already; try again later")
+        self.admission.admit(request_id, tenant, len(prompt_token_ids))
         if not self._streams:
             self._note_progress()
         now = time.monotonic()
-        self._send(Submit(request_id, prompt_token_ids, params, now, cache_salt, priority, pooling, adapter))
+        self._send(Submit(request_id, prompt_token_ids, params, now, cache_salt, priority, pooling, tenant, adapter))
         stream = self._streams[request_id] = TokenStream(request_id)
         return stream
 
@@ -315,6 +347,7 @@ class EngineClient:
                     callback(stats)
             case Refused(request_id, kind, message, param):
                 stream = self._streams.pop(request_id, None)
+                self.admission.ended(request_id)
                 if stream is not None:
                     stream.put(_error_of(kind, message, param))
             case Beat(expected_seconds):
@@ -329,8 +362,10 @@ class EngineClient:
         for callback in self._on_output:
             callback(output)
         stream = self._streams.get(output.request_id)
+        self.admission.started(output.request_id)
         if output.finish_reason is not None:
             self._streams.pop(output.request_id, None)
+            self.admission.ended(output.request_id)
             for callback in self._on_finish:
                 callback(output)
         if stream is not None:
@@ -344,6 +379,7 @@ class EngineClient:
                 logger.error("engine dead: %s", reason)
         for stream in self._streams.values():
             stream.put(EngineDeadError(self._death))
+            self.admission.ended(stream.request_id)
         self._streams.clear()
 
 

@@ -27,6 +27,7 @@ class Submit(msgspec.Struct, tag=True):
     """A request. `arrival_seconds` is time.monotonic() at admission; `cache_salt` separates prefix caches.
 
     priority  lower goes first
+    tenant    whose request it is: within a priority, tenants are served in turn (see fairness.py)
     adapter   the name of a loaded LoRA adapter, "": the model as it is
     pooling   nothing is generated: the answer is the prompt's final hidden states, averaged, or the last one
     """
@@ -38,6 +39,7 @@ class Submit(msgspec.Struct, tag=True):
     cache_salt: str = ""
     priority: int = 0
     pooling: Pooling | None = None
+    tenant: str = ""
     adapter: str = ""
 
 
@@ -96,6 +98,12 @@ class TokenOutput(msgspec.Struct):
     param: str | None = None
     embedding: bytes | None = None
     error_code: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        scores = [*(self.logprobs or ()), *filter(None, self.prompt_logprobs or ())]
+        return 256 + 32 * len(self.token_ids) + sum(128 + 96 * len(score.top) for score in scores)
 
     def absorb(self, later: TokenOutput) -> None:
         """Become one output that says what this one and the next say. Not for a next that is an error: its reader
@@ -205,6 +213,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     enable_prefix_caching: bool
     device: str = "cpu"
     pid: int = 0
+    max_queued_tokens: int = 1 << 20
     scratch_bytes: dict[str, int] = {}
     limits: MachineLimits | None = None
     adapters: list[AdapterInfo] = []

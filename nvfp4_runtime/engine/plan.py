@@ -49,6 +49,7 @@ def check_limits(config: EngineConfig) -> None:
         ("--max-num-seqs", config.scheduler.max_num_seqs, 1),
         ("--max-num-batched-tokens", config.scheduler.max_num_batched_tokens, 1),
         ("--max-queued-requests", config.scheduler.max_queued_requests, 0),
+        ("--max-queued-tokens", config.scheduler.max_queued_tokens, 1),
         ("--max-model-len", config.scheduler.max_model_len, 1),
         ("--threads", config.threads, 1),
         ("--num-kv-blocks", config.cache.num_blocks, 2),

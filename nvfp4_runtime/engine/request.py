@@ -72,6 +72,7 @@ class Request:
         self.adapter = submit.adapter
         self.priority = submit.priority
         self.pooling = submit.pooling
+        self.tenant = submit.tenant
         self.hidden_sum: FloatRow | None = None
         self.arrival = 0
         self.num_pending = 0

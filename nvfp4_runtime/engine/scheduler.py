@@ -1,9 +1,10 @@
 """The scheduler: which requests get how many tokens and which blocks in the next step. Torch-free.
 
 Prefill and decode are not two modes: a request has `num_computed` catching up with its tokens, under one token budget
-per step. Requests go by rank: lower priority values first, then by arrival. Out of blocks, the running request that
-ranks last gives its blocks back and is recomputed later. Anything accepted fits alone (the engine refuses the rest at
-submit), so the request that ranks first always gets on and everything ends.
+per step. Requests go by rank: lower priority values first, then by arrival; among those that wait, tenants take turns
+(see fairness.py). Out of blocks, the running request that ranks last gives its blocks back and is recomputed later.
+Anything accepted fits alone (the engine refuses the rest at submit), so the request that ranks first always gets on and
+everything ends.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from nvfp4_runtime.cache.block_pool import BlockPool, chain_hash, salt_hash
 from nvfp4_runtime.config import SchedulerConfig
 from nvfp4_runtime.engine.degenerate import is_due, repeats_itself
+from nvfp4_runtime.engine.fairness import FairOrder
 from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
@@ -119,6 +121,7 @@ class Scheduler:
     waiting: list[Request] = field(default_factory=list)  # both sorted by rank
     running: list[Request] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
+    fair: FairOrder = field(default_factory=FairOrder)
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -138,6 +141,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         assert request.id not in self.requests, f"request id {request.id} is in use"
+        self.fair.enter(request.tenant, self.requests.values())
         self.requests[request.id] = request
         request.arrival = next(self._arrivals)
         insort(self.waiting, request, key=_rank)
@@ -178,11 +182,13 @@ class Scheduler:
                 index += 1
         if not preempted:
             entries.extend(self._admit(budget))
+        for entry in entries:
+            self.fair.charge(entry.request.tenant, entry.count)
         return Schedule(tuple(entries))
 
     def _admit(self, budget: int) -> Iterator[Scheduled]:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self.handling = self.waiting[0]
+            request = self.handling = self.fair.next(self.waiting)
             cached = self._find_prefix(request)
             start = len(cached) * self.block_size
             count = min(request.num_tokens - start, budget)
@@ -197,7 +203,7 @@ class Scheduler:
             if self.num_state_slots:
                 request.state_slot = self._free_slots.pop()
             self._note_admission(request, start)
-            self.waiting.pop(0)
+            self.waiting.remove(request)
             insort(self.running, request, key=_rank)
             budget -= count
             yield _take(request, count)

@@ -136,6 +136,7 @@ def simulated_engine(config: EngineConfig) -> Engine:
         max_model_len=limit,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_queued_requests=config.scheduler.max_queued_requests,
+        max_queued_tokens=config.scheduler.max_queued_tokens,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         block_size=block_size,
         num_blocks=num_blocks,

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from nvfp4_runtime.config import EngineConfig
+from nvfp4_runtime.engine.admission import Admission
 from nvfp4_runtime.engine.client import CLOSED, EngineClient, ProgressCallback, TokenStream
 from nvfp4_runtime.engine.messages import EngineInfo, Pooling, StepStats, TokenOutput
 from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
@@ -120,6 +121,11 @@ class SupervisedEngine:
         """When the next engine should be ready; None when there will be none."""
         return None if self.given_up.done() else max(1.0, self._ready_at - time.monotonic())
 
+    @property
+    def admission(self) -> Admission:
+        """Of the engine that runs now."""
+        return self._client.admission
+
     # -- requests ------------------------------------------------------------------------------------------------
 
     def submit(
@@ -131,6 +137,7 @@ class SupervisedEngine:
         cache_salt: str = "",
         priority: int = 0,
         pooling: Pooling | None = None,
+        tenant: str = "",
         adapter: str = "",
     ) -> TokenStream:
         """As EngineClient's; EngineDeadError with `retry_after_seconds` while an engine is being started."""
@@ -143,6 +150,7 @@ class SupervisedEngine:
             cache_salt=cache_salt,
             priority=priority,
             pooling=pooling,
+            tenant=tenant,
             adapter=adapter,
         )
 

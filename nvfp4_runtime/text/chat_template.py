@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from nvfp4_runtime.errors import InvalidParameterError, UnsupportedFormatError
+from nvfp4_runtime.text.template_limits import LimitedEnvironment, limited, measure
 from nvfp4_runtime.text.tokenizer import Tokenizer, read_json
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_RENDERED_CHARS = 16 << 20
-MAX_RENDER_SECONDS = 10.0
 
 # Variables we set ourselves: a client's chat_template_kwargs may not replace them.
 _SPECIAL_TOKENS = {"bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"}
@@ -43,6 +41,7 @@ _TEMPLATE_FAILURES = (
     AttributeError,
     ArithmeticError,
     RecursionError,
+    MemoryError,
 )
 
 
@@ -72,9 +71,10 @@ class ChatTemplate:
                     f"chat template {name!r} has {len(source)} characters; expected at most {MAX_TEMPLATE_CHARS}"
                 )
             try:
-                variables |= jinja2.meta.find_undeclared_variables(environment.parse(source))
-                self._templates[name] = environment.from_string(source)
-            except jinja2.TemplateError as error:
+                tree = environment.parse(source)
+                variables |= jinja2.meta.find_undeclared_variables(tree)
+                self._templates[name] = environment.compiled(tree)
+            except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
                 raise UnsupportedFormatError(f"chat template {name!r} does not compile: {error}") from error
         self.variables = frozenset(variables)
         self.source = "\n".join(named.values())
@@ -156,8 +156,8 @@ def render_to_ids(
     return tokenizer.unshield(rendered), token_ids
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
@@ -167,21 +167,15 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def _generate(template: jinja2.Template, context: Mapping[str, Any]) -> str:
-    """Render piece by piece, so that a runaway template ends at a size or a time.
-
-    Looked at whenever the template writes: a loop that writes nothing is not ended by this. The template is a file of
-    the operator's checkpoint, never a client's.
-    """
-    deadline = time.monotonic() + MAX_RENDER_SECONDS
+    """Render piece by piece: a template that writes without end is stopped at MAX_RENDERED_CHARS."""
     pieces: list[str] = []
     size = 0
-    for piece in template.generate(context):
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_RENDERED_CHARS:
-            raise jinja2.TemplateRuntimeError(f"it wrote more than {MAX_RENDERED_CHARS} characters")
-        if time.monotonic() > deadline:
-            raise jinja2.TemplateRuntimeError(f"it took longer than {MAX_RENDER_SECONDS:.0f} seconds")
+    with limited():
+        for piece in template.generate(context):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RENDERED_CHARS:
+                raise jinja2.TemplateRuntimeError(f"it wrote more than {MAX_RENDERED_CHARS} characters")
     return "".join(pieces)
 
 
@@ -209,6 +203,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as it is: Jinja's own filter escapes HTML characters, which is not what models were trained on."""
+    measure(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

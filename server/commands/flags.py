@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 KV_DTYPES = ("auto", "bf16", "fp8", "nvfp4", "float32")
 _REMEDIES = {
     errno.EACCES: "look at its owner and mode, or choose another path",
@@ -40,6 +41,19 @@ def whole(text: str) -> int:
     if not -(1 << 63) <= number < 1 << 63:
         raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, found {text[:40]!r}")
     return number
+
+
+def size(text: str) -> int:
+    """A size such as 512MiB, 2G or 1073741824. Units are powers of 1024."""
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        found = int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 2GiB or 512MiB, found {text!r}")
+    return found
 
 
 def path(text: str) -> str:

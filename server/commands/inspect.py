@@ -136,6 +136,6 @@ def _bars(show: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 
 
 def _size(text: str) -> int:
-    from server.cli import parse_bytes
+    from server.commands.flags import size
 
-    return parse_bytes(text)
+    return size(text)

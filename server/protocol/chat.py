@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
-from server.protocol.fields import Int, ShortStr, check_num_logprobs, note_unknown
+from server.protocol.fields import Int, ShortStr, TemplateStr, Text, check_num_logprobs, note_unknown
 from server.protocol.generation import GenerationRequest
 from server.protocol.not_honoured import NOT_HONOURED, NOT_HONOURED_CHAT
 from server.reasoning.request import ReasoningFields
@@ -20,12 +20,12 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: Text | list[dict[str, Any]] | None = None
     name: ShortStr | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: ShortStr | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
 
     def check(self, where: str) -> None:
         """Refuse content that no template here would show to the model."""
@@ -46,7 +46,7 @@ class ChatCompletionRequest(GenerationRequest, ToolFields, ReasoningFields):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     documents: list[dict[str, Any]] | None = None
-    chat_template: str | None = None
+    chat_template: TemplateStr | None = None
     chat_template_kwargs: dict[ShortStr, Any] | None = None
     return_prompt_text: bool = False
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from nvfp4_runtime.errors import InvalidParameterError
-from server.protocol.fields import Int, Prompt, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Int, Number, Prompt, RequestBody, ShortStr, note_unknown
 
 
 class EmbeddingRequest(RequestBody):
@@ -30,6 +30,7 @@ class EmbeddingRequest(RequestBody):
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     pooling: Literal["mean", "last"] | None = None
+    timeout: Number | None = None
 
     def check(self) -> None:
         """Refuse what no decoder's hidden states can give. Raises InvalidParameterError naming the field."""

@@ -10,10 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS
+from nvfp4_runtime.text.chat_template import MAX_TEMPLATE_CHARS
 
 logger = logging.getLogger(__name__)
 
 MAX_STRING_CHARS = 512
+MAX_STOP_CHARS = 1024
+MAX_TEXT_CHARS = 8 << 20  # of one text; what a body may hold is bounded besides
 
 
 class RequestBody(BaseModel):
@@ -33,13 +36,21 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _bounded(text: str) -> str:
+    if len(text) > MAX_TEXT_CHARS:
+        raise ValueError(f"expected at most {MAX_TEXT_CHARS} characters, found {len(text)}")
+    return text
+
+
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
     """str, [str], [int] or [[int]]; checked in one pass, since a prompt may hold a million ids."""
     if isinstance(value, str):
-        return value
+        return _bounded(value)
     if isinstance(value, list):
         kinds = set(map(type, value))
-        if kinds in ({str}, {int}):
+        if kinds == {str}:
+            return [_bounded(text) for text in value]
+        if kinds == {int}:
             return value
         if kinds == {list} and all(set(map(type, ids)) == {int} for ids in value):
             return value
@@ -52,10 +63,14 @@ Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), le=2**63 - 1
 Count = Annotated[Int, Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 ShortStr = Annotated[str, Field(max_length=MAX_STRING_CHARS)]
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+StopStr = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+TemplateStr = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)]
+_TEXT_SCHEMA = {"type": "string", "maxLength": MAX_TEXT_CHARS}
 _PROMPT_SCHEMA = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        _TEXT_SCHEMA,
+        {"type": "array", "minItems": 1, "items": _TEXT_SCHEMA},
         {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
         {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 1, "items": {"type": "integer"}}},
     ]

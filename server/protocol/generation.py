@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.sampling.params import MAX_LOGPROBS, SamplingParams
 from server.protocol.fields import (
+    MAX_STOP_CHARS,
     Count,
     Int,
     Number,
     RequestBody,
     ShortStr,
+    StopStr,
     check_num_logprobs,
     note_unknown,
     token_biases,
@@ -23,7 +25,6 @@ from server.protocol.not_honoured import NOT_HONOURED, REPLACED
 from server.structured import StructuredFields
 
 MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 1024
 MAX_BEAMS = MAX_LOGPROBS // 2  # a step looks at the 2 n likeliest tokens of each beam
 NOT_WITH_BEAM_SEARCH = (
     "stop",
@@ -70,9 +71,9 @@ class GenerationRequest(StructuredFields, RequestBody):
     frequency_penalty: Number = 0.0
     logit_bias: dict[ShortStr, Number] | None = None
     allowed_token_ids: list[Int] | None = None
-    bad_words: list[str] = Field([])
+    bad_words: list[StopStr] = Field([])
     seed: Int | None = None
-    stop: str | list[str] = Field([])
+    stop: StopStr | list[StopStr] = Field([])
     stop_token_ids: list[Int] = Field([])
     include_stop_str_in_output: bool = False
     min_tokens: Int = 0
@@ -90,6 +91,7 @@ class GenerationRequest(StructuredFields, RequestBody):
     priority: Int = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    timeout: Number | None = None
     user: ShortStr | None = None
 
     @property

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatMessage
-from server.protocol.fields import MAX_STRING_CHARS, note_unknown
+from server.protocol.fields import MAX_STRING_CHARS, Text, note_unknown
 
 Block = dict[str, Any]
 _TAKEN = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use")}
@@ -21,7 +21,7 @@ class AnthropicMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: Text | list[Block]
 
 
 def chat_messages(messages: Sequence[AnthropicMessage]) -> list[ChatMessage]:

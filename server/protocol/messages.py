@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, Number, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
 from server.protocol.message_blocks import AnthropicMessage, chat_messages, text_of
 from server.reasoning.request import Effort
 from server.tools.request import MAX_TOOLS, Tool
@@ -29,8 +29,8 @@ class AnthropicTool(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     type: Literal["custom"] = "custom"
-    name: str
-    description: str | None = None
+    name: ShortStr
+    description: Text | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
 
@@ -44,7 +44,7 @@ class AnthropicTool(BaseModel):
 class AnthropicToolChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: ShortStr | None = None
     disable_parallel_tool_use: bool = False
 
     def as_chat(self) -> str | dict[str, Any]:
@@ -81,7 +81,7 @@ class CountTokensRequest(RequestBody):
 
     model: ShortStr
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
+    system: Text | list[dict[str, Any]] | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
@@ -157,12 +157,13 @@ class CountTokensRequest(RequestBody):
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: Int
-    stop_sequences: list[str] = Field([])
+    stop_sequences: list[StopStr] = Field([])
     stream: bool = False
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: Int | None = None
     metadata: Metadata | None = None
+    timeout: Number | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
 

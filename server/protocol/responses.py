@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Count, Int, Number, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Count, Int, Number, RequestBody, ShortStr, StopStr, Text, note_unknown
 from server.protocol.response_items import messages_of
 from server.reasoning.request import EFFORTS
 from server.structured import JsonObject
@@ -56,8 +56,8 @@ class ResponsesTool(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
-    name: str
-    description: str | None = None
+    name: ShortStr
+    description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -73,7 +73,7 @@ class ResponsesTool(BaseModel):
 class ResponsesToolChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
-    name: str
+    name: ShortStr
 
 
 _FUNCTION = ("name", "description", "parameters", "strict")
@@ -83,8 +83,8 @@ class ResponsesRequest(RequestBody):
     """OpenAI's fields, and vLLM's sampling fields. null means the default, everywhere."""
 
     model: ShortStr | None = None
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
-    instructions: str | None = None
+    input: Text | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: Text | None = None
     previous_response_id: ShortStr | None = None
     store: bool = True
     stream: bool = False
@@ -102,13 +102,14 @@ class ResponsesRequest(RequestBody):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     seed: Int | None = None
-    stop: str | list[str] | None = None
+    stop: StopStr | list[StopStr] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     logit_bias: dict[ShortStr, Number] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     priority: Int | None = None
+    timeout: Number | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     text: dict[str, Any] = Field({})
     reasoning: dict[str, Any] = Field({})

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
-from server.protocol.fields import Int, RequestBody, ShortStr, note_unknown
+from server.protocol.fields import Int, RequestBody, ShortStr, TemplateStr, Text, note_unknown
 from server.tools.request import MAX_TOOLS, Tool
 
 _CHAT_FIELDS = (
@@ -28,13 +28,13 @@ class TokenizeRequest(RequestBody):
     """
 
     model: ShortStr | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template: str | None = None
+    chat_template: TemplateStr | None = None
     chat_template_kwargs: dict[ShortStr, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None

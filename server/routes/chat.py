@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -54,7 +55,7 @@ class Chat:
         params = msgspec.structs.replace(params, structured=self.form.structured, thinking=self.form.thinking)
         jobs = make_jobs([self.prompt_token_ids], [params], body.n, self.form.span)
         kept = self.form.kept_special_ids(server.text.tokenizer)
-        self.generation = start_generation(server, body, answer.engine_id, jobs, kept)
+        self.generation = start_generation(server, body, answer, jobs, kept)
         self.writers = [self.form.writer() for _ in range(body.n)]
 
     async def news(self) -> AsyncGenerator[tuple[Piece, list[Delta]], None]:
@@ -183,6 +184,8 @@ async def encode(server: ServerState, body: ChatCompletionRequest) -> EncodedPro
             "with --trust-request-chat-template",
             "chat_template",
         )
+    if body.chat_template is not None:
+        return await asyncio.to_thread(encode_chat, body, server.text)
     size = sum(len(str(message.content)) for message in body.messages)
     return await off_loop(size, lambda: encode_chat(body, server.text))
 

@@ -75,7 +75,7 @@ class _Completion:
             params.append(msgspec.structs.replace(one, structured=body.structured_spec(), thinking=thinking))
             fitted.append(prompt if ids is prompt.token_ids and prompt.text else EncodedPrompt("", ids))
         jobs = make_jobs([prompt.token_ids for prompt in fitted], params, body.n)
-        self.generation = start_generation(server, body, answer.engine_id, jobs)
+        self.generation = start_generation(server, body, answer, jobs)
         self.choices = [
             _Choice(fitted[i // body.n], state, None if body.logprobs is None else self._writer(body.logprobs))
             for i, state in enumerate(self.generation.choices)

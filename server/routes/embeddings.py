@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nvfp4_runtime.engine.client import TokenStream
-from nvfp4_runtime.errors import EngineDeadError, InvalidParameterError, NVFP4Error
+from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
+from server.deadline import Deadline
 from server.errors import GenerationError, json_response, renamed_params
 from server.generation import ChoiceState, Job, chosen_adapter, off_loop, until_disconnect
 from server.openapi import json_responses
@@ -36,14 +37,16 @@ class _Embedding:
         self._streams: list[TokenStream] = []
         self._choices = [ChoiceState(Job(i, ids, SamplingParams(max_tokens=1))) for i, ids in enumerate(prompts)]
         self._running: set[str] = set()
+        self._deadline = Deadline(answer.terms.timeout_seconds, self._expire)
         try:
             for i, token_ids in enumerate(prompts):
                 stream = server.engine.submit(
                     token_ids,
                     self._choices[i].job.params,
                     request_id=f"{answer.engine_id}-{i}",
-                    cache_salt=body.cache_salt or "",
+                    cache_salt=answer.terms.salted(body.cache_salt),
                     priority=body.priority,
+                    tenant=answer.terms.tenant,
                     pooling=body.pooling or server.config.pooling,
                     adapter=chosen_adapter(server.engine, body.model),
                 )
@@ -57,10 +60,17 @@ class _Embedding:
 
     def close(self) -> None:
         """Abort whatever has not finished. Safe to call twice."""
+        self._deadline.cancel()
         for request_id in list(self._running):
             self._running.discard(request_id)
             self.server.metrics.released(request_id)
             self.server.engine.abort(request_id)
+
+    def _expire(self, error: DeadlineExceededError) -> None:
+        for stream in self._streams:
+            if stream.request_id in self._running:
+                stream.fail(error)
+                self.server.engine.abort(stream.request_id)
 
     async def whole(self) -> dict[str, Any]:
         vectors = await asyncio.gather(*map(self._vector, self._streams, self._choices))

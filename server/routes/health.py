@@ -9,6 +9,7 @@ from nvfp4_runtime import __version__
 from nvfp4_runtime.errors import EngineDeadError
 from server.errors import error_response, json_response
 from server.health import why_not_healthy, why_not_live, why_not_ready
+from server.metrics_port import metrics_response
 from server.openapi import HEALTH_RESPONSES, TEXT_RESPONSES, json_responses
 from server.state import ServerState
 
@@ -43,7 +44,7 @@ def _answer(status: str, reason: str | None) -> Response:
 @router.get("/metrics", responses=TEXT_RESPONSES, response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(ServerState.of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return metrics_response(ServerState.of(request).metrics.render())
 
 
 @router.get("/load", responses=json_responses("How many."), response_class=Response)

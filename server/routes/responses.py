@@ -23,6 +23,7 @@ from server.response_store import StoredResponse
 from server.routes.chat import Chat, begin_chat
 from server.state import Answer, ServerState
 from server.streaming import EventStream, named_event
+from server.terms import tenant_of
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -83,7 +84,7 @@ class _Response:
             said = [
                 {name: message[name] for name in _KEPT if message.get(name)} | {"content": message["content"] or ""}
             ]
-        stored = StoredResponse(self.body, self.messages + said, task)
+        stored = StoredResponse(self.body, self.messages + said, self.chat.answer.terms.tenant, task)
         self.chat.server.responses.put(stored)
         return stored
 
@@ -201,7 +202,11 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     server = ServerState.of(request)
     answer = Answer.begin("resp", server, request, body)
     body.check()
-    before = [] if body.previous_response_id is None else _finished(server, body.previous_response_id).messages
+    before = (
+        []
+        if body.previous_response_id is None
+        else _finished(server, body.previous_response_id, answer.terms.tenant).messages
+    )
     messages = before + body.new_messages()
     check_results(messages)
     with renamed_params(_PARAMS):
@@ -218,8 +223,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         chat.generation.close()
 
 
-def _finished(server: ServerState, response_id: str) -> StoredResponse:
-    stored = server.responses.get(response_id)
+def _finished(server: ServerState, response_id: str, owner: str) -> StoredResponse:
+    stored = server.responses.get(response_id, owner)
     if stored.running:
         raise InvalidParameterError(f"response {response_id} is still running; wait for it", "previous_response_id")
     return stored
@@ -230,13 +235,13 @@ async def get_response(response_id: str, request: Request, stream: bool = False)
     """A response that is kept here."""
     if stream:
         raise InvalidParameterError("a kept response is not streamed again; leave stream out", "stream")
-    return json_response(ServerState.of(request).responses.get(response_id).body)
+    return json_response(ServerState.of(request).responses.get(response_id, tenant_of(request.scope)).body)
 
 
 @router.delete("/v1/responses/{response_id}", responses=json_responses("It is gone."), response_class=Response)
 async def delete_response(response_id: str, request: Request) -> Response:
     """Forget a response; one that runs is stopped."""
-    ServerState.of(request).responses.delete(response_id)
+    ServerState.of(request).responses.delete(response_id, tenant_of(request.scope))
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -244,10 +249,11 @@ async def delete_response(response_id: str, request: Request) -> Response:
 async def cancel_response(response_id: str, request: Request) -> Response:
     """Stop a response that runs in the background; one that has ended is answered as it is."""
     store = ServerState.of(request).responses
-    stored = store.get(response_id)
+    owner = tenant_of(request.scope)
+    stored = store.get(response_id, owner)
     if not stored.body["background"]:
         raise InvalidParameterError("Cannot cancel a synchronous response.", "response_id")
     if stored.task is not None and stored.running:
         stored.task.cancel()
         await asyncio.gather(stored.task, return_exceptions=True)
-    return json_response(store.get(response_id).body)
+    return json_response(store.get(response_id, owner).body)

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.structured.spec import MAX_DEPTH, MAX_SPEC_BYTES, StructuredSpec, nesting
+from server.protocol.fields import ShortStr as FunctionName
+from server.protocol.fields import Text
 from server.structured import json_text
 
 MAX_TOOLS = 1024
@@ -21,8 +23,8 @@ class FunctionDefinition(BaseModel):
     """A function the model may call. `parameters` is a JSON schema of an object; none: it takes nothing."""
 
     model_config = ConfigDict(extra="allow")
-    name: str
-    description: str | None = None
+    name: FunctionName
+    description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -35,7 +37,7 @@ class Tool(BaseModel):
 
 class NamedFunction(BaseModel):
     model_config = ConfigDict(extra="allow")
-    name: str
+    name: FunctionName
 
 
 class NamedToolChoice(BaseModel):

@@ -44,6 +44,8 @@ def test_the_entrypoint_is_the_exec_form_of_flags_that_serve_has():
     assert command[0] == "nvfp4"
     args = _parser()[0].parse_args([*command[1:], *compose()["services"]["nvfp4"]["command"]])
     assert (args.host, args.port, args.model) == ("0.0.0.0", 8000, "/model")
+    assert compose()["services"]["nvfp4"]["environment"]["NVFP4_ALLOW_UNAUTHENTICATED"] == "1"
+    assert "allow_unauthenticated" in vars(args)
     health = json.loads(stage["HEALTHCHECK"].split("CMD ", 1)[1])
     assert f":{args.port}/health" in health[-1]
 

@@ -16,6 +16,7 @@ from nvfp4_runtime.text.processor import TextProcessor
 from server.app import create_app
 from server.config import ServerConfig
 from tests.fakes import FakeEngine
+from tests.server.no_network import no_network
 
 TEXT = TextProcessor.simulated()
 
@@ -73,8 +74,9 @@ def assert_error(response: httpx.Response, status: int, param: str | None, *word
 async def running_server(engine: FakeEngine, config: ServerConfig, text: TextProcessor = TEXT) -> AsyncIterator[Served]:
     app = create_app(engine, text, config)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-        yield Served(app, engine, http)
+    with no_network():
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            yield Served(app, engine, http)
 
 
 Serve = Callable[..., Any]

@@ -14,7 +14,8 @@ from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.messages import LayerGroup
 from nvfp4_runtime.errors import CheckpointError, ConfigError, EngineDeadError, KernelError
 from nvfp4_runtime.kernels.cpu.backend import physical_cores, supported_isas
-from server.cli import _parser, exit_code, main, parse_bytes
+from server.cli import _parser, exit_code, main
+from server.commands.flags import size as parse_bytes
 from server.config import hash_key, read_api_keys, warn_of_unknown
 from server.screen import backend_line, layer_lines, op_lines, ready_screen
 from server.serve import (
@@ -333,7 +334,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
     [
         (["--served-model-name", " "], "--served-model-name"),
         (["--simulate", "--simulate-step-seconds", "-1"], "--simulate-step-seconds"),
-        (["--host", "bad..host"], "--host"),
+        (["--host", "bad..host", "--allow-unauthenticated"], "--host"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused(flags: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:

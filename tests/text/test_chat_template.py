@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvfp4_runtime.errors import InvalidParameterError, UnsupportedFormatError
-from nvfp4_runtime.text import chat_template
+from nvfp4_runtime.text import chat_template, template_limits
 from nvfp4_runtime.text.chat_template import ChatTemplate
 from nvfp4_runtime.text.processor import TextProcessor
 
@@ -62,7 +62,7 @@ def test_runaway_templates_end_at_a_size_and_at_a_time(monkeypatch: pytest.Monke
     with pytest.raises(InvalidParameterError, match="more than 100000 characters"):
         render(endless)
     monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1 << 40)
-    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.05)
+    monkeypatch.setattr(template_limits, "MAX_RENDER_SECONDS", 0.05)
     with pytest.raises(InvalidParameterError, match="took longer"):
         render(endless)
 
