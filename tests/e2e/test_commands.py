@@ -69,7 +69,7 @@ def test_served_greedy_tokens_are_those_of_the_offline_engine(quantised: Path, l
     assert any(group["stored"] == "nvfp4" for group in card["quantization"])
     assert server.metric("vllm:generation_tokens_total") == 12 + 1
     phases = {key.partition('phase="')[2][:-2] for key in server.metrics() if key.startswith("nvfp4_startup_seconds{")}
-    engine = {"import", "checkpoint", "weights", "kv_cache", "warm_up", "engine_total"}
+    engine = {"import", "checkpoint", "weights", "kv_cache", "warm_up", "self_test", "engine_total"}
     assert phases == engine | {"web", "tokenizer", "ready"}
     server.assert_idle()
     assert server.terminate() == 0
