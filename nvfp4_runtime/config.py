@@ -108,6 +108,22 @@ class Mamba2Config:
         return self.inner + 2 * self.num_groups * self.state_size
 
 
+@dataclass(frozen=True)
+class NASLayer:
+    """What a search left of one Llama layer.
+
+    num_kv_heads       0: no attention
+    intermediate_size  0: no feed-forward
+    linear_attention, linear_ffn  one square projection stands in its place
+    """
+
+    num_kv_heads: int
+    intermediate_size: int
+    linear_attention: bool = False
+    linear_ffn: bool = False
+    window: int | None = None
+
+
 Block = Literal["mamba", "attention", "mlp", "moe"]
 
 
@@ -117,6 +133,7 @@ class ModelConfig:
 
     layer_windows[i]  layer i's sliding window in tokens, or None for full attention
     num_draft_layers  follow the last layer in the files: they predict further tokens (multi-token prediction), unread
+    nas[i]            what a search left of layer i; empty: all layers are alike
     blocks[i]         what layer i is where layers are one thing each; empty: attention and feed-forward in each
     """
 
@@ -146,6 +163,7 @@ class ModelConfig:
     num_draft_layers: int = 0
     mamba: Mamba2Config | None = None
     blocks: tuple[Block, ...] = ()
+    nas: tuple[NASLayer, ...] = ()
 
     @property
     def rotary_dim(self) -> int:

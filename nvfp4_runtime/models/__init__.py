@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "Glm4MoeLiteForCausalLM": "llama",
     "DeepseekV3ForCausalLM": "llama",
     "NemotronHForCausalLM": "nemotron_h",
+    "DeciLMForCausalLM": "decilm",
 }
 
 # Tensors that no model reads, and why that is right.

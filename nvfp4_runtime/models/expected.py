@@ -16,7 +16,7 @@ from nvfp4_runtime.models.hf_config import parse_model_config
 
 def expected(config: Mapping[str, Any]) -> Expected | None:
     """What the model of this config.json reads; None for an architecture that has no model here, or whose layers are
-    of several kinds (Nemotron-H): they are held against each other.
+    of several kinds (Nemotron-H, DeciLM): they are held against each other.
 
     Raises UnsupportedFormatError as `parse_model_config` does.
     """
@@ -24,7 +24,7 @@ def expected(config: Mapping[str, Any]) -> Expected | None:
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
         return None
     model = parse_model_config(config)
-    if model.blocks:
+    if model.blocks or model.nas:
         return None
     table = {"model.embed_tokens": Module((model.vocab_size, model.hidden_size), linear=False)}
     loose, mixtures = {}, {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvfp4_runtime.config import ModelConfig
-from nvfp4_runtime.models import hf_nemotron_h
+from nvfp4_runtime.models import hf_decilm, hf_nemotron_h
 from nvfp4_runtime.models.config_values import Raw, count, declared_dtype, flag, number, token_ids, unsupported
 from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
@@ -41,6 +41,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(
         qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="layer_types", head_dim=128
     ),
+    "DeciLMForCausalLM": Family(),
     "MixtralForCausalLM": Family(windows="all"),
     "Qwen2MoeForCausalLM": Family(qkv_bias=True, windows="unused"),
     "Qwen3MoeForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="unused"),
@@ -80,6 +81,7 @@ def parse_model_config(raw: Raw) -> ModelConfig:
     family = FAMILIES[architecture]
     _refuse_other_arithmetic(raw)
     num_layers, num_heads = count(raw, "num_hidden_layers"), count(raw, "num_attention_heads")
+    # DeciLM's config.json has null there: each layer has a number of its own
     num_kv_heads = count(raw, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise unsupported("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
@@ -91,11 +93,11 @@ def parse_model_config(raw: Raw) -> ModelConfig:
     rope = parse_rope(raw, max_position, family.rotary_share)
     if int(head_dim * rope.partial_rotary_factor) % 2:
         raise unsupported("partial_rotary_factor", rope.partial_rotary_factor, f"an even share of head_dim {head_dim}")
-    return ModelConfig(
+    model = ModelConfig(
         architecture=architecture,
         model_type=str(raw.get("model_type", "")),
         hidden_size=hidden_size,
-        intermediate_size=count(raw, "intermediate_size"),
+        intermediate_size=count(raw, "intermediate_size", 1 if architecture == hf_decilm.ARCHITECTURE else None),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -117,6 +119,7 @@ def parse_model_config(raw: Raw) -> ModelConfig:
         mla=parse_mla(raw, rope) if architecture in LATENT else None,
         num_draft_layers=count(raw, "num_nextn_predict_layers") if raw.get("num_nextn_predict_layers") else 0,
     )
+    return hf_decilm.parse_nas_layers(raw, model) if architecture == hf_decilm.ARCHITECTURE else model
 
 
 def parse_architecture(raw: Raw) -> str:

@@ -106,7 +106,7 @@ def test_original_length_beside_the_rope_fields_takes_precedence() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architectures is 'MambaForCausalLM'; expected one of DeepseekV3"),
+        ({"architectures": ["MambaForCausalLM"]}, "architectures is 'MambaForCausalLM'; expected one of DeciLM"),
         ({"architectures": []}, "architectures is []"),
         ({"architectures": None}, "architectures is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected silu"),
