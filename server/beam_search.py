@@ -12,8 +12,8 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import (
     DeadlineExceededError,
     EngineDeadError,

@@ -13,8 +13,9 @@ from typing import TypeVar
 import msgspec
 from starlette.types import Receive
 
-from nvfp4_runtime.engine.client import AsyncEngine, TokenStream
+from nvfp4_runtime.engine.client import AsyncEngine
 from nvfp4_runtime.engine.messages import RequestTimes, TokenLogprob, TokenOutput
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import MAX_SEED, SamplingParams
 from nvfp4_runtime.structured.thinking import ThinkingSpan, ThinkingState

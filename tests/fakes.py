@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nvfp4_runtime.engine.admission import Admission
-from nvfp4_runtime.engine.client import CLOSED, TokenStream
+from nvfp4_runtime.engine.client import CLOSED
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     EngineInfo,
@@ -20,6 +20,7 @@ from nvfp4_runtime.engine.messages import (
     TokenLogprob,
     TokenOutput,
 )
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 

@@ -44,7 +44,7 @@ MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the n
 # where the default model is cached, of a module that TORCH_FREE holds to its lightness.
 SERVER_MAY_IMPORT = (
     "errors", "config", "text", "structured.spec", "structured.thinking", "sampling.params", "engine.messages",
-    "engine.client",
+    "engine.client", "engine.token_stream",
 )  # fmt: skip
 SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "quantize.default_model")
 TORCH_FREE = (

@@ -14,8 +14,9 @@ import msgspec
 
 from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.engine.admission import Admission
-from nvfp4_runtime.engine.client import CLOSED, EngineClient, ProgressCallback, TokenStream
+from nvfp4_runtime.engine.client import CLOSED, EngineClient, ProgressCallback
 from nvfp4_runtime.engine.messages import EngineInfo, Pooling, StepStats, TokenOutput
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from nvfp4_runtime.engine.client import TokenStream
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import DeadlineExceededError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
 from server.deadline import Deadline

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from nvfp4_runtime.config import EngineConfig, SimulatedConfig
-from nvfp4_runtime.engine.client import EngineClient, TokenStream
+from nvfp4_runtime.engine.client import EngineClient
 from nvfp4_runtime.engine.messages import Shutdown, StepStats, Submit
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CheckpointError, EngineDeadError, NVFP4Error, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from nvfp4_runtime.config import EngineConfig, SimulatedConfig, SimulatedFault
-from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.messages import StepStats
 from nvfp4_runtime.engine.pace import Pace
 from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import CheckpointError, EngineDeadError
 from nvfp4_runtime.sampling.params import SamplingParams
 from tests.engine.helpers import make_config

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob, TokenOutput
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import EngineDeadError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nvfp4_runtime.engine.client import TokenStream
 from nvfp4_runtime.engine.messages import TokenLogprob, TokenOutput
+from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import SlowReaderError
 from tests.fakes import FakeEngine, fake_info
 from tests.server.conftest import Serve, assert_error, events

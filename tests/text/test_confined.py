@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -63,10 +66,27 @@ def test_what_gets_past_every_other_limit_ends_with_its_process(monkeypatch: pyt
     assert pid() != before
 
 
-def test_memory_is_bounded() -> None:
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confined, "RENDER_SECONDS", 60.0)  # not the clock's doing, on a busy machine
     source = (
         "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x, 'a' * 99999 ~ i] %}{% endfor %}"
     )
     with pytest.raises(InvalidParameterError, match=r"cannot render these messages|more memory"):
         ConfinedTemplate(source, {}).render(HI)
     assert ConfinedTemplate("{{ messages[0].content }}", {}).render(HI) == "Hi"
+
+
+def test_a_runaway_template_ends_even_when_the_server_is_gone() -> None:
+    limits = "import resource; from nvfp4_runtime.text import confined; confined._limit_time(); "
+    endless = "print('begun', flush=True)\nwhile True: pass"
+    code = (
+        limits + "resource.setrlimit(resource.RLIMIT_CPU, (1, resource.RLIM_INFINITY)) if SHORT else None; " + endless
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("SHORT", "resource.getrlimit(resource.RLIMIT_CPU)[0] < 9")],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGXCPU
+    assert done.stdout == b"begun\n"
