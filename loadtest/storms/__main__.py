@@ -12,7 +12,7 @@ from pathlib import Path
 from loadtest.neighbours import Neighbours
 from loadtest.storms.verdict import Verdict
 
-NAMES = ("aborts", "streams", "garbage", "grammars", "soak", "determinism")
+NAMES = ("aborts",)
 
 
 def run(name: str, count: int | None, seconds: float | None, short: bool) -> Verdict:

@@ -121,7 +121,8 @@ def _body(kind: str, number: int, draw: random.Random) -> dict[str, Any]:
         case "shared prefix":
             return fields | {"prompt": "The same beginning. " * 20 + str(number % 7), "stream": True}
         case "grammar":  # of its own, so that it compiles
-            return fields | {"structured_outputs": {"regex": f"(a|b){{{number % 90 + 10}}}{number}(c|d)*"}, "stream": True}
+            regex = f"(a|b){{{number % 90 + 10}}}{number}(c|d)*"
+            return fields | {"structured_outputs": {"regex": regex}, "stream": True}
         case _:
             raise ValueError(kind)
 
