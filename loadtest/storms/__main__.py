@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from loadtest.neighbours import Neighbours
+from loadtest.storms import aborts
 from loadtest.storms.verdict import Verdict
 
-NAMES = ("aborts",)
+STORMS = {"aborts": aborts.run}
 
 
 def run(name: str, count: int | None, seconds: float | None, short: bool) -> Verdict:
     """One storm. `count` and `seconds` None: its own, by `short`."""
     neighbours, started = Neighbours(), time.monotonic()
-    verdict: Verdict = importlib.import_module(f"loadtest.storms.{name}").run(count, seconds, short)
+    verdict = STORMS[name](count, seconds, short)
     verdict.seconds = round(time.monotonic() - started, 1)
     busy = neighbours.cores()
     verdict.busy_cores = None if busy is None else round(busy, 2)
@@ -30,14 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m loadtest.storms",
         description="Start a server, storm it, say which promises it kept. Exit code 1 if one was broken.",
     )
-    parser.add_argument("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)} or all")
+    parser.add_argument(
+        "names", nargs="+", choices=(*STORMS, "all"), metavar="NAME", help=f"{', '.join(STORMS)} or all"
+    )
     parser.add_argument("--short", action="store_true", help="the size that CI runs")
     parser.add_argument("--count", type=int, help="of aborts, streams, connections, grammars or prompts")
     parser.add_argument("--seconds", type=float, help="of the soak")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict; {} becomes the storm's name")
     args = parser.parse_args(argv)
     verdicts = []
-    for name in NAMES if "all" in args.names else args.names:
+    for name in STORMS if "all" in args.names else args.names:
         verdicts.append(run(name, args.count, args.seconds, args.short))
         print(verdicts[-1].text(), flush=True)
         if args.json is not None:
