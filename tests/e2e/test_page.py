@@ -341,7 +341,9 @@ def test_an_error_event_and_a_stream_that_breaks_off_are_told(visit: Visit, serv
     assert page.inner_text(".assistant .content >> nth=0") == "Half"
 
 
-def test_the_death_of_the_engine_is_told_in_the_stream_and_in_the_header(visit: Visit, launch: Launch) -> None:
+def test_the_death_of_the_engine_is_told_the_next_one_answers_and_a_dead_server_is_seen(
+    visit: Visit, launch: Launch
+) -> None:
     server = launch("--simulate", "--simulate-step-seconds", "0.02")
     page, watch = visit(server.url)
     watch.expected = ("Failed to load resource",)
@@ -350,8 +352,15 @@ def test_the_death_of_the_engine_is_told_in_the_stream_and_in_the_header(visit: 
     page.wait_for_selector(".assistant .content p")
     os.kill(server.engine_pid(), signal.SIGKILL)
     page.wait_for_selector(".turn .error")
-    page.wait_for_selector("#health[data-state=down]")
+    deadline = time.monotonic() + 20
+    while httpx.get(f"{server.url}/health", timeout=5).status_code != 200:
+        assert time.monotonic() < deadline, "no new engine"
+        time.sleep(0.1)
+    limit_tokens(page, 8)
+    ask(page)
+    wait_for_end(page)
     server.kill()
+    page.wait_for_selector("#health[data-state=down]")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

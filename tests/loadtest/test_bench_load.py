@@ -11,7 +11,8 @@ from loadtest import bench_load
 from loadtest.bench_cpu.shapes import Shape
 
 TINY = Shape("tiny", hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, vocab=320, max_positions=512)
-PHASES = {"import", "checkpoint", "weights", "kv_cache", "warm_up", "engine_total", "web", "tokenizer", "ready"}
+ENGINE = {"import", "checkpoint", "weights", "kv_cache", "warm_up", "self_test", "engine_total"}
+PHASES = ENGINE | {"web", "tokenizer", "ready"}
 
 
 def test_first_token_is_timed_from_exec_and_phases_and_memory_are_told(
