@@ -1,7 +1,7 @@
 """The architecture, kept true by reading the imports: inside functions and under TYPE_CHECKING they count as well.
 
-    errors config batch process <- nvfp4 <- checkpoint kernels cache <- layers <- models <- structured <- sampling
-        <- engine <- server
+    errors config batch process <- nvfp4 parallel <- checkpoint kernels cache <- layers <- models <- structured
+        <- sampling <- engine <- server
 
 A module imports from its own package and from those to its left; names of one group do not import each other.
 """
@@ -23,7 +23,7 @@ PRODUCT = (RUNTIME, "server", "loadtest")
 
 CHAIN = (
     ("errors", "config", "batch", "process"),
-    ("nvfp4",),
+    ("nvfp4", "parallel"),
     ("checkpoint", "kernels", "cache"),
     ("layers",),
     ("models",),
@@ -51,6 +51,7 @@ TORCH_FREE = (
     RUNTIME,
     f"{RUNTIME}.errors",
     f"{RUNTIME}.config",
+    f"{RUNTIME}.parallel",
     f"{RUNTIME}.cache.block_pool",
     f"{RUNTIME}.cache.specs",
     f"{RUNTIME}.structured.spec",

@@ -40,6 +40,7 @@ from nvfp4_runtime.kernels.transfer import to_device
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
+from nvfp4_runtime.parallel import Alone, Team
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class Kernels:
               "...v_proj"] for one fused kernel: the same prefixes they gave to Checkpoint.linear.
     samples   where a dict is given: weight, kernel and backend of each distinct linear, for kernels/self_test.py
     chosen    the backend of each distinct op without weights
+    team      the processes among which layers are split
     """
 
     backends: Sequence[Backend]
@@ -125,6 +127,7 @@ class Kernels:
     choices: list[Choice] = field(default_factory=list)
     samples: Samples | None = None
     chosen: dict[OpSpec, Backend] = field(default_factory=dict)
+    team: Team = field(default_factory=Alone)
     _logged: set[OpSpec] = field(default_factory=set)
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -279,6 +282,13 @@ class Kernels:
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | None:
         """Everything before the head as one call where a backend has that; None: call their ops one by one."""
+        if self.team.size > 1:
+            logger.info(
+                "layers run op by op (tensor parallelism: %d ranks add up after o_proj and down_proj, which the call "
+                "that runs all layers at once cannot)",
+                self.team.size,
+            )
+            return None
         refusals: list[str] = []
         for backend in self.backends:
             made = backend.decoder(ops)

@@ -11,6 +11,7 @@ from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpe
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.layers.norm import load_norm_weight
+from nvfp4_runtime.parallel import scaled, share_heads
 
 
 class Attention:
@@ -18,6 +19,8 @@ class Attention:
 
     layer_id  also the place of its keys and values in batch.kv, unless `cache_index` names another
     cos, sin  the rope tables, shared by all layers; none of the dimensions turns where they are empty
+
+    num_kv_heads  of those whose keys and values this rank keeps
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class Attention:
         cache_index: int | None = None,
     ) -> None:
         heads, kv_heads, dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+        own, own_kv = share_heads(heads, kv_heads, kernels.team)
+        self.num_kv_heads = len(own_kv)
         self.qkv_proj = Linear.fused(
             ckpt,
             kernels,
@@ -41,8 +46,11 @@ class Attention:
             [heads * dim, kv_heads * dim, kv_heads * dim],
             hidden,
             bias=config.qkv_bias,
+            rows=[[scaled(own, dim)], [scaled(own_kv, dim)], [scaled(own_kv, dim)]],
         )
-        self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, heads * dim, bias=config.o_bias)
+        self.o_proj = Linear.single(
+            ckpt, kernels, f"{prefix}.o_proj", hidden, heads * dim, bias=config.o_bias, columns=scaled(own, dim)
+        )
         self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim) if config.qk_norm else None
         self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim) if config.qk_norm else None
         self.cos, self.sin = cos, sin
@@ -51,10 +59,10 @@ class Attention:
         self.layer_id = layer_id if cache_index is None else cache_index
         window = config.layer_windows[layer_id]
         self.rope = kernels.rope_and_cache(
-            RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)
+            RopeSpec(len(own), len(own_kv), dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)
         )
         self.attend = kernels.paged_attention(
-            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype)
+            PagedAttentionSpec(len(own), len(own_kv), dim, window, kv_dtype, kernels.stream, kernels.dtype)
         )
 
     def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, ModelConfig
 from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+from nvfp4_runtime.kernels.ops import LinearKernel
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
+from nvfp4_runtime.nvfp4 import slices
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
+from nvfp4_runtime.parallel import Team, share
 
 FLAG = "--lm-head-dtype"
 
@@ -39,7 +44,24 @@ def lm_head(
     made_from = None if weight.format == stored.format else stored.format
     if placed is not None and isinstance(weight, DenseWeight) and weight.weight is embedding:
         weight = DenseWeight(placed)  # one copy serves look-ups and logits
-    return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from, out_dtype="float32")])
+    team = kernels.team
+    if team.size == 1:
+        return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from, out_dtype="float32")])
+    runs = [share(weight.n, team, "rows of the head", rank) for rank in range(team.size)]
+    own = slices.rows(weight, [runs[team.rank]])
+    kernel = linear_kernel(kernels, "lm_head", own, ["lm_head"], made_from, out_dtype="float32")
+    return Linear([JoinedRows(kernel, team, [len(run) for run in runs])])
+
+
+class JoinedRows:
+    """A kernel of which every rank has some rows: rank 0 gets all results, side by side."""
+
+    def __init__(self, kernel: LinearKernel, team: Team, widths: Sequence[int]) -> None:
+        self._kernel, self._team, self._widths = kernel, team, widths
+        self.weight_bytes = kernel.weight_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._team.join(self._kernel(x), self._widths)
 
 
 def _stored(ckpt: Checkpoint, config: ModelConfig, embedding: Tensor) -> Weight:

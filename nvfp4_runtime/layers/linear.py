@@ -15,7 +15,9 @@ from nvfp4_runtime.errors import MissingTensorError, UnexpectedTensorError
 from nvfp4_runtime.kernels.ops import LinearKernel, QuantizedRows, TakesQuantizedRows
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.lora import LinearAdapters
+from nvfp4_runtime.nvfp4 import slices
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight, Weight, can_fuse, fuse
+from nvfp4_runtime.parallel import Team
 
 
 class PreScaled:
@@ -38,11 +40,15 @@ class Linear:
 
     kernels   usually one; more where the parts are stored in formats that cannot share a kernel
     adapters  what LoRA adapters add, None where none adds anything
+    sums      results are partial, each rank of this team having some of the columns, and are added up
     """
 
-    def __init__(self, kernels: Sequence[LinearKernel], adapters: LinearAdapters | None = None) -> None:
+    def __init__(
+        self, kernels: Sequence[LinearKernel], adapters: LinearAdapters | None = None, sums: Team | None = None
+    ) -> None:
         self.kernels = tuple(kernels)
         self.adapters = adapters
+        self._sums = sums if sums is not None and sums.size > 1 else None
         self._only = self.kernels[0] if len(self.kernels) == 1 else None
         self._takes_quantized = self.takes_quantized
 
@@ -57,24 +63,50 @@ class Linear:
         k: int,
         *,
         bias: bool = False,
+        rows: Sequence[Sequence[range]] | None = None,
+        columns: range | None = None,
+        sums: bool = True,
     ) -> Self:
         """The layers `prefixes`, of n_each[i] outputs each and k inputs, as one layer of sum(n_each) outputs.
 
         Neighbours whose formats (and pre_quant_scales) agree share a kernel; those that differ stay apart and are
         joined at the output.
+
+        rows     of each part, the outputs that this rank computes; None: all
+        columns  the inputs that this rank has; None: all. What ranks compute is then partial, and is added up here
+                 unless `sums` is False
         Raises MissingTensorError or UnexpectedTensorError when the files' biases are not what `bias` says.
         """
         parts = [load_weight(ckpt, prefix, n, k, bias) for prefix, n in zip(prefixes, n_each, strict=True)]
+        if rows is not None:
+            parts = [slices.rows(part, runs) for part, runs in zip(parts, rows, strict=True)]
+        team = kernels.team
+        if columns is not None and team.size > 1:
+            parts = [slices.columns(part, columns, with_bias=team.rank == 0) for part in parts]
         made = []
         for run in _fusable_runs(parts):
             weight = parts[run.start] if len(run) == 1 else fuse([parts[i] for i in run])
             made.append(linear_kernel(kernels, group, weight, [prefixes[i] for i in run]))
-        return cls(made, LinearAdapters.load(ckpt.adapters, kernels, group, prefixes, n_each, k))
+        adapters = LinearAdapters.load(ckpt.adapters, kernels, group, prefixes, n_each, k)
+        return cls(made, adapters, team if columns is not None and sums else None)
 
     @classmethod
-    def single(cls, ckpt: Checkpoint, kernels: Kernels, prefix: str, n: int, k: int, *, bias: bool = False) -> Self:
+    def single(
+        cls,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        prefix: str,
+        n: int,
+        k: int,
+        *,
+        bias: bool = False,
+        rows: Sequence[range] | None = None,
+        columns: range | None = None,
+        sums: bool = True,
+    ) -> Self:
         """The layer `prefix`; its last name is its group in the precision report."""
-        return cls.fused(ckpt, kernels, prefix.rpartition(".")[2], [prefix], [n], k, bias=bias)
+        group, runs = prefix.rpartition(".")[2], None if rows is None else [rows]
+        return cls.fused(ckpt, kernels, group, [prefix], [n], k, bias=bias, rows=runs, columns=columns, sums=sums)
 
     @property
     def only_kernel(self) -> LinearKernel | None:
@@ -94,9 +126,12 @@ class Linear:
         """x [M, K] -> [M, N]; quantised rows only where `takes_quantized`. `adapters`: which rows pass one."""
         if isinstance(x, QuantizedRows):
             assert self._takes_quantized is not None
-            return self._takes_quantized.multiply_quantized(x)
-        y = self._base(x)
-        return y if adapters is None or self.adapters is None else self.adapters.add(y, x, adapters)
+            y = self._takes_quantized.multiply_quantized(x)
+        else:
+            y = self._base(x)
+            if adapters is not None and self.adapters is not None:
+                y = self.adapters.add(y, x, adapters)
+        return y if self._sums is None else self._sums.sum(y)
 
     def _base(self, x: Tensor) -> Tensor:
         if self._only is not None:

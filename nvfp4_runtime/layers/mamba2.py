@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,12 +15,15 @@ from nvfp4_runtime.config import Mamba2Config
 from nvfp4_runtime.kernels.ops import Mamba2Spec, Mamba2Weights
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
+from nvfp4_runtime.parallel import Team, scaled, share, shifted
 
 
 class Mamba2:
     """One layer's mixer, `prefix` being e.g. "backbone.layers.3.mixer".
 
     cache_index  the place of its states in batch.kv
+
+    The ranks of a team share the groups, each with its heads, its B and C, its states and its norm.
     """
 
     def __init__(
@@ -30,24 +36,30 @@ class Mamba2:
         prefix: str,
         cache_index: int,
     ) -> None:
-        self.config, self.eps, self.cache_index = config, eps, cache_index
+        whole, own = config, _Own(config, kernels.team)
+        self.config = config = own.config
+        self.eps, self.cache_index = eps, cache_index
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.widths = [config.inner, config.conv_dim, config.num_heads]
-        self.in_proj = Linear.single(ckpt, kernels, f"{prefix}.in_proj", sum(self.widths), hidden)
-        self.out_proj = Linear.single(ckpt, kernels, f"{prefix}.out_proj", hidden, config.inner)
+        outputs = whole.inner + whole.conv_dim + whole.num_heads
+        self.in_proj = Linear.single(ckpt, kernels, f"{prefix}.in_proj", outputs, hidden, rows=own.outputs)
+        self.out_proj = Linear.single(ckpt, kernels, f"{prefix}.out_proj", hidden, whole.inner, columns=own.inner)
 
-        def plain(name: str, *shape: int) -> Tensor:
-            return kernels.place(ckpt.tensor(f"{prefix}.{name}", shape).to(torch.float32).contiguous())
+        def plain(name: str, runs: Sequence[range], *shape: int) -> Tensor:
+            found = ckpt.tensor(f"{prefix}.{name}", shape).to(torch.float32)
+            kept = [found[run.start : run.stop] for run in runs]
+            return kernels.place(kept[0].contiguous() if len(kept) == 1 else torch.cat(kept))
 
+        heads = whole.num_heads
         self.weights = Mamba2Weights(
-            conv_weight=plain("conv1d.weight", config.conv_dim, 1, config.conv_width).squeeze(1),
-            conv_bias=plain("conv1d.bias", config.conv_dim),
-            a=-plain("A_log", config.num_heads).exp(),
-            dt_bias=plain("dt_bias", config.num_heads),
-            d=plain("D", config.num_heads),
-            min_step=config.min_step,
+            conv_weight=plain("conv1d.weight", own.conv, whole.conv_dim, 1, whole.conv_width).squeeze(1),
+            conv_bias=plain("conv1d.bias", own.conv, whole.conv_dim),
+            a=-plain("A_log", [own.heads], heads).exp(),
+            dt_bias=plain("dt_bias", [own.heads], heads),
+            d=plain("D", [own.heads], heads),
+            min_step=whole.min_step,
         )
-        self.norm = plain("norm.weight", config.inner)
+        self.norm = plain("norm.weight", [own.inner], whole.inner)
         self.scan = kernels.mamba2(
             Mamba2Spec(
                 config.num_heads,
@@ -77,3 +89,28 @@ class Mamba2:
         gated = (y * torch.nn.functional.silu(gate.to(torch.float32))).view(len(y), self.config.num_groups, -1)
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
         return (normed.flatten(1) * self.norm).to(self.dtype)
+
+
+class _Own:
+    """What of a mixer is this rank's.
+
+    config   as if it were a mixer of its own
+    heads    of the whole mixer's
+    inner    columns of its result
+    conv     channels of the convolution: of x, of B, of C
+    outputs  rows of in_proj: gate, x, B, C, steps
+    """
+
+    def __init__(self, config: Mamba2Config, team: Team) -> None:
+        groups = share(config.num_groups, team, "groups of Mamba-2 heads")
+        self.heads = scaled(groups, config.num_heads // config.num_groups)
+        self.config = replace(config, num_heads=len(self.heads), num_groups=len(groups))
+        self.inner = scaled(self.heads, config.head_dim)
+        state, bc = scaled(groups, config.state_size), config.num_groups * config.state_size
+        if team.size == 1:
+            self.conv = [range(config.conv_dim)]
+            self.outputs = [range(config.inner + config.conv_dim + config.num_heads)]
+            return
+        self.conv = [self.inner, shifted(state, config.inner), shifted(state, config.inner + bc)]
+        steps = shifted(self.heads, config.inner + config.conv_dim)
+        self.outputs = [self.inner, *(shifted(run, config.inner) for run in self.conv), steps]

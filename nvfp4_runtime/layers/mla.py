@@ -16,7 +16,9 @@ from nvfp4_runtime.kernels.ops import GroupedLinearKernel, MLASpec
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear, load_weight
 from nvfp4_runtime.layers.norm import RMSNorm
+from nvfp4_runtime.nvfp4 import slices
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
+from nvfp4_runtime.parallel import scaled, share
 
 _INNER_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm, whatever config.json says of the other norms
 
@@ -25,6 +27,8 @@ class LatentAttention:
     """One layer's attention, `prefix` being e.g. "model.layers.3.self_attn".
 
     cos, sin  the rope tables of rope_dim, shared by all layers
+
+    The ranks of a team share the heads; the latent vectors, one for all heads, are computed and kept on each.
     """
 
     def __init__(
@@ -39,23 +43,31 @@ class LatentAttention:
         cos: Tensor,
         sin: Tensor,
     ) -> None:
-        self.config, self.num_heads, self.layer_id = config, num_heads, layer_id
+        own = share(num_heads, kernels.team, "heads")
+        self.config, self.num_heads, self.layer_id = config, len(own), layer_id
         self.cos, self.sin = cos, sin
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         rank, rope, q_rank = config.kv_lora_rank, config.rope_dim, config.q_lora_rank
-        queries = num_heads * (config.nope_dim + rope)
+        width = config.nope_dim + rope
+        queries, own_queries = num_heads * width, scaled(own, width)
         self.q_norm: RMSNorm | None = None
         if q_rank is not None:
             self.q_norm = RMSNorm(ckpt, kernels, f"{prefix}.q_a_layernorm", q_rank, _INNER_NORM_EPS)
-            self.q_b_proj = Linear.single(ckpt, kernels, f"{prefix}.q_b_proj", queries, q_rank)
+            self.q_b_proj = Linear.single(ckpt, kernels, f"{prefix}.q_b_proj", queries, q_rank, rows=[own_queries])
         names = [f"{prefix}.{'q_proj' if q_rank is None else 'q_a_proj'}", f"{prefix}.kv_a_proj_with_mqa"]
-        self.widths = [queries if q_rank is None else q_rank, rank, rope]
-        self.down_proj = Linear.fused(ckpt, kernels, "q_kv_a_proj", names, [self.widths[0], rank + rope], hidden)
+        first, kept = (queries, own_queries) if q_rank is None else (q_rank, range(q_rank))
+        self.widths = [len(kept), rank, rope]
+        self.down_proj = Linear.fused(
+            ckpt, kernels, "q_kv_a_proj", names, [first, rank + rope], hidden, rows=[[kept], [range(rank + rope)]]
+        )
         self.kv_norm = RMSNorm(ckpt, kernels, f"{prefix}.kv_a_layernorm", rank, _INNER_NORM_EPS)
-        self.into_latent, self.out_of_latent = _absorbed(ckpt, kernels, config, num_heads, f"{prefix}.kv_b_proj")
-        self.heads = kernels.place(torch.arange(num_heads + 1, dtype=torch.int32))
-        self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, num_heads * config.v_dim)
-        self.attend = kernels.mla_decode(MLASpec(num_heads, rank, rope, kernels.dtype, kernels.dtype))
+        self.into_latent, self.out_of_latent = _absorbed(ckpt, kernels, config, num_heads, own, f"{prefix}.kv_b_proj")
+        self.heads = kernels.place(torch.arange(len(own) + 1, dtype=torch.int32))
+        columns = scaled(own, config.v_dim)
+        self.o_proj = Linear.single(
+            ckpt, kernels, f"{prefix}.o_proj", hidden, num_heads * config.v_dim, columns=columns
+        )
+        self.attend = kernels.mla_decode(MLASpec(len(own), rank, rope, kernels.dtype, kernels.dtype))
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' latent vectors are in the cache afterwards."""
@@ -91,14 +103,15 @@ class LatentAttention:
 
 
 def _absorbed(
-    ckpt: Checkpoint, kernels: Kernels, config: MLAConfig, num_heads: int, prefix: str
+    ckpt: Checkpoint, kernels: Kernels, config: MLAConfig, num_heads: int, own: range, prefix: str
 ) -> tuple[GroupedLinearKernel, GroupedLinearKernel]:
-    """kv_b_proj [H * (nope + v), rank] as a matrix per head from nope to rank, and one from rank to v.
+    """kv_b_proj [H * (nope + v), rank] as a matrix per head of `own` from nope to rank, and one from rank to v.
 
     A quantised one is used as the float32 values it stands for: transposed, its blocks would lie across the sums.
     """
     weight = load_weight(ckpt, prefix, num_heads * (config.nope_dim + config.v_dim), config.kv_lora_rank, bias=False)
-    heads = _plain(weight).view(num_heads, config.nope_dim + config.v_dim, config.kv_lora_rank)
+    weight = slices.rows(weight, [scaled(own, config.nope_dim + config.v_dim)])
+    heads = _plain(weight).view(len(own), config.nope_dim + config.v_dim, config.kv_lora_rank)
     keys: list[Weight] = [DenseWeight(head[: config.nope_dim].t().contiguous()) for head in heads]
     values: list[Weight] = [DenseWeight(head[config.nope_dim :].contiguous()) for head in heads]
     return kernels.grouped_linear("kv_b_proj.k", keys), kernels.grouped_linear("kv_b_proj.v", values)

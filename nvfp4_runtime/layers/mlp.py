@@ -12,14 +12,27 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
+from nvfp4_runtime.parallel import share_columns
 
 
 class MLP:
-    """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp"."""
+    """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp".
+
+    sums  False: what the ranks of a team give is partial, and whoever calls adds it up
+    """
 
     def __init__(
-        self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str, *, bias: bool = False
+        self,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        hidden: int,
+        inner: int,
+        prefix: str,
+        *,
+        bias: bool = False,
+        sums: bool = True,
     ) -> None:
+        own = share_columns(inner, kernels.team, f"inner columns of {prefix}")
         self.gate_up_proj = Linear.fused(
             ckpt,
             kernels,
@@ -28,9 +41,12 @@ class MLP:
             [inner, inner],
             hidden,
             bias=bias,
+            rows=[[own], [own]],
         )
-        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=bias)
-        self.silu_mul = kernels.silu_mul(inner)
+        self.down_proj = Linear.single(
+            ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=bias, columns=own, sums=sums
+        )
+        self.silu_mul = kernels.silu_mul(len(own))
         self._quantizes: QuantizingActivation | None = None
         self._quantized_under: Tensor | None = None
         taker, kernel = self.down_proj.takes_quantized, cast(object, self.silu_mul)
@@ -47,12 +63,15 @@ class MLP:
 
 
 class PlainMLP:
-    """down(relu(up(x))^2), `prefix` being e.g. "backbone.layers.3.mixer"."""
+    """down(relu(up(x))^2), `prefix` being e.g. "backbone.layers.3.mixer"; `sums` as MLP's."""
 
-    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str) -> None:
+    def __init__(
+        self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str, *, sums: bool = True
+    ) -> None:
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
-        self.up_proj = Linear.single(ckpt, kernels, f"{prefix}.up_proj", inner, hidden)
-        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner)
+        own = share_columns(inner, kernels.team, f"inner columns of {prefix}")
+        self.up_proj = Linear.single(ckpt, kernels, f"{prefix}.up_proj", inner, hidden, rows=[own])
+        self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, columns=own, sums=sums)
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""

@@ -12,6 +12,7 @@ from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
 from nvfp4_runtime.layers.mlp import MLP, PlainMLP, relu_squared
 from nvfp4_runtime.nvfp4.weight import can_fuse, fuse
+from nvfp4_runtime.parallel import share
 
 
 class MoE:
@@ -19,10 +20,13 @@ class MoE:
 
     A token's result depends on that token alone: experts compute row by row, and results are summed in the order in
     which the router ranked them, not in the order in which experts ran.
+
+    In a team every rank routes every token and has some of the experts, whole, and a part of the shared one; what they
+    give is added up once. The projections round latent experts are on every rank.
     """
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
-        self.config = config
+        self.config, self.team = config, kernels.team
         self.router = Router(ckpt, kernels, hidden, config, prefix)
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.into_latent: Linear | None = None
@@ -39,10 +43,10 @@ class MoE:
         weights, chosen = self.router(x)
         if self.into_latent is None:
             y = self.experts(x, weights, chosen)
-        else:
-            latent = self.experts(self.into_latent(x, adapters).to(self.dtype), weights, chosen)
-            y = self.out_of_latent(latent.to(self.dtype), adapters)
-        return y if self.shared is None else y + self.shared(x, adapters)
+            return self.team.sum(y if self.shared is None else y + self.shared(x, adapters))
+        latent = self.team.sum(self.experts(self.into_latent(x, adapters).to(self.dtype), weights, chosen))
+        y = self.out_of_latent(latent.to(self.dtype), adapters)
+        return y if self.shared is None else y + self.team.sum(self.shared(x, adapters))
 
 
 class Router:
@@ -83,14 +87,20 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
 
 
 class Experts:
-    """All experts' feed-forwards, gated or plain: two grouped multiplications over the tokens sorted by expert."""
+    """All experts' feed-forwards, gated or plain: two grouped multiplications over the tokens sorted by expert.
+
+    In a team: of this rank's experts; tokens get nothing from the others.
+    """
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
         count, inner = config.num_experts, config.intermediate_size
         projections = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
         firsts = [ckpt.experts(prefix, name, count, inner, hidden) for name in projections]
         downs = ckpt.experts(prefix, "down_proj", count, hidden, inner)
-        names = [f"{prefix}.{i}" for i in range(count)]
+        own = share(count, kernels.team, "experts")
+        firsts, downs = [weights[own.start : own.stop] for weights in firsts], downs[own.start : own.stop]
+        self.has_all = len(own) == count
+        names = [f"{prefix}.{i}" for i in own]
         if config.gated and all(can_fuse(pair) for pair in zip(*firsts, strict=True)):
             firsts = [[fuse(pair) for pair in zip(*firsts, strict=True)]]
         group = "experts.gate_up_proj" if config.gated else "experts.up_proj"
@@ -98,19 +108,31 @@ class Experts:
         self.down = kernels.grouped_linear("experts.down_proj", downs, names)
         self.activation = kernels.silu_mul(inner) if config.gated else relu_squared
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
-        self.bounds = kernels.place(torch.arange(count + 1))
+        self.stream: torch.dtype = getattr(torch, kernels.stream)
+        self.width = hidden
+        self.bounds = kernels.place(torch.arange(own.start, own.stop + 1))
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, hidden], weights fp32 [T, k], chosen int64 [T, k] -> [T, hidden] of the stream's type."""
         num_tokens, top_k = chosen.shape
         order, offsets = by_expert(chosen, self.bounds)
+        if not self.has_all:
+            first, stop = int(offsets[0]), int(offsets[-1])
+            order, offsets = order[first:stop], offsets - offsets[0]
+            if first == stop:
+                return x.new_zeros(num_tokens, self.width, dtype=self.stream)
         rows = x[order // top_k]  # [T * k, hidden], sorted by expert
         parts = [kernel(rows, offsets) for kernel in self.first]
         inner = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(self.dtype)
         y = self.down(inner, offsets)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        ranked = y[places].view(num_tokens, top_k, y.shape[1])
+        if self.has_all:
+            places = torch.empty_like(order)
+            places[order] = torch.arange(len(order), device=order.device)
+            ranked = y[places].view(num_tokens, top_k, y.shape[1])
+        else:
+            ranked = y.new_zeros(num_tokens * top_k, y.shape[1])
+            ranked[order] = y
+            ranked = ranked.view(num_tokens, top_k, y.shape[1])
         total = ranked[:, 0] * weights[:, :1]
         for rank in range(1, top_k):
             total = total + ranked[:, rank] * weights[:, rank : rank + 1]
@@ -120,24 +142,27 @@ class Experts:
 def by_expert(chosen: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """(order, offsets) of a grouped multiplication over `chosen` int64 [T, k], an expert for each token and rank.
 
-    bounds   int64 [E + 1], 0 to E
+    bounds   int64 [E + 1], 0 to E; or a run of these, of a rank's own experts
     order    int64 [T * k]: the flat places in `chosen`, sorted by expert, tokens of one in their order
-    offsets  int32 [E + 1]: see GroupedLinearKernel
+    offsets  int32, as many as bounds: where in `order` each expert's places begin and the last one's end
     """
     experts, order = chosen.flatten().sort(stable=True)
     return order, torch.searchsorted(experts, bounds, out_int32=True)
 
 
 class SharedExpert:
-    """The feed-forward that every token passes, behind a gate of its own where the model has one."""
+    """The feed-forward that every token passes, behind a gate of its own where the model has one.
+
+    What the ranks of a team give is partial: MoE adds it up.
+    """
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
         name = f"{prefix}.shared_expert" if config.shared_gate else f"{prefix}.shared_experts"
         self.mlp: MLP | PlainMLP
         if config.gated:
-            self.mlp = MLP(ckpt, kernels, hidden, config.shared_size, name)
+            self.mlp = MLP(ckpt, kernels, hidden, config.shared_size, name, sums=False)
         else:
-            self.mlp = PlainMLP(ckpt, kernels, hidden, config.shared_size, name)
+            self.mlp = PlainMLP(ckpt, kernels, hidden, config.shared_size, name, sums=False)
         self.gate = None
         if config.shared_gate:
             weight = load_weight(ckpt, f"{prefix}.shared_expert_gate", 1, hidden, bias=False)

@@ -107,12 +107,12 @@ class Layer:
 
     def spec(self, ckpt: Checkpoint) -> AttentionSpec | None:
         """What it keeps between steps."""
-        if not self.plan.num_kv_heads:
+        if not isinstance(self.attention, Attention):
             return None
         scales = ckpt.kv_scales(self.attention_name)
         k_scale, v_scale = scales or (1.0, 1.0)
         has_scales = scales is not None
-        return AttentionSpec(self.plan.num_kv_heads, self.head_dim, self.plan.window, k_scale, v_scale, has_scales)
+        return AttentionSpec(self.attention.num_kv_heads, self.head_dim, self.plan.window, k_scale, v_scale, has_scales)
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
         """(x, residual), both [T, hidden] -> the same for the next layer; residual None: x is the whole stream."""

@@ -59,7 +59,7 @@ class Decoder:
         plain = len(layer_ops) == config.num_layers
         self.run_as_one = kernels.decoder(DecoderOps(self.embedding, layer_ops, self.norm.op)) if plain else None
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
-        self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
+        self.kv_specs = tuple(_kv_spec(ckpt, config, layer) for layer in self.layers)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
@@ -159,13 +159,15 @@ def _mixture(ckpt: Checkpoint, layer: str) -> str:
     return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
 
 
-def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> CacheSpec:
-    if config.mla is not None:
-        return LatentSpec(config.mla.kv_lora_rank, config.mla.rope_dim)
+def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer: DecoderLayer) -> CacheSpec:
+    attention = layer.attention
+    layer_id = attention.layer_id
+    if isinstance(attention, LatentAttention):
+        return LatentSpec(attention.config.kv_lora_rank, attention.config.rope_dim)
     scales = ckpt.kv_scales(f"{_layer(layer_id)}.self_attn")
     k_scale, v_scale = scales or (1.0, 1.0)
     return AttentionSpec(
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=attention.num_kv_heads,
         head_dim=config.head_dim,
         window=config.layer_windows[layer_id],
         k_scale=k_scale,

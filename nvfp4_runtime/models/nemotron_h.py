@@ -112,8 +112,8 @@ class Layer:
             return None
         scales = ckpt.kv_scales(self.name)
         k_scale, v_scale = scales or (1.0, 1.0)
-        config = self.config
-        return AttentionSpec(config.num_kv_heads, config.head_dim, None, k_scale, v_scale, scales is not None)
+        own, head_dim = self.mixer.num_kv_heads, self.config.head_dim
+        return AttentionSpec(own, head_dim, None, k_scale, v_scale, scales is not None)
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(x, residual), both [T, hidden] -> the same for the next layer."""
