@@ -264,6 +264,23 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Tensor parallelism: `size` processes share every layer, and this one is `rank`. See parallel.py.
+
+    address     where rank 0 listens for ranks that others started, one by one, on these or other hosts; "": rank 0
+                starts them on its own host
+    port        the same
+    local_rank  which of its host's GPUs a rank uses; None: the one of its rank
+    """
+
+    size: int = 1
+    rank: int = 0
+    address: str = ""
+    port: int = 29500
+    local_rank: int | None = None
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
@@ -275,6 +292,7 @@ class EngineConfig:
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
     log_format     "text" or "json": how the engine's process writes its log
+    threads        of each rank; None: the machine's cores, shared by the ranks on it
     """
 
     model: str = ""
@@ -295,3 +313,4 @@ class EngineConfig:
     simulated: SimulatedConfig | None = None
     adapters: tuple[AdapterConfig, ...] = ()
     max_lora_rank: int = 64
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

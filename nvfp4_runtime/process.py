@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import signal
 import sys
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -17,3 +20,11 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: the system takes memory and devices back faster than torch and the interpreter do."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -12,31 +12,24 @@ import torch
 
 from nvfp4_runtime.cache.block_pool import BlockPool
 from nvfp4_runtime.cache.paged_kv import allocate, bytes_per_block, state_bytes
-from nvfp4_runtime.checkpoint.adapter import Adapter
-from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.eos import eos_token_ids
-from nvfp4_runtime.config import Dtype, EngineConfig
+from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.engine.cost import ModelCost
-from nvfp4_runtime.engine.device import describe, resolve_device
+from nvfp4_runtime.engine.device import describe
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.limits import machine_limits
+from nvfp4_runtime.engine.load import load
 from nvfp4_runtime.engine.messages import AdapterInfo, EngineInfo, LayerGroup
 from nvfp4_runtime.engine.phases import Phases, Placement, ProgressCallback
-from nvfp4_runtime.engine.plan import (
-    check_limits,
-    context_limit,
-    fit_max_model_len,
-    plan_blocks,
-    resolve_max_model_len,
-)
+from nvfp4_runtime.engine.plan import fit_max_model_len, plan_blocks
+from nvfp4_runtime.engine.ranks import Ranks
 from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.engine.step_clock import StepClock
+from nvfp4_runtime.engine.tensor_parallel import Lead
 from nvfp4_runtime.errors import ConfigError
-from nvfp4_runtime.kernels.cpu.backend import physical_cores
-from nvfp4_runtime.kernels.registry import Choice, Kernels, Samples, available_backends
-from nvfp4_runtime.kernels.transfer import finish_transfers
-from nvfp4_runtime.models import Model, describe_model, load_model
+from nvfp4_runtime.kernels.registry import Choice, Kernels
+from nvfp4_runtime.models import Model
 from nvfp4_runtime.sampling.sampler import BatchSampler
 from nvfp4_runtime.structured.compiler import GrammarCompiler, Vocabulary
 from nvfp4_runtime.structured.worker import GrammarTrial
@@ -44,32 +37,18 @@ from nvfp4_runtime.structured.worker import GrammarTrial
 logger = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, progress: ProgressCallback | None = None) -> Engine:
-    """Load `config.model` and everything around it. Raises ConfigError, CheckpointError, KernelError."""
-    check_limits(config)
-    phases = Phases(progress)
-    device = resolve_device(config.device, config.backend)
-    gpu = None
-    if device.type == "cuda":
-        from nvfp4_runtime.engine.gpu import Gpu  # here, so that a start on a CPU does not pay for it
+def build_engine(config: EngineConfig, progress: ProgressCallback | None = None, ranks: Ranks | None = None) -> Engine:
+    """Load `config.model` and everything around it. Raises ConfigError, CheckpointError, KernelError.
 
-        gpu = Gpu(device)
-    with phases.phase("checkpoint"):
-        checkpoint = Checkpoint.open(config.model)
-        checkpoint.adapters = tuple(Adapter.open(adapter, config.max_lora_rank) for adapter in config.adapters)
-    described = describe_model(checkpoint.raw_config, config.model_impl)
-    max_len = resolve_max_model_len(config.scheduler, context_limit(described))
-    torch.set_num_threads(config.threads or physical_cores())
-    backends = available_backends(config.backend, config.threads, "cpu" if gpu is None else "cuda")
-    with phases.phase("weights"):
-        dtype = _resolve_dtype(config, checkpoint.raw_config)
-        stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
-        samples: Samples | None = {} if config.self_test else None
-        kernels = Kernels(backends, dtype, config.numerics, stream, device, samples=samples)
-        model = load_model(checkpoint, kernels, config.cache.kv_dtype, max_len, config.lm_head_dtype, config.model_impl)
-        num_uploaded, upload_seconds = finish_transfers(device)
-    if num_uploaded:
-        phases.carve("upload", upload_seconds, out_of="weights")
+    ranks  the other ranks of a tensor-parallel engine, where they were started already
+    """
+    phases = Phases(progress)
+    if config.parallel.size > 1 and ranks is None:
+        ranks = Ranks.of(config, lambda why: logger.error("%s", why))
+    lead = None if ranks is None else Lead(config, ranks)
+    loaded = load(config, phases, None if lead is None else lead.meet)
+    checkpoint, kernels, model, gpu = loaded.checkpoint, loaded.kernels, loaded.model, loaded.gpu
+    backends, device, max_len = loaded.backends, loaded.device, loaded.max_len
     _warn_of_missing_scales(model)
     states = state_bytes(model.kv_specs, config.scheduler.max_num_seqs + 1)
     if states and gpu is not None:
@@ -77,7 +56,9 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     if states and config.cache.enable_prefix_caching:
         logger.info("no prefix caching: %s keeps states that are not found again by prefix", model.config.architecture)
     caching = config.cache.enable_prefix_caching and not states
-    if gpu is None:
+    if lead is not None:
+        placed = lead.place(loaded, phases)
+    elif gpu is None:
         placed = _on_cpu(config, model, max_len, phases)
     else:
         placed = gpu.place(config, model, max_len, phases, kernels)
@@ -99,7 +80,8 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     limits = None
     if config.machine_limits != "off":
         with phases.phase("machine_limits"):
-            limits = machine_limits(config.machine_limits, device, config.threads or physical_cores(), numerics)
+            limits = machine_limits(config.machine_limits, device, loaded.threads, numerics)
+    kv_bytes = states + placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
     info = EngineInfo(
         model=config.model,
         architecture=model.config.architecture,
@@ -112,7 +94,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         block_size=config.cache.block_size,
         num_blocks=placed.num_blocks,
         kv_dtype=model.kv_dtype,
-        kv_bytes=states + placed.num_blocks * bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size),
+        kv_bytes=kv_bytes if lead is None else lead.kv_bytes,
         dtype=kernels.dtype,
         numerics=numerics,
         numerics_reason=numerics_reason,
@@ -126,6 +108,8 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         scratch_bytes=placed.scratch_bytes,
         limits=limits,
         adapters=[AdapterInfo(a.name, str(a.path), a.rank) for a in checkpoint.adapters],
+        tensor_parallel_size=config.parallel.size,
+        rank_pids=[] if ranks is None else ranks.pids,
     )
     cost = ModelCost.of(model.config, layers, model.kv_specs, model.kv_dtype)
     vocabulary = Vocabulary(info.vocab_size, tuple(info.eos_token_ids), checkpoint.path / "tokenizer.json")
@@ -134,6 +118,8 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     if config.self_test:
         with phases.phase("self_test"):
             _self_test(engine, kernels)
+    if lead is not None:
+        lead.ready(engine)
     return engine
 
 
@@ -171,16 +157,6 @@ def _warn_of_missing_scales(model: Model) -> None:
             "the checkpoint has no scales for its KV cache; 1.0 is used: in an NVFP4 cache values beyond 2688 "
             "saturate and blocks of 16 below 0.006 become zeros"
         )
-
-
-def _resolve_dtype(config: EngineConfig, raw: dict[str, object]) -> Dtype:
-    """Activations: the flag, else the checkpoint's dtype. FP16 checkpoints run in BF16, which every backend has."""
-    if config.dtype != "auto":
-        return config.dtype
-    declared = raw.get("dtype") or raw.get("torch_dtype")
-    if declared == "float16":
-        logger.warning("the checkpoint declares float16; activations run in bfloat16 (see --dtype float32)")
-    return "float32" if declared == "float32" else "bfloat16"
 
 
 def layer_groups(choices: Sequence[Choice]) -> list[LayerGroup]:

@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.grammar_queue import GrammarQueue
@@ -33,11 +32,12 @@ from nvfp4_runtime.engine.messages import (
     Submit,
     TokenOutput,
 )
+from nvfp4_runtime.engine.ranks import Ranks
 from nvfp4_runtime.engine.recovery import ENGINE_FAULT
 from nvfp4_runtime.engine.torch_import import import_torch
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
-from nvfp4_runtime.process import die_with_parent
+from nvfp4_runtime.process import die_with_parent, leave
 
 BEAT_SECONDS = 1.0
 
@@ -68,6 +68,7 @@ class EngineCore:
             if engine.has_work and not self._stop:
                 outputs, stats = engine.step()
                 self._send(Outputs(outputs, stats))
+        engine.close()
         return 0
 
     def _load(self) -> Engine | None:
@@ -190,13 +191,21 @@ def build(start: Start, progress: Callable[[str, float], None]) -> Engine:
         return simulated_engine(start.config)
     progress("import", 0.0)
     started = time.monotonic()
+    # before torch is imported here, so that all import it at the same time
+    ranks = Ranks.of(start.config, _end_with) if start.config.parallel.size > 1 else None
     import_torch()
     from nvfp4_runtime.engine.build import build_engine
 
     imported = time.monotonic() - started
-    engine = build_engine(start.config, progress)
+    engine = build_engine(start.config, progress, ranks)
     engine.info.startup_seconds = {"import": imported, **engine.info.startup_seconds}
     return engine
+
+
+def _end_with(why: str) -> None:
+    """Called by a thread: the loop may hang in a step that nobody will finish."""
+    logger.error("%s", why)
+    leave(3)
 
 
 def main() -> int:
@@ -214,14 +223,6 @@ def main() -> int:
         logger.exception("the engine failed")
         core._send(Failed(type(error).__name__, str(error)))
         return 3
-
-
-def leave(code: int) -> NoReturn:
-    """End the process now: the system takes memory and devices back faster than torch and the interpreter do."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ class CudaDevice:
         return graph.replay
 
 
-def resolve_device(asked: DeviceName, backend: str) -> torch.device:
-    """The device of `--device` and `--backend`: auto is a GPU if PyTorch can use one, else the CPU.
+def resolve_device(asked: DeviceName, backend: str, index: int = 0) -> torch.device:
+    """The device of `--device` and `--backend`: auto is a GPU if PyTorch can use one, else the CPU. `index`: of GPUs.
 
     Raises ConfigError when the two contradict each other, or a GPU was asked for and there is none.
     """
@@ -78,7 +78,11 @@ def resolve_device(asked: DeviceName, backend: str) -> torch.device:
         return torch.device("cpu")
     reason = why_no_gpu()
     if reason is None:
-        return torch.device("cuda", 0)
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {index} of this host needs a GPU of its own; there are {torch.cuda.device_count()}"
+            )
+        return torch.device("cuda", index)
     if wanted == "auto":
         return torch.device("cpu")
     flag = "--device" if asked == "cuda" else "--backend"

@@ -68,6 +68,7 @@ class Engine:
     """Requests in, tokens out. `clock` and `cost` say what steps took and computed, for the statistics.
 
     on_long_step  called before a step that is expected to take long, with the seconds
+    on_close      called by `close`
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine:
         self.info = info
         self.pace = Pace()
         self.on_long_step: Callable[[float], None] = lambda _: None
+        self.on_close: Callable[[], None] = lambda: None
         self._random = random.Random(seed)
         self._num_steps = 0
         self._num_step_tokens = 0
@@ -135,6 +137,10 @@ class Engine:
 
     def abort(self, request_id: str) -> TokenOutput | None:
         return self.recovery.abort(request_id)
+
+    def close(self) -> None:
+        """No step comes after this."""
+        self.on_close()
 
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """One turn: what was computed, and the state afterwards."""

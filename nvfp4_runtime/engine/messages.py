@@ -217,6 +217,8 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     scratch_bytes: dict[str, int] = {}
     limits: MachineLimits | None = None
     adapters: list[AdapterInfo] = []
+    tensor_parallel_size: int = 1
+    rank_pids: list[int] = []
 
     def has_adapter(self, name: str) -> bool:
         return any(adapter.name == name for adapter in self.adapters)

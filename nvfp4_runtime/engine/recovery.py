@@ -25,6 +25,7 @@ from typing import Protocol
 from nvfp4_runtime.engine.messages import TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 from nvfp4_runtime.engine.scheduler import Schedule, Scheduled, Scheduler, StepResult
+from nvfp4_runtime.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class Recovery:
 
     def redo(self, schedule: Schedule, error: Exception) -> Sequence[StepResult]:
         """The results of a schedule whose execution raised `error`; entries that are stale by now are left out."""
+        if isinstance(error, EngineDeadError):  # nothing can be run again
+            raise error
         entries = [entry for entry in schedule.entries if not entry.is_stale]
         results: dict[int, StepResult] = {}
         self._restore(entries)

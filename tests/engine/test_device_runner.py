@@ -12,7 +12,7 @@ import torch
 from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
-from nvfp4_runtime.engine import build
+from nvfp4_runtime.engine import load
 from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.device import Device
 from nvfp4_runtime.engine.engine import Engine
@@ -58,7 +58,7 @@ def on_twin(
 ) -> tuple[Engine, TwinGpu, Kernels, Phases, list[tuple[str, float]]]:
     """`config` as build_engine would start it on a GPU, and what start-up left behind."""
     checkpoint = Checkpoint.open(config.model)
-    kernels = Kernels(available_backends("auto", config.threads), build._resolve_dtype(config, checkpoint.raw_config))
+    kernels = Kernels(available_backends("auto", config.threads), load.resolve_dtype(config, checkpoint.raw_config))
     model = load_model(checkpoint, kernels, config.cache.kv_dtype, plain.info.max_model_len)
     progress: list[tuple[str, float]] = []
     phases, gpu = Phases(lambda name, fraction: progress.append((name, fraction))), TwinGpu(lag)
