@@ -18,7 +18,7 @@ from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.engine.logs import configure_logs
 from nvfp4_runtime.engine.ranks import RankStart
 from nvfp4_runtime.engine.torch_import import import_torch
-from nvfp4_runtime.errors import EngineDeadError, NVFP4Error
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
 from nvfp4_runtime.process import die_with_parent, leave
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,9 @@ def run(config: EngineConfig, file: Path | None, log_level: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank = config.parallel.rank
     text = f"%(levelname)s rank {rank}: %(message)s"
-    configure_logs(config.log_format, max(log_level, logging.WARNING), text, process=f"rank {rank}")
+    # what all ranks have to say of the same files, rank 0 says
+    level = log_level if log_level <= logging.DEBUG else max(log_level, logging.ERROR)
+    configure_logs(config.log_format, level, text, process=f"rank {rank}")
     gc.disable()  # a million objects are made now, and none of them is garbage
     import_torch()
     from nvfp4_runtime.engine.leader import follow
@@ -40,7 +42,8 @@ def run(config: EngineConfig, file: Path | None, log_level: int) -> int:
     try:
         model, team, kv, device = build_rank(config, file)
     except NVFP4Error as error:
-        logger.error("it could not be loaded: %s", error)
+        # flags are the same everywhere; of files and memory every host has its own
+        logger.log(logging.DEBUG if isinstance(error, ConfigError) else logging.ERROR, "it was not loaded: %s", error)
         return 2
     gc.freeze()
     gc.enable()
