@@ -12,7 +12,7 @@ from typing import NoReturn
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.logs import LOG_FORMATS, configure_logs
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
-from server.commands import evaluate, flags, inspect, limits, quantize, reliability, security, top
+from server.commands import evaluate, flags, inspect, limits, parallel, quantize, reliability, security, top
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
@@ -194,6 +194,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     security.add_flags(parser)
     add("--no-ui", action="store_true", help="do not serve the page at /")
     reliability.add_flags(parser)
+    parallel.add_flags(parser)
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--log-format", choices=LOG_FORMATS, default="text", help="json: one object a line (default: %(default)s)")
     add("--no-log-requests", action="store_true", help="no line in the log for each request")
@@ -231,9 +232,11 @@ def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Nam
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from server.config import launcher_variables
     from server.serve import serve
 
-    return serve(args)
+    place = parallel.parallel_config(args, launcher_variables())
+    return serve(args, place) if place.rank == 0 else parallel.follow(args, place)
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -104,6 +104,18 @@ def traces_wanted() -> bool:
     return not disabled and any(os.environ.get(name) for name in named)
 
 
+# How torchrun and LeaderWorkerSet tell a process which one it is.
+_LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE",
+    "LWS_WORKER_INDEX",
+)  # fmt: skip
+
+
+def launcher_variables() -> dict[str, str]:
+    """What whoever started this process says of its place among others, where it says anything."""
+    return {name: os.environ[name] for name in _LAUNCHERS if os.environ.get(name)}
+
+
 # Ours beside the flags: they choose native code, at run time and at build time.
 NOT_FLAGS = ("NVFP4_ISA", "NVFP4_SANITIZE")
 

@@ -81,6 +81,7 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
         ("", config.model_root or info.model),
         ("numerics", f"{info.numerics} ({info.numerics_reason}); activations {info.dtype}"),
         ("device", info.device),
+        *([("ranks", rank_line(info))] if info.tensor_parallel_size > 1 else []),
         ("backends", backend_line(info)),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
         *(("other ops" if i == 0 else "", line) for i, line in enumerate(op_lines(info))),
@@ -103,6 +104,11 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     lines = [f"nvfp4 {__version__}", *(f"  {label:<10}{text}" for label, text in rows)]
     lines += ["", f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def rank_line(info: EngineInfo) -> str:
+    pids = f" (processes {', '.join(map(str, [info.pid, *info.rank_pids]))})" if info.rank_pids else ""
+    return f"{info.tensor_parallel_size} share every layer{pids}; layers below are rank 0's part"
 
 
 def adapter_line(adapter: AdapterInfo) -> str:

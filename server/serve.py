@@ -21,7 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvfp4_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
+from nvfp4_runtime.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SimulatedConfig,
+)
 from nvfp4_runtime.engine.messages import EngineInfo
 from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
@@ -58,13 +65,18 @@ _SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
 }
 
 
-def serve(args: argparse.Namespace) -> int:
-    """Run the server; returns the process's exit code. Raises NVFP4Error when it cannot start."""
+def serve(args: argparse.Namespace, place: ParallelConfig) -> int:
+    """Run the server; returns the process's exit code. Raises NVFP4Error when it cannot start.
+
+    place  of this process among the ranks of its engine: the first
+    """
     started = time.monotonic()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we say ourselves when we start and stop
-    model = args.model or environment_flags(["model"]).get("model")
-    model = None if model is None else os.path.expanduser(model)
+    model = model_argument(args)
     policy = supervision(args)
+    if place.address and policy.max_restarts:
+        logger.info("other ranks were started by others, who start all of them anew: an engine's death is our end")
+        policy = replace(policy, max_restarts=0)
     config = server_config(args, model)
     exporter = None
     if args.otlp_traces_endpoint is not None or traces_wanted():
@@ -74,11 +86,11 @@ def serve(args: argparse.Namespace) -> int:
         socks.append(bind(args.host, args.metrics_port, "--metrics-port"))
         config = replace(config, metrics_port=socks[1].getsockname()[1])
     if not args.simulate:
-        model = str(resolve_model(model, args.allow_download))
+        model = str(model_folder(args))
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    engine = engine_config(args, model or "")
+    engine = replace(engine_config(args, model or ""), parallel=place)
     for adapter in engine.adapters:
         if adapter.name in config.served_model_names:
             raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
@@ -200,6 +212,17 @@ def adapter_flags(values: Sequence[str]) -> tuple[AdapterConfig, ...]:
 
 def _no_adapter(value: str, why: str) -> ConfigError:
     return ConfigError(f"{value[:200]!r} names no LoRA adapter: {why}", "--lora-modules")
+
+
+def model_argument(args: argparse.Namespace) -> str | None:
+    """MODEL as it was given, on the command line or in the environment."""
+    model = args.model or environment_flags(["model"]).get("model")
+    return None if model is None else os.path.expanduser(model)
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    """The local folder to load; see `resolve_model`."""
+    return resolve_model(model_argument(args), args.allow_download)
 
 
 def resolve_model(model: str | None, allow_download: bool) -> Path:

@@ -32,8 +32,6 @@ def columns(weight: Weight, run: range, with_bias: bool) -> Weight:
     Raises NVFP4ShapeError for a cut through a block of values under one scale.
     """
     bias = weight.bias if with_bias else None
-    if run == range(weight.k):
-        return replace(weight, bias=bias)
     if isinstance(weight, DenseWeight):
         return DenseWeight(_columns(weight.weight, run, 1), bias)
     if isinstance(weight, FP8Weight):
@@ -42,11 +40,14 @@ def columns(weight: Weight, run: range, with_bias: bool) -> Weight:
         packed, scale = _columns(weight.packed, run, 2, mx.BLOCK), _columns(weight.block_scale, run, mx.BLOCK)
         return MXFP4Weight(packed, scale, bias)
     pre = weight.pre_quant_scale
-    return replace(
-        weight,
+    return NVFP4Weight(
         packed=_columns(weight.packed, run, 2, BLOCK),
         block_scale=_columns(weight.block_scale, run, BLOCK),
+        weight_scale_2=weight.weight_scale_2,
+        group_rows=weight.group_rows,
+        input_scale=weight.input_scale,
         bias=bias,
+        divisor=weight.divisor,
         pre_quant_scale=None if pre is None else pre[run.start : run.stop].contiguous(),
     )
 
@@ -69,14 +70,15 @@ def _rows(weight: Weight, run: range) -> Weight:
         if (inside := min(stop, end) - max(start, first)) > 0:
             kept.append(i)
             group_rows.append(inside)
-    return replace(
-        weight,
+    return NVFP4Weight(
         packed=weight.packed[start:stop],
         block_scale=weight.block_scale[start:stop],
         weight_scale_2=weight.weight_scale_2[kept],
         group_rows=tuple(group_rows),
+        input_scale=weight.input_scale,
         bias=bias,
         divisor=None if weight.divisor is None else weight.divisor[kept],
+        pre_quant_scale=weight.pre_quant_scale,
     )
 
 

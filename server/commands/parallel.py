@@ -1,0 +1,94 @@
+"""`nvfp4 serve`: the flags about several processes, and who starts them.
+
+Tensor parallelism on one host needs the flag alone: the engine starts its other ranks. Across hosts every rank is
+started by torchrun, or a pod of a LeaderWorkerSet; RANK 0 serves, the others follow it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from nvfp4_runtime.config import ParallelConfig
+from nvfp4_runtime.errors import ConfigError
+from server.commands import flags
+
+logger = logging.getLogger(__name__)
+
+TENSOR = "--tensor-parallel-size"
+DEFAULT_PORT = 29500  # torchrun's
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        TENSOR,
+        "-tp",
+        type=flags.whole,
+        default=1,
+        metavar="N",
+        help="processes that share every layer of one engine; across hosts one per RANK of torchrun or LeaderWorkerSet "
+        "(default: %(default)s)",
+    )
+
+
+def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) -> ParallelConfig:
+    """This process among the ranks. `environment`: see server.config.launcher_variables.
+
+    Raises ConfigError when the flag contradicts whoever started us.
+    """
+    size = args.tensor_parallel_size
+    if size < 1:
+        raise ConfigError(f"expected 1 or more, found {size}", TENSOR)
+    if size == 1:
+        return ParallelConfig()
+    if args.simulate:
+        raise ConfigError(f"{TENSOR} splits a model, and --simulate has none; leave one of them out", TENSOR)
+    if "LWS_LEADER_ADDRESS" in environment:
+        found = ParallelConfig(
+            _number(environment, "LWS_GROUP_SIZE"),
+            _number(environment, "LWS_WORKER_INDEX"),
+            environment["LWS_LEADER_ADDRESS"],
+            _number(environment, "MASTER_PORT", DEFAULT_PORT),
+            _number(environment, "LOCAL_RANK", 0),
+        )
+    elif "WORLD_SIZE" in environment:
+        found = ParallelConfig(
+            _number(environment, "WORLD_SIZE"),
+            _number(environment, "RANK"),
+            environment.get("MASTER_ADDR", ""),
+            _number(environment, "MASTER_PORT", DEFAULT_PORT),
+            _number(environment, "LOCAL_RANK", 0),
+        )
+    else:
+        return ParallelConfig(size)
+    if found.size != size:
+        raise ConfigError(
+            f"{TENSOR} is {size}, and the environment says that {found.size} processes were started: a rank is one "
+            "process (a pod, with LeaderWorkerSet); make the two agree, or unset WORLD_SIZE to have ranks started here",
+            TENSOR,
+        )
+    if not found.address:
+        raise ConfigError("WORLD_SIZE is set and MASTER_ADDR is not: the ranks do not know where to meet", TENSOR)
+    if not 0 <= found.rank < size:
+        raise ConfigError(f"RANK is {found.rank}; expected 0 to {size - 1}", TENSOR)
+    return found
+
+
+def follow(args: argparse.Namespace, parallel: ParallelConfig) -> int:
+    """A rank that others started and that is not the first: it serves nothing, and ends with rank 0."""
+    from nvfp4_runtime.engine.rank import run
+    from nvfp4_runtime.process import leave
+    from server.serve import engine_config, model_folder
+
+    config = replace(engine_config(args, str(model_folder(args))), parallel=parallel)
+    logger.info("rank %d of %d: follows %s:%d", parallel.rank, parallel.size, parallel.address, parallel.port)
+    leave(run(config, None, logging.getLogger().getEffectiveLevel()))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"expected a number in the environment variable {name}, found {text!r:.40}", TENSOR)
+    return int(text)
