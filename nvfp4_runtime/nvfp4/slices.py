@@ -17,11 +17,13 @@ from nvfp4_runtime.nvfp4 import mx
 from nvfp4_runtime.nvfp4.codec import BLOCK
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.mx import MXFP4Weight
-from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight, fuse
+from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight, fuse
 
 
 def rows(weight: Weight, runs: Sequence[range]) -> Weight:
     """The rows of `runs`, one below the other, with their scales and biases."""
+    if isinstance(weight, FP8Weight) and any(run.start % weight.block[0] for run in runs):
+        weight = _scaled_by_row(weight)
     parts = [_rows(weight, run) for run in runs]
     return parts[0] if len(parts) == 1 else fuse(parts)
 
@@ -83,12 +85,16 @@ def _rows(weight: Weight, run: range) -> Weight:
 
 
 def _fp8_rows(weight: FP8Weight, run: range, bias: Tensor | None) -> FP8Weight:
-    codes, high = weight.codes[run.start : run.stop], weight.block[0]
-    if run.start % high == 0:
-        scale = weight.scale[run.start // high : -(-run.stop // high)]
-        return replace(weight, codes=codes, scale=scale, block=(min(high, len(run)), weight.block[1]), bias=bias)
-    by_row = weight.scale.repeat_interleave(high, dim=0)[run.start : run.stop]  # the same scales, a row each
-    return replace(weight, codes=codes, scale=by_row, block=(1, weight.block[1]), bias=bias)
+    high = weight.block[0]
+    scale = weight.scale[run.start // high : -(-run.stop // high)]
+    codes, block = weight.codes[run.start : run.stop], (min(high, len(run)), weight.block[1])
+    return replace(weight, codes=codes, scale=scale, block=block, bias=bias)
+
+
+def _scaled_by_row(weight: FP8Weight) -> FP8Weight:
+    """The same scales, a row each: such rows can be cut anywhere."""
+    scale = weight.scale.repeat_interleave(weight.block[0], dim=0)[: weight.n]
+    return replace(weight, scale=scale, block=(1, weight.block[1]))
 
 
 def _fp8_columns(weight: FP8Weight, run: range, bias: Tensor | None) -> FP8Weight:

@@ -16,11 +16,11 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight, fuse
 N, K = 96, 128
 
 
-def nvfp4(seed: int = 0, rows: int = N) -> NVFP4Weight:
+def nvfp4(seed: int = 0, rows: int = N, first: int = 0) -> NVFP4Weight:
     w = torch.randn(rows, K, generator=torch.Generator().manual_seed(seed))
     scale_2 = w.abs().amax() / (6 * 448)
     packed, scale = codec.quantize(w, scale_2)
-    bias = torch.arange(rows, dtype=torch.float32)
+    bias = torch.arange(first, first + rows, dtype=torch.float32)
     return NVFP4Weight(packed, scale, scale_2.reshape(1), (rows,), 0.01 * (seed + 1), bias)
 
 
@@ -38,7 +38,7 @@ def mxfp4() -> mx.MXFP4Weight:
 
 WEIGHTS: dict[str, Weight] = {
     "nvfp4": nvfp4(),
-    "nvfp4, fused parts of their own scales": fuse([nvfp4(1, 32), nvfp4(2, 64)]),
+    "nvfp4, fused parts of their own scales": fuse([nvfp4(1, 32), nvfp4(2, 64, first=32)]),
     "nvfp4, divisors": replace(nvfp4(3), divisor=torch.tensor([1234.5])),
     "fp8, per tensor": fp8((N, K)),
     "fp8, per row": fp8((1, K)),
