@@ -56,8 +56,8 @@ def run(config: EngineConfig, file: Path | None, log_level: int) -> int:
 
 
 def main() -> int:
-    die_with_parent()
     start = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=RankStart)
+    die_with_parent(start.parent)
     try:
         return run(start.config, Path(start.file), start.log_level)
     except Exception:  # last resort: say why; rank 0 sees that this process ends

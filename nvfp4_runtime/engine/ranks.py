@@ -6,6 +6,7 @@ One that ends takes all with it: what it held of every layer is gone. Torch-free
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,11 +27,12 @@ _OWN_WORDS_SECONDS = 3.0
 
 
 class RankStart(msgspec.Struct):
-    """What a rank is told, as msgpack on stdin. `file`: where the ranks of this host meet."""
+    """What a rank is told, as msgpack on stdin. `file`: where the ranks of this host meet; `parent`: rank 0's pid."""
 
     config: EngineConfig
     file: str
     log_level: int
+    parent: int
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Ranks:
         command = [sys.executable, "-P", "-m", "nvfp4_runtime.engine.rank"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert process.stdin is not None
-        start = RankStart(config, str(self.file), logging.getLogger().getEffectiveLevel())
+        start = RankStart(config, str(self.file), logging.getLogger().getEffectiveLevel(), os.getpid())
         with process.stdin as stream:
             stream.write(msgspec.msgpack.encode(start))
         self.pids.append(process.pid)

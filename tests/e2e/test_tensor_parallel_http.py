@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -73,7 +74,8 @@ def test_a_killed_rank_is_seen_at_once_and_the_whole_engine_replaced(launch: Lau
     until(lambda: is_gone(engine) and is_gone(rank), 5)
     until(lambda: status(server, "/health/ready") == 200, 60)
     assert complete(server, "hello", 12).json()["choices"][0]["text"] == alone
-    assert "rank 1 " in server.log()
+    # the thread that waits for the process sees it, or the step whose connection closes, whichever comes first
+    assert re.search(r"rank 1 \(pid \d+\) was ended by signal 9|a step failed on rank 0 of 2", server.log())
 
     left = [server.engine_pid(), *rank_pids(server)]
     os.kill(left[1], signal.SIGKILL)  # and while nobody asks for anything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ class RankPool:
         mates = self.processes[: config.parallel.size - 1]
         for rank, process in enumerate(mates, start=1):
             own = replace(config, parallel=replace(config.parallel, rank=rank))
-            payload = msgspec.msgpack.encode(RankStart(own, str(file), 30))
+            payload = msgspec.msgpack.encode(RankStart(own, str(file), 30, os.getpid()))
             assert process.stdin is not None
             process.stdin.write(len(payload).to_bytes(4, "little") + payload)
             process.stdin.flush()
