@@ -206,16 +206,14 @@ async def storm(server: Target, count: int, short: bool) -> Verdict:
 
 def _judge(verdict: Verdict, before: Metrics, after: Metrics, peaks: _Peaks) -> None:
     """That the storm was one: every state was met. And what the server says went wrong."""
-
-    def grown(name: str, labels: str = "") -> float:
-        return after.total(name, labels) - before.total(name, labels)
-
-    verdict.at_least("requests the engine ended as aborted", grown("vllm:request_success_total", '"abort"'), 1)
-    verdict.at_least("requests preempted", grown("vllm:num_preemptions_total"), 1)
+    verdict.at_least(
+        "requests the engine ended as aborted", after.since(before, "vllm:request_success_total", '"abort"'), 1
+    )
+    verdict.at_least("requests preempted", after.since(before, "vllm:num_preemptions_total"), 1)
     verdict.at_least("requests waiting, most", peaks.waiting, 1)
     verdict.at_least("requests running, most", peaks.running, 2)
-    verdict.equal("answers of 5xx", grown("nvfp4_http_responses_total", '"5xx"'), 0)
-    verdict.equal("engines restarted", grown("nvfp4_engine_restarts_total"), 0)
+    verdict.equal("answers of 5xx", after.since(before, "nvfp4_http_responses_total", '"5xx"'), 0)
+    verdict.equal("engines restarted", after.since(before, "nvfp4_engine_restarts_total"), 0)
 
 
 def run(count: int | None, seconds: float | None, short: bool) -> Verdict:

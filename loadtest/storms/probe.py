@@ -1,4 +1,4 @@
-"""How fast a path is answered while a storm goes on, asked by a process of its own: the storm's own client is busy."""
+"""How fast a request is answered during a storm, sent by a process of its own: the storm's own client is busy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Probe:
         self.failures = 0
 
 
-def _ask_on(port: int, path: str, stop: multiprocessing.connection.Connection) -> None:
+def _ask_on(port: int, path: str, body: str | None, stop: multiprocessing.connection.Connection) -> None:
     seconds: list[float] = []
     failures = 0
     stop.send("begun")
@@ -29,8 +29,11 @@ def _ask_on(port: int, path: str, stop: multiprocessing.connection.Connection) -
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
         started = time.perf_counter()
         try:
-            connection.request("GET", path)
-            failures += connection.getresponse().status != 200
+            headers = {"content-type": "application/json"}
+            connection.request("GET" if body is None else "POST", path, body, headers if body else {})
+            reply = connection.getresponse()
+            reply.read()
+            failures += reply.status != 200
         except (OSError, http.client.HTTPException):
             failures += 1
         seconds.append(time.perf_counter() - started)
@@ -39,10 +42,12 @@ def _ask_on(port: int, path: str, stop: multiprocessing.connection.Connection) -
 
 
 @contextmanager
-def probing(port: int, path: str = "/health") -> Iterator[Probe]:
-    """Ask `path` every INTERVAL_SECONDS, each time on a new connection, until the block ends."""
+def probing(port: int, path: str = "/health", body: str | None = None) -> Iterator[Probe]:
+    """GET `path`, or POST `body` to it, INTERVAL_SECONDS after each answer and each time on a new connection, until the
+    block ends.
+    """
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_ask_on, args=(port, path, there), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_ask_on, args=(port, path, body, there), daemon=True)
     process.start()
     here.recv()
     probe = Probe()

@@ -1,7 +1,7 @@
 """Thousands of streams at once: some decode slowly, the others wait for their turn, and all are answered whole.
 
-The first --max-num-seqs streams are long, so that every other one is open and waits while the probes are timed and memory
-is read; then the waiting ones pass through, short. Each stream is a connection of its own.
+The first --max-num-seqs streams are long, so that every other one is open and waits while the probes are timed and
+memory is read; then the waiting ones pass through, short. Each stream is a connection of its own.
 """
 
 from __future__ import annotations
