@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loadtest.neighbours import Neighbours
-from loadtest.storms import aborts, connections, streams
+from loadtest.storms import aborts, connections, grammars, streams
 from loadtest.storms.verdict import Verdict
 
-STORMS = {"aborts": aborts.run, "connections": connections.run, "streams": streams.run}
+STORMS = {"aborts": aborts.run, "connections": connections.run, "grammars": grammars.run, "streams": streams.run}
 
 
 def run(name: str, count: int | None, seconds: float | None, short: bool) -> Verdict:

@@ -23,7 +23,8 @@ HEADER_SECONDS = 5  # --header-timeout
 SLOW_GRACE_SECONDS = 2.0
 CLIENTS = 32
 GOOD = '{"prompt": "good", "max_tokens": 4, "ignore_eos": true}'
-GOOD_FLOOR_SECONDS = 0.02  # a p99 below this is a matter of which process the kernel ran first
+# A p99 below this is a matter of which process the kernel ran first; of the short form's few requests it is the worst.
+FLOOR_SECONDS, SHORT_FLOOR_SECONDS = 0.02, 0.25
 MIB = 1 << 20
 ANSWER_SECONDS = 20.0
 
@@ -201,7 +202,7 @@ async def _send_all(port: int, count: int, draw: random.Random) -> tuple[Counter
     return sent, surprises
 
 
-async def storm(server: Target, count: int, slow: int) -> Verdict:
+async def storm(server: Target, count: int, slow: int, floor_seconds: float) -> Verdict:
     verdict = Verdict("connections")
     draw = random.Random(0)
     port = server.port
@@ -221,7 +222,7 @@ async def storm(server: Target, count: int, slow: int) -> Verdict:
     calm_p99, good_p99 = percentile(calm.seconds, 0.99), percentile(good.seconds, 0.99)
     verdict.equal("connections that ended otherwise than they should", surprises.total(), 0)
     verdict.equal("good requests that failed", good.failures, 0)
-    verdict.at_most("good requests' p99, ms", good_p99 * 1e3, 2 * max(calm_p99, GOOD_FLOOR_SECONDS) * 1e3)
+    verdict.at_most("good requests' p99, ms", good_p99 * 1e3, 2 * max(calm_p99, floor_seconds) * 1e3)
     verdict.at_most("seconds until a slow head was closed, worst", max(closed), HEADER_SECONDS + SLOW_GRACE_SECONDS)
     verdict.equal("answers of 5xx", after.since(before, "nvfp4_http_responses_total", '"5xx"'), 0)
     verdict.equal("engines restarted", after.since(before, "nvfp4_engine_restarts_total"), 0)
