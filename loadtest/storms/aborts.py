@@ -23,6 +23,7 @@ FLAGS = (
     "--num-kv-blocks", str(NUM_BLOCKS), "--log-level", "warning",
 )  # fmt: skip
 CLIENTS = 48  # at once: four times what runs
+COUNT, SHORT_COUNT = 100_000, 600
 ROUNDS, SHORT_ROUNDS = 40, 6
 PATIENCE_SECONDS = 0.3  # of a client that waits for a first byte before it leaves
 MIB = 1 << 20
@@ -219,4 +220,4 @@ def _judge(verdict: Verdict, before: Metrics, after: Metrics, peaks: _Peaks) -> 
 def run(count: int | None, seconds: float | None, short: bool) -> Verdict:
     """count: of clients that leave (100,000; short: 600)."""
     with target(FLAGS) as server:
-        return asyncio.run(storm(server, count or (600 if short else 100_000), short))
+        return asyncio.run(storm(server, count or (SHORT_COUNT if short else COUNT), short))

@@ -18,10 +18,12 @@ from loadtest.storms.probe import probing
 from loadtest.storms.target import IDLE_SECONDS, Target, histogram_percentile, target
 from loadtest.storms.verdict import Verdict, percentile
 
-COUNT, SHORT_COUNT = 10_000, 150
+COUNT, SHORT_COUNT = 10_000, 60
 CLIENTS = 8
 COMPILE_SECONDS = 2.0
-ANSWER_SECONDS = 30.0
+# The short form runs in CI, beside other tests: there it says that nothing hangs, not how fast it is.
+SHORT_PATIENCE = 8.0
+ANSWER_SECONDS = 60.0
 PLAIN = '{"prompt": "plain", "max_tokens": 1}'
 MIB = 1 << 20
 _TYPES = ("string", "integer", "number", "boolean", "null")
@@ -84,9 +86,13 @@ def _exponential(number: int) -> Constraint:
     return {"$ref": "#/$defs/d0", "$defs": definitions | {"d24": {"const": number}}}
 
 
+def _chain(number: int) -> str:
+    return "root ::= r0\n" + "".join(f'r{i} ::= "a" r{i + 1}\n' for i in range(20_000)) + f'r20000 ::= "{number}"'
+
+
 # Each makes another one of its kind of every number.
 BOMBS: tuple[Callable[[int], Constraint], ...] = (
-    lambda n: {"grammar": "root ::= r0\n" + "".join(f'r{i} ::= "a" r{i + 1}\n' for i in range(20_000)) + f'r20000 ::= "{n}"'},
+    lambda n: {"grammar": _chain(n)},
     lambda n: {"grammar": f'root ::= root root | "{n}" | ""'},
     lambda n: {"grammar": f"root ::= ({'(' * 3000}{n}"},
     lambda n: {"grammar": f'root ::= "{n}" missing'},
@@ -165,7 +171,7 @@ async def _alone(server: Target) -> dict[str, float]:
     return {f"bomb {i}": (await _one(server.port, bomb(10**6)))[1] for i, bomb in enumerate(BOMBS)}
 
 
-async def storm(server: Target, count: int, warm: int, rss_mib: float) -> Verdict:
+async def storm(server: Target, count: int, warm: int, rss_mib: float, patience: float) -> Verdict:
     verdict = Verdict("grammars")
     draw = random.Random(0)
     text = await server.greedy()
@@ -185,11 +191,13 @@ async def storm(server: Target, count: int, warm: int, rss_mib: float) -> Verdic
     bombs = [took for kind, all_took in seconds.items() if kind.startswith("bomb") for took in all_took]
     verdict.equal("answers other than 200, or 400 to a bomb", others, 0)
     verdict.equal("bombs refused, more than none", min(statuses["bomb: 400"], 1), 1)
-    verdict.at_most("seconds that a bomb took alone, worst", max(alone.values()), COMPILE_SECONDS)
+    verdict.at_most("seconds that a bomb took alone, worst", max(alone.values()), COMPILE_SECONDS * patience)
     # Long grammars are tried one after the other, and eight at a time wait for each other and for steps of the model.
-    verdict.at_most("seconds that an ordinary grammar took, p99", percentile(ordinary, 0.99), COMPILE_SECONDS)
-    verdict.at_most("seconds that a bomb took, worst", max(bombs), COMPILE_SECONDS * CLIENTS)
-    verdict.at_most("event loop lag p99, ms", lag * 1e3, 20)
+    verdict.at_most(
+        "seconds that an ordinary grammar took, p99", percentile(ordinary, 0.99), COMPILE_SECONDS * patience
+    )
+    verdict.at_most("seconds that a bomb took, worst", max(bombs), COMPILE_SECONDS * CLIENTS * patience)
+    verdict.at_most("event loop lag p99, ms", lag * 1e3, 20 * patience)
     verdict.equal("plain requests that failed", plain.failures, 0)
     verdict.at_most("RSS growth, MiB", (after_footprint.rss_bytes - footprint.rss_bytes) / MIB, rss_mib)
     verdict.at_most("threads, more than before", after_footprint.num_threads - footprint.num_threads, 0)
@@ -210,9 +218,9 @@ async def storm(server: Target, count: int, warm: int, rss_mib: float) -> Verdic
 
 
 def run(count: int | None, seconds: float | None, short: bool) -> Verdict:
-    """count: of grammars (10,000; short: 150), each fifth meant to hurt."""
+    """count: of grammars (10,000; short: 60), each fifth meant to hurt."""
     count = count or (SHORT_COUNT if short else COUNT)
     with target(("--max-num-seqs", "16", "--log-level", "warning")) as server:
         if short:  # too few to fill the cache of compiled grammars, which may take 64 MiB
-            return asyncio.run(storm(server, count, warm=len(BOMBS), rss_mib=128))
-        return asyncio.run(storm(server, count, warm=count // 5, rss_mib=64))
+            return asyncio.run(storm(server, count, warm=0, rss_mib=128, patience=SHORT_PATIENCE))
+        return asyncio.run(storm(server, count, warm=count // 5, rss_mib=64, patience=1))

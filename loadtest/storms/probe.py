@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import multiprocessing
-import multiprocessing.connection
+import json
+import select
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,39 +23,51 @@ class Probe:
         self.failures = 0
 
 
-def _ask_on(port: int, path: str, body: str | None, stop: multiprocessing.connection.Connection) -> None:
-    seconds: list[float] = []
-    failures = 0
-    stop.send("begun")
-    while not stop.poll(INTERVAL_SECONDS):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
-        started = time.perf_counter()
-        try:
-            headers = {"content-type": "application/json"}
-            connection.request("GET" if body is None else "POST", path, body, headers if body else {})
-            reply = connection.getresponse()
-            reply.read()
-            failures += reply.status != 200
-        except (OSError, http.client.HTTPException):
-            failures += 1
-        seconds.append(time.perf_counter() - started)
-        connection.close()
-    stop.send((seconds, failures))
-
-
 @contextmanager
 def probing(port: int, path: str = "/health", body: str | None = None) -> Iterator[Probe]:
     """GET `path`, or POST `body` to it, INTERVAL_SECONDS after each answer and each time on a new connection, until the
     block ends.
     """
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_ask_on, args=(port, path, body, there), daemon=True)
-    process.start()
-    here.recv()
+    command = [sys.executable, "-m", "loadtest.storms.probe", str(port), path, *([] if body is None else [body])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # it has begun
     probe = Probe()
     try:
         yield probe
     finally:
-        here.send("stop")
-        probe.seconds, probe.failures = here.recv()
-        process.join()
+        told, _ = process.communicate("stop\n")
+        found = json.loads(told)
+        probe.seconds, probe.failures = found["seconds"], found["failures"]
+
+
+def _ask(port: int, path: str, body: str | None) -> bool:
+    """Whether the answer is a 200."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
+    try:
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, body, {"content-type": "application/json"})
+        reply = connection.getresponse()
+        reply.read()
+        return reply.status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _until_told(port: int, path: str, body: str | None) -> None:
+    seconds: list[float] = []
+    failures = 0
+    print("begun", flush=True)
+    while not select.select([sys.stdin], [], [], INTERVAL_SECONDS)[0]:
+        started = time.perf_counter()
+        failures += not _ask(port, path, body)
+        seconds.append(time.perf_counter() - started)
+    print(json.dumps({"seconds": seconds, "failures": failures}))
+
+
+if __name__ == "__main__":
+    _until_told(int(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)

@@ -1,7 +1,7 @@
 """A process that tries a grammar before the engine does: what runs away or overflows a stack there ends nothing else.
 
-Started by GrammarTrial as `python -m nvfp4_runtime.structured.worker`; frames of msgpack on stdin and stdout. Each grammar
-is tried in a fork of it, so that the next one finds the tokenizer read and a heap that nobody has filled.
+Started by GrammarTrial as `python -m nvfp4_runtime.structured.worker`; frames of msgpack on stdin and stdout. Each
+grammar is tried in a fork of it, so that the next one finds the tokenizer read and a heap that nobody has filled.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nvfp4_runtime.structured.spec import StructuredSpec
 TRIAL_CPU_SECONDS = 1.0  # the engine compiles it once more: 2 s in all
 TRIAL_SECONDS = 8.0  # by the clock, where other work takes the cores or the process hangs
 START_SECONDS = 60.0
+NICENESS = 10  # the event loop and the steps go first
 MEMORY_BYTES = 4 << 30  # of address space, the interpreter's and the library's own included
 STACK_BYTES = 4 << 20  # half of what the engine's threads have: what fits here fits there
 TOO_MUCH = "is beyond what the compiler can take: it is nested too deep or needs too much memory"
@@ -162,6 +163,7 @@ def _tried(compiler: GrammarCompiler, spec: StructuredSpec) -> str | None:
 def main() -> int:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides; its end closes our stdin
+    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(EOFError, BrokenPipeError):
