@@ -1,5 +1,5 @@
-"""Prometheus metrics of what goes wrong: faults inside steps, answers that degenerate, engines that are replaced, and how
-near the queue is to refusing."""
+"""Prometheus metrics of what goes wrong: faults inside steps, answers that degenerate, engines that are replaced, and
+how near the queue is to refusing."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 from loadtest.storms.connection import post
 from loadtest.storms.probe import probing
@@ -90,7 +91,8 @@ async def _open_all(port: int, size: _Size) -> tuple[list[_Stream], Counter[str]
     for number in range(size.count):
         await connecting.acquire()
         request = _request(number, size.long_tokens if number < size.decoding else LATER_TOKENS)
-        _, stream = await loop.create_connection(lambda r=request: _Stream(r, ended, connecting), "127.0.0.1", port)
+        make = partial(_Stream, request, ended, connecting)
+        _, stream = await loop.create_connection(make, "127.0.0.1", port)
         streams.append(stream)
     return streams, ended
 
