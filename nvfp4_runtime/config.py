@@ -271,6 +271,7 @@ class ParallelConfig:
                 starts them on its own host
     port        the same
     local_rank  which of its host's GPUs a rank uses; None: the one of its rank
+    replicas    engines like this one that share the machine, and this is number `replica`
     """
 
     size: int = 1
@@ -278,6 +279,8 @@ class ParallelConfig:
     address: str = ""
     port: int = 29500
     local_rank: int | None = None
+    replicas: int = 1
+    replica: int = 0
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,7 @@ class EngineConfig:
     cuda_graphs    on a GPU, steps that only decode are replayed as one launch
     machine_limits "off", "measure" (once, kept in the cache) or "GB/s,GFLOP/s": what steps are compared with
     log_format     "text" or "json": how the engine's process writes its log
-    threads        of each rank; None: the machine's cores, shared by the ranks on it
+    threads        of each process; None: the machine's cores, shared by ranks and replicas on it
     """
 
     model: str = ""

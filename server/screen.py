@@ -81,6 +81,7 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
         ("", config.model_root or info.model),
         ("numerics", f"{info.numerics} ({info.numerics_reason}); activations {info.dtype}"),
         ("device", info.device),
+        *([("engines", replica_line(info))] if info.replica_pids else []),
         *([("ranks", rank_line(info))] if info.tensor_parallel_size > 1 else []),
         ("backends", backend_line(info)),
         *(("layers" if i == 0 else "", line) for i, line in enumerate(layer_lines(info))),
@@ -104,6 +105,11 @@ def ready_screen(info: EngineInfo, config: ServerConfig, url: str) -> str:
     lines = [f"nvfp4 {__version__}", *(f"  {label:<10}{text}" for label, text in rows)]
     lines += ["", f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def replica_line(info: EngineInfo) -> str:
+    pids = ", ".join(map(str, info.replica_pids))
+    return f"{len(info.replica_pids)} (processes {pids}), each with all layers below; caches and queues are added up"
 
 
 def rank_line(info: EngineInfo) -> str:

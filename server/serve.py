@@ -29,7 +29,9 @@ from nvfp4_runtime.config import (
     SchedulerConfig,
     SimulatedConfig,
 )
+from nvfp4_runtime.engine.client import ProgressCallback
 from nvfp4_runtime.engine.messages import EngineInfo
+from nvfp4_runtime.engine.replicas import Replicas
 from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
 from nvfp4_runtime.sampling.params import SamplingParams
@@ -40,6 +42,7 @@ from server.commands.reliability import simulated_faults, supervision
 from server.config import ServerConfig, environment_flags, traces_wanted
 from server.loading import LoadingGate
 from server.reasoning.parsers import reasoning_style
+from server.replica_metrics import ReplicaMetrics
 from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
 from server.tools.parsers import tool_style
@@ -349,7 +352,7 @@ async def _serve(
     stop = _StopSignal()
     gate = LoadingGate(socks)
     progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
-    launch = asyncio.create_task(SupervisedEngine.launch(engine_config, policy, progress))
+    launch = asyncio.create_task(_launch(engine_config, policy, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
         beside = asyncio.gather(
@@ -380,8 +383,14 @@ async def _serve(
         await engine.close()
 
 
+async def _launch(config: EngineConfig, policy: Supervision, progress: ProgressCallback) -> SupervisedEngine | Replicas:
+    if config.parallel.replicas > 1:
+        return await Replicas.launch(config, policy, progress)
+    return await SupervisedEngine.launch(config, policy, progress)
+
+
 async def _run_http(
-    engine: SupervisedEngine,
+    engine: SupervisedEngine | Replicas,
     text: TextProcessor,
     config: ServerConfig,
     socks: list[socket.socket],
@@ -393,6 +402,8 @@ async def _run_http(
     from server.app import create_app
 
     app = create_app(engine, text, config, tracer)
+    if isinstance(engine, Replicas):
+        ReplicaMetrics(app.state.server.metrics.registry, config.served_model_names[0], engine)
     server = _make_server(app, config)
     gate.stop()
     serving = asyncio.create_task(server.serve(sockets=socks))

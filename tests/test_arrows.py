@@ -46,7 +46,7 @@ SERVER_MAY_IMPORT = (
     "errors", "config", "text", "structured.spec", "structured.thinking", "sampling.params", "engine.messages",
     "engine.client", "engine.token_stream",
 )  # fmt: skip
-SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "quantize.default_model")
+SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "engine.replicas", "quantize.default_model")
 TORCH_FREE = (
     RUNTIME,
     f"{RUNTIME}.errors",
@@ -64,6 +64,7 @@ TORCH_FREE = (
     f"{RUNTIME}.engine.scheduler",
     f"{RUNTIME}.engine.client",
     f"{RUNTIME}.engine.supervisor",
+    f"{RUNTIME}.engine.replicas",
     f"{RUNTIME}.engine.logs",
     f"{RUNTIME}.text",
     f"{RUNTIME}.quantize.default_model",

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from nvfp4_runtime.engine.messages import EngineInfo
 from nvfp4_runtime.errors import QueueFullError
@@ -21,6 +22,23 @@ from nvfp4_runtime.errors import QueueFullError
 SHARE = 4
 RATE_SECONDS = 10.0  # the past that counts for a rate
 MAX_RETRY_SECONDS = 60.0
+
+
+class Room(Protocol):
+    """What can be asked of the room in one engine, or in several.
+
+    num_queued_tokens  prompt tokens of requests that have not begun to answer
+    """
+
+    @property
+    def num_requests(self) -> int: ...
+
+    @property
+    def num_queued_tokens(self) -> int: ...
+
+    def check_room(self, tenant: str = "", num_tokens: int = 1) -> None:
+        """Raise QueueFullError, with the time to come back, if a request of so many prompt tokens would not get in."""
+        ...
 
 
 class Rate:

@@ -136,7 +136,7 @@ def _self_test(engine: Engine, kernels: Kernels) -> None:
 def _on_cpu(config: EngineConfig, model: Model, max_len: int, phases: Phases) -> Placement:
     with phases.phase("kv_cache"):
         block_bytes = bytes_per_block(model.kv_specs, model.kv_dtype, config.cache.block_size)
-        num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes)
+        num_blocks = plan_blocks(config.cache, config.scheduler, max_len, block_bytes, config.parallel.replicas)
         max_len = fit_max_model_len(config.scheduler, max_len, num_blocks, config.cache.block_size)
         slots, cpu = config.scheduler.max_num_seqs + 1, torch.device("cpu")
         kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, config.cache.block_size, cpu, slots)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from nvfp4_runtime import errors
 from nvfp4_runtime.config import EngineConfig
-from nvfp4_runtime.engine.admission import Admission
+from nvfp4_runtime.engine.admission import Admission, Room
 from nvfp4_runtime.engine.engine import check_request
 from nvfp4_runtime.engine.messages import (
     Abort,
@@ -59,7 +59,7 @@ class AsyncEngine(Protocol):
     num_stalls: int
 
     @property
-    def admission(self) -> Admission: ...
+    def admission(self) -> Room: ...
 
     @property
     def alive(self) -> bool: ...

@@ -52,7 +52,7 @@ def load(config: EngineConfig, phases: Phases, meet: Callable[[torch.device], Te
     """Checkpoint, kernels and model. `meet`: how this rank finds its team, once its device is known."""
     check_limits(config)
     parallel = config.parallel
-    index = parallel.rank if parallel.local_rank is None else parallel.local_rank
+    index = parallel.rank + parallel.replica * parallel.size if parallel.local_rank is None else parallel.local_rank
     device = resolve_device(config.device, config.backend, index)
     gpu = None
     if device.type == "cuda":
@@ -64,7 +64,7 @@ def load(config: EngineConfig, phases: Phases, meet: Callable[[torch.device], Te
         checkpoint.adapters = tuple(Adapter.open(adapter, config.max_lora_rank) for adapter in config.adapters)
     described = describe_model(checkpoint.raw_config, config.model_impl)
     max_len = resolve_max_model_len(config.scheduler, context_limit(described))
-    on_this_host = 1 if parallel.address else parallel.size
+    on_this_host = parallel.replicas * (1 if parallel.address else parallel.size)
     threads = config.threads or max(1, physical_cores() // on_this_host)
     torch.set_num_threads(threads)
     backends = available_backends(config.backend, threads, "cpu" if gpu is None else "cuda")

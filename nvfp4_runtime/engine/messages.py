@@ -189,7 +189,11 @@ class LayerGroup(msgspec.Struct):
 
 
 class EngineInfo(msgspec.Struct, kw_only=True):
-    """What was loaded and how it runs; sent once, with Ready."""
+    """What was loaded and how it runs; sent once, with Ready.
+
+    rank_pids     processes that share the layers with this one, where it started them
+    replica_pids  of several engines described as one: each one's process
+    """
 
     model: str
     architecture: str
@@ -219,6 +223,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     adapters: list[AdapterInfo] = []
     tensor_parallel_size: int = 1
     rank_pids: list[int] = []
+    replica_pids: list[int] = []
 
     def has_adapter(self, name: str) -> bool:
         return any(adapter.name == name for adapter in self.adapters)

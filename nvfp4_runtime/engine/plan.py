@@ -113,14 +113,19 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
-def plan_blocks(cache: CacheConfig, scheduler: SchedulerConfig, max_len: int, block_bytes: int) -> int:
-    """How many blocks to allocate, the null block included: the flags, else what could be used, within free memory."""
+def plan_blocks(
+    cache: CacheConfig, scheduler: SchedulerConfig, max_len: int, block_bytes: int, sharers: int = 1
+) -> int:
+    """How many blocks to allocate, the null block included: the flags, else what could be used, within free memory.
+
+    sharers  engines that start here together, this one among them
+    """
     free = available_memory_bytes()
     if cache.num_blocks is not None:
         return _asked_blocks(cache.num_blocks, block_bytes, free)
     per_sequence = -(-max_len // cache.block_size)
     useful = 1 + scheduler.max_num_seqs * per_sequence
-    budget = min(int(free * KV_SHARE_OF_FREE), KV_DEFAULT_LIMIT_BYTES)
+    budget = min(int(free * KV_SHARE_OF_FREE) // sharers, KV_DEFAULT_LIMIT_BYTES)
     if cache.memory_bytes is not None:
         budget = _asked_bytes(cache.memory_bytes, free)
     return min(useful, _blocks_in(budget, block_bytes, "--kv-cache-memory"))

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.1
 _LATE_SECONDS = 1.0  # a watch that woke so late was itself stopped: what the engine sent meanwhile is read first
 # Of StepStats: totals since a process started, which go on over restarts.
-_TOTALS = (
+TOTALS = (
     "num_steps",
     "num_preemptions",
     "prefix_cache_queries",
@@ -177,7 +177,7 @@ class SupervisedEngine:
             client.on_finish(callback)
 
     def _step(self, stats: StepStats) -> None:
-        totals = {name: _sum(getattr(self._before, name), getattr(stats, name)) for name in _TOTALS}
+        totals = {name: _sum(getattr(self._before, name), getattr(stats, name)) for name in TOTALS}
         self.stats = msgspec.structs.replace(stats, **totals)
         for callback in self._on_step:
             callback(self.stats)
@@ -222,7 +222,7 @@ class SupervisedEngine:
     def _report_gone(self) -> None:
         """Nothing runs, nothing waits, no block is used: the gauges must not keep what the dead engine said last."""
         total = self.stats.num_total_blocks
-        gone = {name: getattr(self.stats, name) for name in _TOTALS}
+        gone = {name: getattr(self.stats, name) for name in TOTALS}
         self.stats = self._before = StepStats(0, 0, total, 0, total, **gone)
         for callback in self._on_step:
             callback(self.stats)

@@ -53,7 +53,7 @@ class Lead:
         with phases.phase("kv_cache"):
             each = team.exchange(bytes_per_block(model.kv_specs, model.kv_dtype, block_size))
             if loaded.gpu is None:
-                num_blocks = plan_blocks(cache, config.scheduler, loaded.max_len, sum(each))
+                num_blocks = plan_blocks(cache, config.scheduler, loaded.max_len, sum(each), config.parallel.replicas)
             else:
                 num_blocks = cache.num_blocks or (cache.memory_bytes or 0) // max(each)
             max_len = fit_max_model_len(config.scheduler, loaded.max_len, num_blocks, block_size)

@@ -1,7 +1,8 @@
 """`nvfp4 serve`: the flags about several processes, and who starts them.
 
-Tensor parallelism on one host needs the flag alone: the engine starts its other ranks. Across hosts every rank is
-started by torchrun, or a pod of a LeaderWorkerSet; RANK 0 serves, the others follow it.
+Data parallelism: several engines on this host, each with its ranks. Tensor parallelism on one host needs the flag
+alone: the engine starts its other ranks. Across hosts every rank is started by torchrun, or as a pod of a
+LeaderWorkerSet; rank 0 serves, the others follow it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from server.commands import flags
 logger = logging.getLogger(__name__)
 
 TENSOR = "--tensor-parallel-size"
+DATA = "--data-parallel-size"
 DEFAULT_PORT = 29500  # torchrun's
 
 
@@ -31,6 +33,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="processes that share every layer of one engine; across hosts one per RANK of torchrun or LeaderWorkerSet "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        DATA,
+        "-dp",
+        type=flags.whole,
+        default=1,
+        metavar="N",
+        help="engines, each with a whole model and a KV cache, behind this server; a request goes where the least has "
+        "to be computed for it (default: %(default)s)",
+    )
 
 
 def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) -> ParallelConfig:
@@ -39,10 +50,12 @@ def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) ->
     Raises ConfigError when the flag contradicts whoever started us.
     """
     size = args.tensor_parallel_size
-    if size < 1:
-        raise ConfigError(f"expected 1 or more, found {size}", TENSOR)
+    replicas = args.data_parallel_size
+    for flag, value in ((TENSOR, size), (DATA, replicas)):
+        if value < 1:
+            raise ConfigError(f"expected 1 or more, found {value}", flag)
     if size == 1:
-        return ParallelConfig()
+        return ParallelConfig(replicas=replicas)
     if args.simulate:
         raise ConfigError(f"{TENSOR} splits a model, and --simulate has none; leave one of them out", TENSOR)
     if "LWS_LEADER_ADDRESS" in environment:
@@ -62,7 +75,9 @@ def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) ->
             _number(environment, "LOCAL_RANK", 0),
         )
     else:
-        return ParallelConfig(size)
+        return ParallelConfig(size, replicas=replicas)
+    if replicas > 1:
+        raise ConfigError(f"{DATA} {replicas}: ranks that others start are of one engine; run one server each", DATA)
     if found.size != size:
         raise ConfigError(
             f"{TENSOR} is {size}, and the environment says that {found.size} processes were started: a rank is one "
