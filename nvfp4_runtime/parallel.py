@@ -24,8 +24,11 @@ _UNITS = (128, 64, 32, BLOCK)  # what a cut of columns is a multiple of: tiles l
 class Team(Protocol):
     """This process among those that share a model's layers. All ranks make the same calls in the same order."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in the order of the ranks, the same bits on each."""

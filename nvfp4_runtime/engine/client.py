@@ -55,8 +55,12 @@ class AsyncEngine(Protocol):
 
     info: EngineInfo
     stats: StepStats
-    num_restarts: int
-    num_stalls: int
+
+    @property
+    def num_restarts(self) -> int: ...
+
+    @property
+    def num_stalls(self) -> int: ...
 
     @property
     def admission(self) -> Room: ...

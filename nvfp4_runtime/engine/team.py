@@ -12,14 +12,17 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from nvfp4_runtime.config import ParallelConfig
 from nvfp4_runtime.errors import ConfigError, EngineDeadError
 from nvfp4_runtime.parallel import FLAG
+
+dist: Any = torch.distributed  # what is used of it here has no types in its stubs
 
 LOOPBACK = "127.0.0.1"
 MEET_TIMEOUT = timedelta(minutes=30)  # whoever starts us gives up sooner
@@ -28,13 +31,25 @@ NEVER = timedelta(days=1000)
 _INLINE = 1024  # numbers that one message holds; a longer one is sent in two
 
 
+class _Collectives(Protocol):
+    """What is used of torch's process groups."""
+
+    def allgather(self, into: list[list[Tensor]], values: list[Tensor]) -> Any: ...
+
+    def gather(self, into: list[list[Tensor]], values: list[Tensor], options: Any) -> Any: ...
+
+    def broadcast(self, values: list[Tensor], options: Any) -> Any: ...
+
+    def recv(self, into: list[Tensor], rank: int, tag: int) -> Any: ...
+
+
 class TorchTeam:
     """See parallel.Team. Beside that, rank 0 tells the others what to do.
 
     device  where `sum` and `join` find their tensors
     """
 
-    def __init__(self, parallel: ParallelConfig, store: dist.Store, host: str, device: torch.device) -> None:
+    def __init__(self, parallel: ParallelConfig, store: Any, host: str, device: torch.device) -> None:
         self.rank, self.size = parallel.rank, parallel.size
         self._told = self._gloo("told", store, host)
         self._alive = self._gloo("alive", store, host)
@@ -129,7 +144,7 @@ class TorchTeam:
     def exchange(self, number: int) -> list[int]:
         """Every rank's number."""
         found = torch.zeros(self.size, dtype=torch.int64)
-        self._told.allgather([list(found.split(1))], [torch.tensor([number])]).wait()
+        self._told.allgather([list(torch.split(found, 1))], [torch.tensor([number])]).wait()
         return [int(each) for each in found]
 
     def watch(self, ended: Callable[[int, str], None]) -> None:
@@ -149,18 +164,22 @@ class TorchTeam:
         options.rootRank = 0
         self._told.broadcast([numbers], options).wait()
 
-    def _gloo(self, name: str, store: dist.Store, host: str) -> dist.ProcessGroupGloo:
+    def _gloo(self, name: str, store: Any, host: str) -> _Collectives:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = NEVER
-        return dist.ProcessGroupGloo(dist.PrefixStore(name, store), self.rank, self.size, options)
+        made: _Collectives = dist.ProcessGroupGloo(dist.PrefixStore(name, store), self.rank, self.size, options)
+        return made
 
-    def _nccl(self, store: dist.Store, device: torch.device) -> dist.ProcessGroupNCCL:
+    def _nccl(self, store: Any, device: torch.device) -> _Collectives:
         torch.cuda.set_device(device)
-        return dist.ProcessGroupNCCL(dist.PrefixStore("data", store), self.rank, self.size)
+        made: _Collectives = dist.ProcessGroupNCCL(
+            dist.PrefixStore("data", store), self.rank, self.size, dist.ProcessGroupNCCL.Options()
+        )
+        return made
 
 
-def _to_first() -> dist.GatherOptions:
+def _to_first() -> Any:
     options = dist.GatherOptions()
     options.rootRank = 0
     return options
