@@ -7,17 +7,21 @@
 ARG PYTHON_IMAGE=docker.io/library/python:3.12-slim-bookworm
 
 
-# Our wheel: Python, and native kernels for every ISA, chosen at run time.
-FROM ${PYTHON_IMAGE} AS wheel
-# The build needs any recent g++; Debian's release fixes which.
+# What both images are built in; nothing of it gets into them but /opt/nvfp4.
+FROM ${PYTHON_IMAGE} AS build
+# Any recent g++ will do; Debian's release fixes which.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-RUN python -m venv /opt/build
-ENV PATH=/opt/build/bin:$PATH \
+RUN python -m venv /opt/nvfp4
+ENV PATH=/opt/nvfp4/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
+
+
+# Our wheel: Python, and native kernels for every ISA, chosen at run time.
+FROM build AS wheel
 WORKDIR /src
 COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
 COPY nvfp4_runtime nvfp4_runtime
@@ -27,53 +31,48 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf pip wheel --no-deps --w
 
 
 # torch before our wheel: it is most of the image and seldom changes.
-FROM ${PYTHON_IMAGE} AS packages-cpu
-RUN python -m venv /opt/nvfp4
-ENV PATH=/opt/nvfp4/bin:$PATH \
-    PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1
+FROM build AS packages-cpu
 ARG TORCH=torch==2.13.0
 # The index of CPU builds: the default one would bring several gigabytes of CUDA. Empty: as pip is set up.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# Pinned, in TORCH.
+# What only developers of torch, numpy and sympy use goes: headers, test programs, test suites, and the names of functions
+# that are not exported, a quarter of libtorch. So does pip.
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
+    pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" \
+    && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    && rm -rf torch/include torch/test torch/share/cmake \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && strip --strip-unneeded torch/lib/*.so
 COPY deploy/constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS=otel
-# What only developers of torch, numpy and sympy use goes: headers, test programs, test suites. So does pip.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --constraint /tmp/constraints.txt "$(echo /wheels/*.whl)[$EXTRAS]" \
     && pip freeze > /opt/nvfp4/packages.txt \
     && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-    && rm -rf torch/include torch/test torch/share/cmake \
-    && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find numpy sympy networkx mpmath -depth -type d -name tests -exec rm -rf {} + \
     && python -m pip uninstall --yes pip
 
 
 # The same with PyPI's torch, which brings CUDA's libraries and Triton. The driver comes from the machine.
-FROM ${PYTHON_IMAGE} AS packages-cuda
-RUN python -m venv /opt/nvfp4
-ENV PATH=/opt/nvfp4/bin:$PATH \
-    PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1
+FROM build AS packages-cuda
 ARG TORCH=torch==2.13.0
-# Pinned, in TORCH.
 # hadolint ignore=DL3013
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf pip install "$TORCH"
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    pip install "$TORCH" \
+    && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    && rm -rf torch/include torch/test torch/share/cmake \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && find nvidia -name '*.a' -delete \
+    && strip --strip-unneeded torch/lib/libtorch_cpu.so torch/lib/libtorch_python.so
 COPY deploy/constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS=otel
-# torch/include stays: Triton compiles its launchers where it runs.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --constraint /tmp/constraints.txt "$(echo /wheels/*.whl)[$EXTRAS]" \
     && pip freeze > /opt/nvfp4/packages.txt \
     && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-    && rm -rf torch/test \
-    && find torch/bin -type f ! -name torch_shm_manager -delete \
-    && find nvidia -name '*.a' -delete \
     && find numpy sympy networkx mpmath -depth -type d -name tests -exec rm -rf {} + \
     && python -m pip uninstall --yes pip
 
