@@ -36,8 +36,8 @@ ARG TORCH=torch==2.13.0
 # The index of CPU builds: the default one would bring several gigabytes of CUDA. Empty: as pip is set up.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # What only developers of torch, numpy and sympy use goes: headers, test programs, test suites, and the names of functions
-# that are not exported, a quarter of libtorch. So does pip.
-# hadolint ignore=DL3013
+# that are not exported, a quarter of libtorch. So does pip. Their folder's name depends on the base's Python: hence `cd`.
+# hadolint ignore=DL3003,DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" \
     && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
@@ -47,6 +47,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 COPY deploy/constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS=otel
+# hadolint ignore=DL3003
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --constraint /tmp/constraints.txt "$(echo /wheels/*.whl)[$EXTRAS]" \
     && pip freeze > /opt/nvfp4/packages.txt \
@@ -58,7 +59,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 # The same with PyPI's torch, which brings CUDA's libraries and Triton. The driver comes from the machine.
 FROM build AS packages-cuda
 ARG TORCH=torch==2.13.0
-# hadolint ignore=DL3013
+# hadolint ignore=DL3003,DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install "$TORCH" \
     && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
@@ -69,6 +70,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 COPY deploy/constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS=otel
+# hadolint ignore=DL3003
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --constraint /tmp/constraints.txt "$(echo /wheels/*.whl)[$EXTRAS]" \
     && pip freeze > /opt/nvfp4/packages.txt \
