@@ -148,6 +148,15 @@ def test_compose_waits_longer_than_the_server_drains():
     assert float(service["stop_grace_period"].removesuffix("s")) >= drain + 10
 
 
+def test_the_gpu_file_of_compose_changes_target_image_and_device_alone():
+    (changed,) = yaml.safe_load((ROOT / "deploy" / "compose.cuda.yaml").read_text())["services"].values()
+    service = compose()["services"]["nvfp4"]
+    assert changed.keys() == {"build", "image", "command", "deploy"}
+    assert (service["build"]["target"], changed["build"]["target"]) == TARGETS
+    assert service["image"].removesuffix("-cpu") == changed["image"].removesuffix("-cuda")
+    assert changed["command"] == [*service["command"], "--device", "cuda"]
+
+
 def test_prometheus_scrapes_the_service_by_its_name_and_port():
     config = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
