@@ -89,7 +89,11 @@ class Builder:
             "STORAGE_DRIVER": "vfs",
             "TMPDIR": str(self._folder),
         }
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        # A session of its own: a terminal would stop it when it looks for one from the background.
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-4000:]}{done.stderr[-8000:]}"
         return done.stdout.strip()
 
