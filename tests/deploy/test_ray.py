@@ -184,7 +184,7 @@ async def test_a_killed_replica_costs_its_own_streams_and_is_replaced(http: http
 async def test_replicas_follow_the_requests_there_are(http: httpx.AsyncClient) -> None:
     scaling = {
         "min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 4,
-        "upscale_delay_s": 1, "downscale_delay_s": 2, "look_back_period_s": 2,
+        "upscale_delay_s": 1, "downscale_delay_s": 2,
     }  # fmt: skip
     run(num_replicas="auto", autoscaling_config=scaling)
     await until(lambda: replicas() == 1, 60)
