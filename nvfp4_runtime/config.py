@@ -284,6 +284,22 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class KVEventsConfig:
+    """Where events of the prefix cache are published, in ZeroMQ's addresses; see engine/kv_events.py.
+
+    replay_endpoint  where what was missed can be asked for; None: nowhere
+    buffer_steps     batches that are kept for that
+    hwm              messages that may wait for a subscriber
+    """
+
+    endpoint: str = "tcp://127.0.0.1:5557"
+    replay_endpoint: str | None = None
+    topic: str = ""
+    buffer_steps: int = 10_000
+    hwm: int = 100_000
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine process is told. `model` is a local folder; `simulated` replaces it.
 
@@ -317,3 +333,4 @@ class EngineConfig:
     adapters: tuple[AdapterConfig, ...] = ()
     max_lora_rank: int = 64
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kv_events: KVEventsConfig | None = None

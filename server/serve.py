@@ -38,6 +38,7 @@ from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.commands import limits, security
+from server.commands.parallel import kv_events
 from server.commands.reliability import simulated_faults, supervision
 from server.config import ServerConfig, environment_flags, traces_wanted
 from server.loading import LoadingGate
@@ -94,7 +95,8 @@ def serve(args: argparse.Namespace, place: ParallelConfig) -> int:
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    engine = replace(engine_config(args, model or ""), parallel=place)
+    events = kv_events(args.kv_events_config)
+    engine = replace(engine_config(args, model or ""), parallel=place, kv_events=events)
     for adapter in engine.adapters:
         if adapter.name in config.served_model_names:
             raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 NULL_BLOCK = 0
 
@@ -32,6 +32,9 @@ class BlockPool:
     """Hands out block ids and takes them back.
 
     `free + used == total` holds between calls; `check` proves it together with the reference counts.
+
+    on_forget  called with the hash of a block that is not found any more
+    on_reset   called when none is
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -39,6 +42,8 @@ class BlockPool:
             raise ValueError(f"a block pool needs at least 2 blocks (block 0 is the null block), got {num_blocks}")
         self.total = num_blocks - 1
         self._refs = [0] * num_blocks
+        self.on_forget: Callable[[bytes], None] | None = None
+        self.on_reset: Callable[[], None] | None = None
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         # Least recently freed first. Unpublished blocks go to the front: losing them loses nothing.
@@ -94,12 +99,17 @@ class BlockPool:
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
 
-    def publish(self, block: int, digest: bytes) -> None:
-        """Make a full, computed block findable. If its content is known already, the older block stays the answer."""
+    def publish(self, block: int, digest: bytes) -> bool:
+        """Make a full, computed block findable. If its content is known already, the older block stays the answer.
+
+        Returns whether it could not be found before.
+        """
         assert self._refs[block] > 0, f"block {block} published without an owner"
         if digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
+            return True
+        return False
 
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Nobody finds these blocks any more; who holds them keeps them."""
@@ -112,11 +122,15 @@ class BlockPool:
         self._hash_of.clear()
         self._block_of.clear()
         self._free = OrderedDict((i, None) for i in range(1, len(self._refs)))
+        if self.on_reset is not None:
+            self.on_reset()
 
     def _forget(self, block: int) -> None:
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+            if self.on_forget is not None:
+                self.on_forget(digest)
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
         """Assert every invariant, given the block lists of all live requests. For tests and fault injection."""

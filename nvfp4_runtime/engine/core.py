@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from nvfp4_runtime.config import EngineConfig, KVEventsConfig
 from nvfp4_runtime.engine.engine import Engine
 from nvfp4_runtime.engine.grammar_queue import GrammarQueue
 from nvfp4_runtime.engine.logs import configure_logs
@@ -36,7 +37,7 @@ from nvfp4_runtime.engine.ranks import Ranks
 from nvfp4_runtime.engine.recovery import ENGINE_FAULT
 from nvfp4_runtime.engine.torch_import import import_torch
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
-from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
+from nvfp4_runtime.errors import CapacityError, ConfigError, NVFP4Error, RequestError
 from nvfp4_runtime.process import die_with_parent, leave
 
 BEAT_SECONDS = 1.0
@@ -185,10 +186,31 @@ class EngineCore:
 
 def build(start: Start, progress: Callable[[str, float], None]) -> Engine:
     """The engine that `start` asks for; torch is imported only for a real model."""
-    if start.config.simulated is not None:
-        from nvfp4_runtime.engine.simulated import simulated_engine
+    engine = _simulated(start.config) or _real(start, progress)
+    if start.config.kv_events is not None:
+        _publish_events(engine, start.config, start.config.kv_events)
+    return engine
 
-        return simulated_engine(start.config)
+
+def _simulated(config: EngineConfig) -> Engine | None:
+    if config.simulated is None:
+        return None
+    from nvfp4_runtime.engine.simulated import simulated_engine
+
+    return simulated_engine(config)
+
+
+def _publish_events(engine: Engine, config: EngineConfig, kv_events: KVEventsConfig) -> None:
+    from nvfp4_runtime.engine.kv_events import FLAG, KVEvents, Publisher
+
+    if not engine.info.enable_prefix_caching:
+        raise ConfigError(f"{FLAG}: this engine caches no prefixes, so there is nothing to tell of; leave it out", FLAG)
+    replica = config.parallel.replica
+    medium = "CPU" if engine.info.device == "cpu" else "GPU"
+    engine.tell(KVEvents(Publisher(kv_events, replica), engine.info.block_size, medium, replica))
+
+
+def _real(start: Start, progress: Callable[[str, float], None]) -> Engine:
     progress("import", 0.0)
     started = time.monotonic()
     # before torch is imported here, so that all import it at the same time

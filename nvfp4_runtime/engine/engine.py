@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nvfp4_runtime.engine.cost import ModelCost, Work
+from nvfp4_runtime.engine.kv_events import KVEvents
 from nvfp4_runtime.engine.messages import EngineInfo, StepStats, Submit, TokenOutput
 from nvfp4_runtime.engine.pace import Pace
 from nvfp4_runtime.engine.recovery import Executor, Recovery
@@ -142,12 +143,20 @@ class Engine:
         """No step comes after this."""
         self.on_close()
 
+    def tell(self, events: KVEvents) -> None:
+        """From now on `events` is told what enters and leaves the prefix cache, and flushed after each step."""
+        scheduler = self.scheduler
+        scheduler.events = events
+        scheduler.pool.on_forget, scheduler.pool.on_reset = events.removed, events.cleared
+
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """One turn: what was computed, and the state afterwards."""
         started = time.perf_counter()
         self._num_step_tokens = 0
         self._clock.start()
         outputs, num_prompt_tokens = self._turn()
+        if self.scheduler.events is not None:
+            self.scheduler.events.flush()
         stats = self.scheduler.stats()
         self._num_steps += 1
         stats.num_steps = self._num_steps

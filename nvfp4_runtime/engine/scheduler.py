@@ -25,6 +25,7 @@ from nvfp4_runtime.engine.messages import StepStats, TokenLogprob, TokenOutput
 from nvfp4_runtime.engine.request import Request, Status
 
 if TYPE_CHECKING:
+    from nvfp4_runtime.engine.kv_events import KVEvents
     from nvfp4_runtime.engine.request import FloatRow
 
 
@@ -110,6 +111,7 @@ class Scheduler:
     handling         the request that `schedule` is at, or was at when it raised
     num_invalid      requests that ended because their logits were not numbers
     num_degenerate   requests whose answer goes round in circles
+    events           told of blocks that can be found, where somebody listens
     """
 
     config: SchedulerConfig
@@ -128,6 +130,7 @@ class Scheduler:
     num_invalid: int = 0
     num_degenerate: int = 0
     handling: Request | None = None
+    events: KVEvents | None = None
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -274,7 +277,9 @@ class Scheduler:
         if self.enable_prefix_caching and full > request.num_published:
             hashes = self._hashes(request, full)
             for i in range(request.num_published, full):
-                self.pool.publish(request.block_ids[i], hashes[i])
+                if self.pool.publish(request.block_ids[i], hashes[i]) and self.events is not None:
+                    tokens = request.tokens[i * self.block_size : (i + 1) * self.block_size]
+                    self.events.stored(hashes[i], hashes[i - 1] if i else None, tokens, request.adapter)
             request.num_published = full
 
     # -- commit --------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ LeaderWorkerSet; rank 0 serves, the others follow it.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from nvfp4_runtime.config import ParallelConfig
+from nvfp4_runtime.config import KVEventsConfig, ParallelConfig
 from nvfp4_runtime.errors import ConfigError
 from server.commands import flags
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 TENSOR = "--tensor-parallel-size"
 DATA = "--data-parallel-size"
+EVENTS = "--kv-events-config"
 DEFAULT_PORT = 29500  # torchrun's
 
 
@@ -41,6 +43,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="engines, each with a whole model and a KV cache, behind this server; a request goes where the least has "
         "to be computed for it (default: %(default)s)",
+    )
+    parser.add_argument(
+        EVENTS,
+        metavar="JSON",
+        help='tell routers over ZeroMQ what the prefix cache holds, as vLLM does: {"endpoint": "tcp://127.0.0.1:5557"}; '
+        "who can connect there can read the prompts",
     )
 
 
@@ -89,6 +97,40 @@ def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) ->
     if not 0 <= found.rank < size:
         raise ConfigError(f"RANK is {found.rank}; expected 0 to {size - 1}", TENSOR)
     return found
+
+
+def kv_events(text: str | None) -> KVEventsConfig | None:
+    """vLLM's object, with its defaults but for the address, which only this host reaches.
+
+    Raises ConfigError for what is not known.
+    """
+    if text is None:
+        return None
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{EVENTS} is no JSON: {error}", EVENTS) from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{EVENTS}: expected a JSON object, found {text!r:.80}", EVENTS)
+    enabled, publisher = given.pop("enable_kv_cache_events", True), given.pop("publisher", "zmq")
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"{EVENTS}: enable_kv_cache_events is {enabled!r:.40}; expected true or false", EVENTS)
+    if not enabled or publisher == "null":
+        return None
+    if publisher != "zmq":
+        raise ConfigError(
+            f"{EVENTS}: enable_kv_cache_events {enabled!r}, publisher {publisher!r}: expected zmq", EVENTS
+        )
+    known = {field.name: field.default for field in fields(KVEventsConfig)}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{EVENTS}: {name!r} is not known; expected {', '.join(known)}", EVENTS)
+        kind = int if isinstance(known[name], int) else str
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ConfigError(
+                f"{EVENTS}: {name} is {value!r:.80}; expected {'1 or more' if kind is int else 'text'}", EVENTS
+            )
+    return KVEventsConfig(**given)
 
 
 def follow(args: argparse.Namespace, parallel: ParallelConfig) -> int:

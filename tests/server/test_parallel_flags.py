@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nvfp4_runtime.config import ParallelConfig
+from nvfp4_runtime.config import KVEventsConfig, ParallelConfig
 from nvfp4_runtime.errors import ConfigError
-from server.commands.parallel import parallel_config
+from server.commands.parallel import kv_events, parallel_config
 from tests.server.test_cli import serve_arguments
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
@@ -49,3 +49,28 @@ def test_what_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         place(size, environment, *flags)
+
+
+def test_kv_events_are_off_unless_asked_for_and_heard_on_this_host_alone() -> None:
+    assert kv_events(None) is None
+    assert kv_events('{"enable_kv_cache_events": false}') is None
+    assert kv_events('{"publisher": "null"}') is None
+    found = kv_events('{"enable_kv_cache_events": true, "publisher": "zmq", "topic": "kv", "buffer_steps": 5}')
+    assert found == KVEventsConfig(topic="kv", buffer_steps=5)
+    assert found.endpoint.startswith("tcp://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "JSON object"),
+        ('{"publisher": "nats"}', "expected zmq"),
+        ('{"max_queue_size": 5}', "'max_queue_size' is not known"),
+        ('{"hwm": 0}', "1 or more"),
+        ('{"endpoint": 5557}', "text"),
+    ],
+)
+def test_kv_events_that_cannot_be_had_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        kv_events(text)
