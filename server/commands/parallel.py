@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         EVENTS,
         metavar="JSON",
-        help='tell routers over ZeroMQ what the prefix cache holds, as vLLM does: {"endpoint": "tcp://127.0.0.1:5557"}; '
+        help='tell routers over ZeroMQ what the prefix cache holds, as vLLM does: {"endpoint": "tcp://host:5557"}; '
         "who can connect there can read the prompts",
     )
 
