@@ -270,6 +270,7 @@ class ParallelConfig:
     address     where rank 0 listens for ranks that others started, one by one, on these or other hosts; "": rank 0
                 starts them on its own host
     port        the same
+    attempt     what listens there is torchrun's store, and this is its so manieth attempt; None: rank 0 listens
     local_rank  which of its host's GPUs a rank uses; None: the one of its rank
     replicas    engines like this one that share the machine, and this is number `replica`
     """
@@ -278,6 +279,7 @@ class ParallelConfig:
     rank: int = 0
     address: str = ""
     port: int = 29500
+    attempt: str | None = None
     local_rank: int | None = None
     replicas: int = 1
     replica: int = 0

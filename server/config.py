@@ -107,7 +107,7 @@ def traces_wanted() -> bool:
 # How torchrun and LeaderWorkerSet tell a process which one it is.
 _LAUNCHERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE",
-    "LWS_WORKER_INDEX",
+    "LWS_WORKER_INDEX", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
 )  # fmt: skip
 
 

@@ -63,12 +63,14 @@ class TorchTeam:
 
     @classmethod
     def across_hosts(cls, parallel: ParallelConfig, device: torch.device) -> TorchTeam:
-        """Meet at parallel.address, where rank 0 listens. ConfigError when it cannot, or nobody does."""
+        """Meet at parallel.address, where rank 0 listens, or torchrun. ConfigError when it cannot, or nobody does."""
         host, port = parallel.address, parallel.port
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             listening = None
-            if parallel.rank == 0:  # ours, since a TCPStore of its own would listen on every address
+            if (
+                parallel.rank == 0 and parallel.attempt is None
+            ):  # ours, since a TCPStore of its own would listen on every address
                 listening = socket.socket(family, socket.SOCK_STREAM)
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listening.bind(address)
@@ -77,7 +79,7 @@ class TorchTeam:
                 host,
                 port,
                 parallel.size,
-                is_master=parallel.rank == 0,
+                is_master=listening is not None,
                 timeout=MEET_TIMEOUT,
                 master_listen_fd=None if listening is None else listening.detach(),
             )
@@ -86,7 +88,7 @@ class TorchTeam:
                 own = probe.getsockname()[0]
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{FLAG}: the ranks cannot meet at {host}:{port}: {error}", FLAG) from error
-        return cls(parallel, store, own, device)
+        return cls(parallel, dist.PrefixStore(f"nvfp4/{parallel.attempt or 0}", store), own, device)
 
     # -- arithmetic ----------------------------------------------------------------------------------------------
 

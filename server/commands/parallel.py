@@ -66,13 +66,14 @@ def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) ->
         return ParallelConfig(replicas=replicas)
     if args.simulate:
         raise ConfigError(f"{TENSOR} splits a model, and --simulate has none; leave one of them out", TENSOR)
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens there, and keeps listening
     if "LWS_LEADER_ADDRESS" in environment:
         found = ParallelConfig(
             _number(environment, "LWS_GROUP_SIZE"),
             _number(environment, "LWS_WORKER_INDEX"),
             environment["LWS_LEADER_ADDRESS"],
             _number(environment, "MASTER_PORT", DEFAULT_PORT),
-            _number(environment, "LOCAL_RANK", 0),
+            local_rank=_number(environment, "LOCAL_RANK", 0),
         )
     elif "WORLD_SIZE" in environment:
         found = ParallelConfig(
@@ -80,6 +81,7 @@ def parallel_config(args: argparse.Namespace, environment: Mapping[str, str]) ->
             _number(environment, "RANK"),
             environment.get("MASTER_ADDR", ""),
             _number(environment, "MASTER_PORT", DEFAULT_PORT),
+            environment.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else None,
             _number(environment, "LOCAL_RANK", 0),
         )
     else:

@@ -27,9 +27,11 @@ def test_without_the_flag_an_environment_made_for_others_says_nothing(environmen
 
 
 def test_torchrun_and_a_leader_worker_set_say_who_we_are_and_where_to_meet() -> None:
-    assert place(2, TORCHRUN) == ParallelConfig(2, 1, "10.0.0.1", 1234, 1)
-    assert place(2, LWS) == ParallelConfig(2, 1, "leader.svc", 29500, 0)
-    assert place(2, LWS | TORCHRUN | {"RANK": "0"}) == ParallelConfig(2, 1, "leader.svc", 1234, 1)
+    assert place(2, TORCHRUN) == ParallelConfig(2, 1, "10.0.0.1", 1234, None, 1)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert place(2, TORCHRUN | agent) == ParallelConfig(2, 1, "10.0.0.1", 1234, "2", 1)
+    assert place(2, LWS) == ParallelConfig(2, 1, "leader.svc", 29500, None, 0)
+    assert place(2, LWS | TORCHRUN | {"RANK": "0"}) == ParallelConfig(2, 1, "leader.svc", 1234, None, 1)
 
 
 @pytest.mark.parametrize(
