@@ -120,18 +120,15 @@ def kv_events(text: str | None) -> KVEventsConfig | None:
     if not enabled or publisher == "null":
         return None
     if publisher != "zmq":
-        raise ConfigError(
-            f"{EVENTS}: enable_kv_cache_events {enabled!r}, publisher {publisher!r}: expected zmq", EVENTS
-        )
-    known = {field.name: field.default for field in fields(KVEventsConfig)}
+        raise ConfigError(f"{EVENTS}: publisher {publisher!r:.40} is not known; expected zmq", EVENTS)
+    counts = {field.name: isinstance(field.default, int) for field in fields(KVEventsConfig)}
     for name, value in given.items():
-        if name not in known:
-            raise ConfigError(f"{EVENTS}: {name!r} is not known; expected {', '.join(known)}", EVENTS)
-        kind = int if isinstance(known[name], int) else str
-        if type(value) is not kind or (kind is int and value < 1):
-            raise ConfigError(
-                f"{EVENTS}: {name} is {value!r:.80}; expected {'1 or more' if kind is int else 'text'}", EVENTS
-            )
+        if name not in counts:
+            raise ConfigError(f"{EVENTS}: {name!r} is not known; expected {', '.join(counts)}", EVENTS)
+        sound = type(value) is int and value >= 1 if counts[name] else isinstance(value, str)
+        if not sound:
+            expected = "1 or more" if counts[name] else "text"
+            raise ConfigError(f"{EVENTS}: {name} is {value!r:.80}; expected {expected}", EVENTS)
     return KVEventsConfig(**given)
 
 
