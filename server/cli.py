@@ -236,7 +236,7 @@ def _serve(args: argparse.Namespace) -> int:
     from server.serve import serve
 
     place = parallel.parallel_config(args, launcher_variables())
-    return serve(args, place) if place.rank == 0 else parallel.follow(args, place)
+    return serve(args) if place.rank == 0 else parallel.follow(args, place)
 
 
 def _prepare(args: argparse.Namespace) -> int:

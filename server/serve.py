@@ -25,7 +25,6 @@ from nvfp4_runtime.config import (
     AdapterConfig,
     CacheConfig,
     EngineConfig,
-    ParallelConfig,
     SchedulerConfig,
     SimulatedConfig,
 )
@@ -38,9 +37,9 @@ from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import read_json
 from server.commands import limits, security
-from server.commands.parallel import kv_events
+from server.commands.parallel import kv_events, parallel_config
 from server.commands.reliability import simulated_faults, supervision
-from server.config import ServerConfig, environment_flags, traces_wanted
+from server.config import ServerConfig, environment_flags, launcher_variables, traces_wanted
 from server.loading import LoadingGate
 from server.reasoning.parsers import reasoning_style
 from server.replica_metrics import ReplicaMetrics
@@ -70,15 +69,13 @@ _SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
 }
 
 
-def serve(args: argparse.Namespace, place: ParallelConfig) -> int:
-    """Run the server; returns the process's exit code. Raises NVFP4Error when it cannot start.
-
-    place  of this process among the ranks of its engine: the first
-    """
+def serve(args: argparse.Namespace) -> int:
+    """Run the server; returns the process's exit code. Raises NVFP4Error when it cannot start."""
     started = time.monotonic()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we say ourselves when we start and stop
     model = model_argument(args)
     policy = supervision(args)
+    place = parallel_config(args, launcher_variables())
     if place.address and policy.max_restarts:
         logger.info("other ranks were started by others, who start all of them anew: an engine's death is our end")
         policy = replace(policy, max_restarts=0)
