@@ -40,13 +40,13 @@ class SLO(msgspec.Struct, frozen=True):
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Of a quantity in seconds over a run's requests."""
+    """Of a quantity in seconds over a run's requests. None: another tool's file does not say."""
 
     mean: float
     p50: float
-    p90: float
-    p95: float
-    p99: float
+    p90: float | None
+    p95: float | None
+    p99: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
@@ -62,7 +62,7 @@ class Figures(msgspec.Struct, frozen=True):
     seconds            from the first instant a request was due to the last answer's end
     output_per_second  tokens of whole answers, by the server's usage
     per_user           tokens a second that one user sees: 1 / mean TPOT
-    goodput            whole answers a second that kept the SLO
+    goodput            whole answers a second that kept the SLO; None: another tool's file does not say
     attainment         share of all requests that kept it
     events_per_token   1 where every token came in an event of its own; else gaps are between events, not tokens
     ttft, gap, tpot, e2e    to the first token; between events; per later token of an answer; to the last byte
@@ -78,8 +78,8 @@ class Figures(msgspec.Struct, frozen=True):
     requests_per_second: float
     output_per_second: float
     per_user: float | None
-    goodput: float
-    attainment: float
+    goodput: float | None
+    attainment: float | None
     events_per_token: float | None
     ttft: Spread | None
     gap: Spread | None

@@ -57,7 +57,11 @@ class Truth:
         return all(error.kept for error in self.errors)
 
     def text(self) -> str:
-        lines = [f"{self.requests} requests at {self.rate:g} a second", "| | p50, ms | p99, ms |", "| --- | ---: | ---: |"]
+        lines = [
+            f"{self.requests} requests at {self.rate:g} a second",
+            "| | p50, ms | p99, ms |",
+            "| --- | ---: | ---: |",
+        ]
         lines += [f"| {error.what} | {error.p50:.2f} | {error.p99:.2f} |" for error in self.errors]
         lines += ["", *(f"invalid: {why}" for why in self.condition.complaints())]
         verdict = "within" if self.kept else "NOT within"
@@ -110,8 +114,6 @@ def compare(outcomes: Sequence[Outcome], logged: dict[str, dict[str, float]]) ->
     return Errors.of("time to first token", first), Errors.of("time per later token", gaps), Errors.of("whole", whole)
 
 
-def measure(
-    rate: float, seconds: float, step_seconds: float, tokens: int, progress: Progress | None = None
-) -> Truth:
+def measure(rate: float, seconds: float, step_seconds: float, tokens: int, progress: Progress | None = None) -> Truth:
     traffic, logged = simulated_traffic(rate, seconds, step_seconds, tokens, progress)
     return Truth(len(traffic.outcomes), rate, compare(traffic.outcomes, logged), traffic.condition)

@@ -1,0 +1,153 @@
+"""The report's plots, as SVG for one HTML file. matplotlib is in the extra `loadtest`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loadtest.compare.report import Cell, Report, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = (6.4, 3.8)
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+)  # told apart by the colour-blind
+MARKERS = "osD^vPX"
+
+
+def plots(report: Report) -> list[tuple[str, str]]:
+    """(title, SVG) of each plot that the report has figures for."""
+    style = {
+        side.label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, side in enumerate(report.sides)
+    }
+    found = []
+    for workload in dict.fromkeys(cell.workload for cell in report.cells):
+        cells = [cell for cell in report.cells if cell.workload == workload]
+        runs = [run for run in report.runs if run.workload == workload and run.valid]
+        found += _of_workload(workload, cells, runs, style)
+    if any(side.memory.weight_bytes or side.memory.kv_bytes for side in report.sides):
+        found.append(("Memory", _draw(lambda axes: _memory(axes, report))))
+    return found
+
+
+def _of_workload(
+    workload: str, cells: Sequence[Cell], runs: Sequence[Run], style: dict[str, dict[str, str]]
+) -> list[tuple[str, str]]:
+    found = []
+    if any("per_user" in cell.metrics for cell in cells):
+        found.append((f"{workload}: throughput against interactivity", _draw(lambda axes: _pareto(axes, cells, style))))
+    for what, name in (("time to first token", "ttft_curve"), ("gaps between events", "gap_curve")):
+        if any(getattr(run.figures, name) for run in runs):
+            found.append((f"{workload}: {what}", _draw(lambda axes, name=name: _curves(axes, runs, name, style))))
+    for kind, label in (("poisson", "offered requests/s"), ("closed", "users at once")):
+        some = [cell for cell in cells if cell.arrival.kind == kind]
+        if len({cell.arrival.value for cell in some}) < 2:
+            continue
+        title = f"{workload}: goodput over {label}"
+        found.append((title, _draw(lambda axes, some=some, label=label: _over(axes, some, "goodput", label, style))))
+        title = f"{workload}: latency over {label}"
+        found.append((title, _draw(lambda axes, some=some, label=label: _over(axes, some, "e2e_p95", label, style))))
+    if any("joules_per_token" in cell.metrics for cell in cells):
+        found.append((f"{workload}: energy", _draw(lambda axes: _over(axes, cells, "joules_per_token", "load", style))))
+    return found
+
+
+def _draw(fill: Callable[[Axes], None]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "loadtest", "font.size": 9}):
+        figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+        fill(axes)
+        axes.grid(alpha=0.25)
+        for edge in ("top", "right"):
+            axes.spines[edge].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _pareto(axes: Axes, cells: Sequence[Cell], style: dict[str, dict[str, str]]) -> None:
+    for side in dict.fromkeys(cell.side for cell in cells):
+        points = sorted(
+            (cell.metrics["per_user"].median, cell.metrics["output_per_second"].median, str(cell.arrival))
+            for cell in cells
+            if cell.side == side and "per_user" in cell.metrics
+        )
+        if not points:
+            continue
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=side, **_line(style[side]))
+        for x, y, label in points:
+            axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, alpha=0.7)
+    axes.set(xlabel="tokens/s that one user sees", ylabel="tokens/s in all", ylim=(0, None), xlim=(0, None))
+    axes.legend()
+
+
+def _curves(axes: Axes, runs: Sequence[Run], name: str, style: dict[str, dict[str, str]]) -> None:
+    """Distributions at the heaviest load that each kind of arrival has, all repeats averaged quantile by quantile."""
+    heaviest = max((run.arrival for run in runs), key=lambda arrival: (arrival.kind, arrival.value))
+    shares = None
+    for side in dict.fromkeys(run.side for run in runs):
+        mine = [run for run in runs if run.side == side and run.arrival == heaviest and getattr(run.figures, name)]
+        if mine:
+            values = 1000 * np.mean([getattr(run.figures, name) for run in mine], axis=0)
+            shares = np.linspace(0, 1, len(values))
+            axes.plot(values, shares, label=side, color=style[side]["color"])
+    axes.set(xlabel=f"ms, at {heaviest}", ylabel="share of requests" if name == "ttft_curve" else "share of gaps")
+    axes.set_xscale("log")
+    if shares is not None:
+        axes.legend()
+
+
+def _over(axes: Axes, cells: Sequence[Cell], name: str, label: str, style: dict[str, dict[str, str]]) -> None:
+    unit = {"goodput": "good answers/s", "e2e_p95": "p95 of whole answers, s", "joules_per_token": "J a token"}[name]
+    for side in dict.fromkeys(cell.side for cell in cells):
+        points = sorted(
+            (cell.arrival.value, cell.metrics[name]) for cell in cells if cell.side == side and name in cell.metrics
+        )
+        if not points:
+            continue
+        x = [at for at, _ in points]
+        middle = np.array([each.median for _, each in points])
+        bounds = np.abs([[each.median - each.low, each.high - each.median] for _, each in points]).T
+        axes.errorbar(x, middle, yerr=bounds, label=side, capsize=3, **_line(style[side]))
+    axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
+    axes.legend()
+
+
+def _memory(axes: Axes, report: Report) -> None:
+    sides = [side for side in report.sides if side.memory.weight_bytes or side.memory.kv_bytes]
+    labels = [side.label for side in sides]
+    bottom = np.zeros(len(sides))
+    for name, colour, of in (
+        ("weights", "#0072b2", lambda memory: memory.weight_bytes or 0),
+        ("KV cache", "#e69f00", lambda memory: memory.kv_bytes or 0),
+    ):
+        sizes = np.array([of(side.memory) / 1e9 for side in sides])
+        axes.bar(labels, sizes, bottom=bottom, label=name, color=colour, width=0.6)
+        bottom += sizes
+    for i, side in enumerate(sides):
+        if side.memory.kv_tokens is not None:
+            axes.annotate(f"{side.memory.kv_tokens:,} tokens", (i, bottom[i]), ha="center", va="bottom", fontsize=7)
+    axes.set(ylabel="GB", ylim=(0, float(bottom.max()) * 1.15))
+    axes.legend()
+
+
+def _line(style: dict[str, str]) -> dict[str, Any]:
+    return {"color": style["color"], "marker": style["marker"], "markersize": 4, "linewidth": 1.2}
