@@ -22,7 +22,6 @@ from loadtest.compare.machine import Energy, describe
 from loadtest.compare.measure import Course, Step, measure
 from loadtest.compare.quality import Task
 from loadtest.compare.report import (
-    FORMAT,
     Arrival,
     Engine,
     Memory,
@@ -232,7 +231,7 @@ def _report(args: argparse.Namespace, course: Course, sides: list[Side], runs: l
     if any(side.foreign for side in sides):
         notes.append("A server that ran already kept its memory, and what it did beside, while others were measured.")
     return Report(
-        format=FORMAT,
+        format="nvfp4-loadtest-report-1",
         made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command="python -m loadtest " + shlex.join(sys.argv[1:]),
         machine=describe(REPOSITORY),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def plots(report: Report) -> list[tuple[str, str]]:
         runs = [run for run in report.runs if run.workload == workload and run.valid]
         found += _of_workload(workload, cells, runs, style)
     if any(side.memory.weight_bytes or side.memory.kv_bytes for side in report.sides):
-        found.append(("Memory", _draw(lambda axes: _memory(axes, report))))
+        found.append(("Memory", _draw(partial(_memory, report=report))))
     return found
 
 
@@ -47,20 +48,27 @@ def _of_workload(
 ) -> list[tuple[str, str]]:
     found = []
     if any("per_user" in cell.metrics for cell in cells):
-        found.append((f"{workload}: throughput against interactivity", _draw(lambda axes: _pareto(axes, cells, style))))
+        found.append(
+            (f"{workload}: throughput against interactivity", _draw(partial(_pareto, cells=cells, style=style)))
+        )
     for what, name in (("time to first token", "ttft_curve"), ("gaps between events", "gap_curve")):
         if any(getattr(run.figures, name) for run in runs):
-            found.append((f"{workload}: {what}", _draw(lambda axes, name=name: _curves(axes, runs, name, style))))
+            found.append((f"{workload}: {what}", _draw(partial(_curves, runs=runs, name=name, style=style))))
     for kind, label in (("poisson", "offered requests/s"), ("closed", "users at once")):
         some = [cell for cell in cells if cell.arrival.kind == kind]
         if len({cell.arrival.value for cell in some}) < 2:
             continue
         title = f"{workload}: goodput over {label}"
-        found.append((title, _draw(lambda axes, some=some, label=label: _over(axes, some, "goodput", label, style))))
+        found.append((title, _draw(partial(_over, cells=some, name="goodput", label=label, style=style))))
         title = f"{workload}: latency over {label}"
-        found.append((title, _draw(lambda axes, some=some, label=label: _over(axes, some, "e2e_p95", label, style))))
+        found.append((title, _draw(partial(_over, cells=some, name="e2e_p95", label=label, style=style))))
     if any("joules_per_token" in cell.metrics for cell in cells):
-        found.append((f"{workload}: energy", _draw(lambda axes: _over(axes, cells, "joules_per_token", "load", style))))
+        found.append(
+            (
+                f"{workload}: energy",
+                _draw(partial(_over, cells=cells, name="joules_per_token", label="load", style=style)),
+            )
+        )
     return found
 
 
@@ -118,9 +126,10 @@ def _curves(axes: Axes, runs: Sequence[Run], name: str, style: dict[str, dict[st
 def _over(axes: Axes, cells: Sequence[Cell], name: str, label: str, style: dict[str, dict[str, str]]) -> None:
     unit = {"goodput": "good answers/s", "e2e_p95": "p95 of whole answers, s", "joules_per_token": "J a token"}[name]
     for side in dict.fromkeys(cell.side for cell in cells):
-        points = sorted(
-            (cell.arrival.value, cell.metrics[name]) for cell in cells if cell.side == side and name in cell.metrics
-        )
+        have = [cell for cell in cells if cell.side == side and name in cell.metrics]
+        points = [
+            (cell.arrival.value, cell.metrics[name]) for cell in sorted(have, key=lambda cell: cell.arrival.value)
+        ]
         if not points:
             continue
         x = [at for at, _ in points]
@@ -135,11 +144,8 @@ def _memory(axes: Axes, report: Report) -> None:
     sides = [side for side in report.sides if side.memory.weight_bytes or side.memory.kv_bytes]
     labels = [side.label for side in sides]
     bottom = np.zeros(len(sides))
-    for name, colour, of in (
-        ("weights", "#0072b2", lambda memory: memory.weight_bytes or 0),
-        ("KV cache", "#e69f00", lambda memory: memory.kv_bytes or 0),
-    ):
-        sizes = np.array([of(side.memory) / 1e9 for side in sides])
+    for name, colour, field in (("weights", COLOURS[0], "weight_bytes"), ("KV cache", COLOURS[4], "kv_bytes")):
+        sizes = np.array([(getattr(side.memory, field) or 0) / 1e9 for side in sides])
         axes.bar(labels, sizes, bottom=bottom, label=name, color=colour, width=0.6)
         bottom += sizes
     for i, side in enumerate(sides):

@@ -10,7 +10,6 @@ import msgspec
 from loadtest.traffic.figures import SLO, Figures
 from loadtest.traffic.watch import Condition
 
-FORMAT = "nvfp4-loadtest-report-1"
 Engine = Literal["builtin", "aiperf", "guidellm", "vllm"]
 
 

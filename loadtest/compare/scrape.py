@@ -36,8 +36,8 @@ def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> F
     first = models[0] if models else {}
     found = parse_metrics(scraped.text if scraped.status_code == 200 else "")
     kernels = [
-        f"{group['layers']}: {group['stored']} {group['bits_per_weight']:.2f} bit, {group['kernel']} {group['numerics']}"
-        for group in first.get("quantization", ())
+        f"{each['layers']}: {each['stored']} {each['bits_per_weight']:.2f} bit, {each['kernel']} {each['numerics']}"
+        for each in first.get("quantization", ())
     ]
     said = version.json() if version.status_code == 200 else {}
     return Facts(

@@ -60,7 +60,7 @@ JUDGED = ("output_per_second", "goodput", "ttft_p95", "gap_p95", "e2e_p95", "jou
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """The median, and the 95 % percentile bootstrap of it. Of three repeats that is the range from least to greatest."""
+    """The median and 95 % of its bootstrap. Of three repeats that is the range from least to greatest."""
     found = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(0, len(found), (RESAMPLES, len(found)))
     low, high = np.percentile(np.median(found[draws], axis=1), (2.5, 97.5))

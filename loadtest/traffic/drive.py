@@ -129,7 +129,7 @@ class _Session:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A collection pauses the client for milliseconds, and that would be measured. Runs are bounded, so is the waste."""
+    """A collection pauses the client, and that would be measured. Runs are bounded, and so is what is left lying."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,8 +1,8 @@
 """Recorded traffic to replay: Mooncake's and BurstGPT's formats, told apart by what the file holds.
 
-Mooncake: JSON lines with `timestamp` (milliseconds), `input_length`, `output_length` and `hash_ids`, one for each
-512 tokens of the prompt: equal ids mean an equal beginning. BurstGPT: CSV with Timestamp (seconds), Model, Request
-tokens, Response tokens, Total tokens, Log Type. The words of a prompt are made up; its length and what it shares are not.
+Mooncake: JSON lines with `timestamp` (milliseconds), `input_length`, `output_length` and `hash_ids`, one for each 512
+tokens of the prompt: equal ids mean an equal beginning. BurstGPT: CSV with Timestamp (seconds), Model, Request tokens,
+Response tokens, Total tokens, Log Type. The words of a prompt are made up; its length and what it shares are not.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def read_trace(path: Path) -> list[Recorded]:
             found = [each for number, row in rows if (each := _burst(path, number, row)).answer]
         else:
             raise ValueError(
-                f"{path}: begins with {first[:80]!r}; expected Mooncake's JSON lines or BurstGPT's CSV with the columns "
-                f"{', '.join(_BURST)}"
+                f"{path}: begins with {first[:80]!r}; expected Mooncake's JSON lines or BurstGPT's CSV with the "
+                f"columns {', '.join(_BURST)}"
             )
     if not found:
         raise ValueError(f"{path}: no request in it")

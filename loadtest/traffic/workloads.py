@@ -1,8 +1,8 @@
 """Seeded workloads: the same words, lengths and instants for whoever is measured.
 
-Lengths are in words. Most of the words are one token of most vocabularies, so they are near to tokens; the figures count
-tokens as the server reports them. Every prompt begins with words of its own, so that no prompt is found in a prefix cache
-by accident; what is meant to be shared is shared.
+Lengths are in words. Most of the words are one token of most vocabularies, so they are near to tokens; the figures
+count tokens as the server reports them. Every prompt begins with words of its own, so that no prompt is found in a
+prefix cache by accident; what is meant to be shared is shared.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 
 from loadtest.traffic.call import Call, Conversation
 
-_WORDS = (
-    "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which "
-    "one you were her all she there would their we him been has when who will more no if out so said what up its about "
-    "into than them can only other new some could time these two may then do first any my now such like our over man me "
-    "even most made after also did many before must through back years where much your way well down should because each "
-    "just those people how too little state good very make world still own see men work long get here between both life "
-    "being under never day same another know while last might us great old year off come since against go came right used "
-    "take three small house water place light green field river music paper table stone story night"
-).split()
+_TEXT = (
+    "the of and to in a is that for it as was with be by on not he his but at are this have from or had an "
+    "they which one you were her all she there would their we him been has when who will more no if out so "
+    "said what up its about into than them can only other new some could time these two may then do first any "
+    "my now such like our over man me even most made after also did many before must through back years where "
+    "much your way well down should because each just those people how too little state good very make world "
+    "still own see men work long get here between both life being under never day same another know while last "
+    "might us great old year off come since against go came right used take three small house water place "
+    "light green field river music paper table stone story night"
+)
+_WORDS = tuple(_TEXT.split())
 
 
 @dataclass(frozen=True)
