@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from loadtest.compare.command import add_compare, add_diff, print_schema
+from loadtest.plan.command import add_calibrate, add_plan, add_validate
 from loadtest.traffic.command import add_truth
 
 
@@ -15,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_compare(commands)
     add_diff(commands)
+    add_plan(commands)
+    add_calibrate(commands)
+    add_validate(commands)
     add_truth(commands)
     commands.add_parser("schema", help="JSON Schema of report.json").set_defaults(run=print_schema)
     args = parser.parse_args(argv)
