@@ -108,12 +108,8 @@ def plan(args: argparse.Namespace) -> int:
     print(_table(rows))
     kept = [row for row in rows if (row.figures.attainment or 0.0) >= args.attainment]
     fewest = min((row.replicas for row in kept), default=None)
-    if fewest is None:
-        print(f"none of them keeps ttft {args.slo.ttft:g} s, tpot {args.slo.tpot:g} s for {100 * args.attainment:g} %")
-    else:
-        print(
-            f"{fewest} replicas keep ttft {args.slo.ttft:g} s, tpot {args.slo.tpot:g} s for {100 * args.attainment:g} %"
-        )
+    slo = f"ttft {args.slo.ttft:g} s, tpot {args.slo.tpot:g} s for {100 * args.attainment:g} % of the requests"
+    print(f"none of them keeps {slo}" if fewest is None else f"{fewest} replica(s) keep {slo}")
     if args.json is not None:
         made = {"step_times": machine.times.source, "fewest": fewest, "rows": msgspec.to_builtins(rows)}
         args.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
@@ -192,11 +188,12 @@ def _rows(args: argparse.Namespace, machine: Machine, tokenize: WordTokens, talk
     def kept(count: int) -> bool:
         if count not in found:
             found[count] = row(count)
-        return (found[count].figures.attainment or 0.0) >= args.attainment
+        return bool((found[count].figures.attainment or 0.0) >= args.attainment)
 
+    most = min(MOST_REPLICAS, len(talks))  # more have nothing to do
     high = 1
-    while not kept(high) and high < MOST_REPLICAS:
-        high = min(2 * high, MOST_REPLICAS)
+    while not kept(high) and high < most:
+        high = min(2 * high, most)
     low = high // 2
     while kept(high) and high - low > 1:
         middle = (low + high) // 2
