@@ -157,8 +157,8 @@ def _machine(args: argparse.Namespace) -> tuple[Machine, WordTokens, str]:
     if kv_tokens < longest:
         raise ValueError(
             f"{args.model} does not fit: {weights.weight_bytes / 1e9:.1f} GB of weights leave room for "
-            f"{max(kv_tokens, 0):,} tokens in {KV_SHARE:.0%} of {gpu.memory_bytes / 1e9:.0f} GB, and a request may have "
-            f"{longest:,}; take a larger GPU or a smaller --max-model-len"
+            f"{max(kv_tokens, 0):,} tokens in {KV_SHARE:.0%} of {gpu.memory_bytes / 1e9:.0f} GB, and a request may "
+            f"have {longest:,}; take a larger GPU or a smaller --max-model-len"
         )
     times = Modelled(gpu, weights.cost, args.numerics)
     machine = Machine(times, args.max_num_seqs, args.max_num_batched_tokens, 16, kv_tokens, longest)
