@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtest.compare.loads import warm_up
 from loadtest.compare.report import Arrival
 from loadtest.traffic.call import Conversation, Outcome
 from loadtest.traffic.wire import Endpoint
@@ -53,7 +54,8 @@ class Aiperf:
             )
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
-            (work / "calls.jsonl").write_text("".join(_line(talk) for talk in talks), encoding="utf-8")
+            warm = warm_up(_warm_calls(arrival), f"aiperf {seed}")  # its own connections and workers, not the server
+            (work / "calls.jsonl").write_text("".join(_line(talk) for talk in [*warm, *talks]), encoding="utf-8")
             self._make_hub(work / "hf")
             done = subprocess.run(
                 self._command(endpoint, work, len(talks), arrival, seed),
@@ -71,6 +73,7 @@ class Aiperf:
             "--streaming", "--input-file", str(work / "calls.jsonl"), "--custom-dataset-type", "mooncake_trace",
             "--tokenizer", _TOKENIZER, "--use-server-token-count", "--use-legacy-max-tokens",
             "--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0", "--request-count", str(count),
+            "--warmup-request-count", str(_warm_calls(arrival)), "--dataset-sampling-strategy", "sequential",
             "--artifact-dir", str(work / "out"), "--random-seed", str(seed), "--ui", "none",
         ]  # fmt: skip
         for name, value in endpoint.headers.items():
@@ -88,6 +91,10 @@ class Aiperf:
         for name in _TOKENIZER_FILES:
             if (self.tokenizer / name).is_file():
                 shutil.copy(self.tokenizer / name, snapshot / name)
+
+
+def _warm_calls(arrival: Arrival) -> int:
+    return max(8, round(arrival.value)) if arrival.kind == "closed" else 8
 
 
 def _line(talk: Conversation) -> str:

@@ -228,13 +228,16 @@ def _report(args: argparse.Namespace, course: Course, sides: list[Side], runs: l
         notes.append(f"Fewer than {MIN_REPEATS} repeats: no winners.")
     if why := Energy().why_not:
         notes.append(why[0].upper() + why[1:] + ".")
+    machine = describe(REPOSITORY)
+    if any(name in machine.get("gpu", "") for name in ("H100", "H200")):
+        notes.append("This GPU has no FP4 tensor cores: NVFP4 saves memory and bandwidth here, and no arithmetic.")
     if any(side.foreign for side in sides):
         notes.append("A server that ran already kept its memory, and what it did beside, while others were measured.")
     return Report(
         format="nvfp4-loadtest-report-1",
         made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command="python -m loadtest " + shlex.join(sys.argv[1:]),
-        machine=describe(REPOSITORY),
+        machine=machine,
         seed=args.seed,
         slo=args.slo,
         limits=list(course.limits),

@@ -8,7 +8,7 @@ import jinja2
 
 from loadtest.compare.plots import plots
 from loadtest.compare.report import Interval, Report
-from loadtest.compare.table import COLUMNS, estimate, gigabytes, remarks, shown
+from loadtest.compare.table import COLUMNS, estimate, gigabytes, remarks, shown, within_slo
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -26,6 +26,7 @@ def page(report: Report) -> str:
         title=f"Compared: {', '.join(side.label for side in report.sides)}",
         report=report,
         notes=remarks(report),
+        within_slo=within_slo(report),
         plots=plots(report),
         loads=loads.items(),
         columns=used,

@@ -92,23 +92,27 @@ def _draw(fill: Callable[[Axes], None]) -> str:
 
 
 def _pareto(axes: Axes, cells: Sequence[Cell], style: dict[str, dict[str, str]]) -> None:
-    for side in dict.fromkeys(cell.side for cell in cells):
-        points = sorted(
-            (cell.metrics["per_user"].median, cell.metrics["output_per_second"].median, str(cell.arrival))
-            for cell in cells
-            if cell.side == side and "per_user" in cell.metrics
-        )
-        if not points:
+    """One line a side and kind of arrival, from light load to heavy."""
+    kinds = list(dict.fromkeys(cell.arrival.kind for cell in cells))
+    for side, kind in dict.fromkeys((cell.side, cell.arrival.kind) for cell in cells):
+        mine = [cell for cell in cells if (cell.side, cell.arrival.kind) == (side, kind) and "per_user" in cell.metrics]
+        mine.sort(key=lambda cell: cell.arrival.value)
+        if not mine:
             continue
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=side, **_line(style[side]))
-        for x, y, label in points:
-            axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, alpha=0.7)
+        x = [cell.metrics["per_user"].median for cell in mine]
+        y = [cell.metrics["output_per_second"].median for cell in mine]
+        label = side if len(kinds) == 1 else f"{side}, {kind}"
+        axes.plot(x, y, label=label, linestyle="-" if kind == "closed" else ":", **_line(style[side]))
+        for cell, at in zip(mine, zip(x, y, strict=True), strict=True):
+            axes.annotate(str(cell.arrival), at, textcoords="offset points", xytext=(4, 4), fontsize=6, alpha=0.7)
     axes.set(xlabel="tokens/s that one user sees", ylabel="tokens/s in all", ylim=(0, None), xlim=(0, None))
     axes.legend()
 
 
 def _curves(axes: Axes, runs: Sequence[Run], name: str, style: dict[str, dict[str, str]]) -> None:
-    """Distributions at the heaviest load that each kind of arrival has, all repeats averaged quantile by quantile."""
+    """Distributions at the heaviest load, all repeats averaged quantile by quantile."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     heaviest = max((run.arrival for run in runs), key=lambda arrival: (arrival.kind, arrival.value))
     shares = None
     for side in dict.fromkeys(run.side for run in runs):
@@ -119,6 +123,9 @@ def _curves(axes: Axes, runs: Sequence[Run], name: str, style: dict[str, dict[st
             axes.plot(values, shares, label=side, color=style[side]["color"])
     axes.set(xlabel=f"ms, at {heaviest}", ylabel="share of requests" if name == "ttft_curve" else "share of gaps")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     if shares is not None:
         axes.legend()
 

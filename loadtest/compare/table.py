@@ -12,6 +12,7 @@ from loadtest.compare.report import Cell, Estimate, Interval, Report, Side
 from loadtest.compare.verdict import METRICS
 from loadtest.neighbours import BUSY_CORES
 
+WITHIN_SLO = 0.95
 COLUMNS = (
     ("tokens/s", "output_per_second"), ("per user", "per_user"), ("TTFT p50", "ttft_p50"), ("p95", "ttft_p95"),
     ("p99", "ttft_p99"), ("gap p50", "gap_p50"), ("p95", "gap_p95"), ("p99", "gap_p99"), ("e2e p95", "e2e_p95"),
@@ -60,8 +61,24 @@ def show(report: Report, console: Console) -> None:
     for verdict in report.verdicts:
         better = f"[bold]{verdict.winner}[/bold]" if verdict.winner else "no winner"
         console.print(f"  {verdict.workload}, {verdict.arrival}, {verdict.metric}: {better} ({verdict.why})")
+    for line in within_slo(report):
+        console.print(f"  {line}", markup=False)
     for note in remarks(report):
         console.print(f"note: {note}", markup=False)
+
+
+def within_slo(report: Report) -> list[str]:
+    """For each workload with closed loops, the most users that each side had within the SLO."""
+    found = []
+    for workload in dict.fromkeys(cell.workload for cell in report.cells if cell.arrival.kind == "closed"):
+        most = dict.fromkeys((side.label for side in report.sides), 0.0)
+        for cell in report.cells:
+            kept = "attainment" in cell.metrics and cell.metrics["attainment"].median >= WITHIN_SLO
+            if kept and (cell.workload, cell.arrival.kind) == (workload, "closed"):
+                most[cell.side] = max(most[cell.side], cell.arrival.value)
+        each = ", ".join(f"{side} {users:g}" for side, users in most.items())
+        found.append(f"{workload}, most users with {100 * WITHIN_SLO:.0f} % of answers within the SLO: {each}")
+    return found
 
 
 def remarks(report: Report) -> list[str]:

