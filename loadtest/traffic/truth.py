@@ -2,7 +2,9 @@
 
 Two servers are asked. Clockwork (clockwork.py) does nothing but keep time, and writes down when it really sent each
 event: what the client says of it is the client's own error. The simulated engine is our server with steps of a known
-length, and logs the times of each answer as it sees them; there the way through HTTP is in the difference as well.
+length, and logs how long each answer took from its first byte to its last, and its first token within the engine. What
+the client sees of a first token beyond that is HTTP's, the template's and the tokenizer's time, so it is shown and not
+judged.
 """
 
 from __future__ import annotations
@@ -38,15 +40,16 @@ class Errors:
     what: str
     p50: float
     p99: float
+    judged: bool = True
 
     @property
     def kept(self) -> bool:
-        return self.p50 <= LIMIT_P50_MS and self.p99 <= LIMIT_P99_MS
+        return not self.judged or (self.p50 <= LIMIT_P50_MS and self.p99 <= LIMIT_P99_MS)
 
     @classmethod
-    def of(cls, what: str, differences: Sequence[float]) -> Errors:
+    def of(cls, what: str, differences: Sequence[float], judged: bool = True) -> Errors:
         values = 1000 * np.abs(differences)
-        return cls(what, float(np.percentile(values, 50)), float(np.percentile(values, 99)))
+        return cls(what, float(np.percentile(values, 50)), float(np.percentile(values, 99)), judged)
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,15 @@ def against_clockwork(traffic: Traffic, logged: Logged) -> tuple[Errors, ...]:
 
 def against_simulated(outcomes: Sequence[Outcome], logged: Logged) -> tuple[Errors, ...]:
     """RuntimeError as `_both`."""
-    first, gaps = [], []
+    first, gaps, whole = [], [], []
     for outcome, server in _both(outcomes, logged):
         first.append(outcome.ttft - server["ttft_seconds"])
+        whole.append(outcome.e2e - server["duration_seconds"])
         decode = server["duration_seconds"] - server["ttft_seconds"]
         assert outcome.tpot is not None
         gaps.append(outcome.tpot - decode / (server["output_tokens"] - 1))
-    return Errors.of("time to first token", first), Errors.of("time per later token", gaps)
+    beyond = Errors.of("first token beyond the engine's own time (not judged)", first, judged=False)
+    return Errors.of("whole answer", whole), Errors.of("time per later token", gaps), beyond
 
 
 def _both(outcomes: Sequence[Outcome], logged: Logged) -> list[tuple[Outcome, dict[str, Any]]]:

@@ -27,9 +27,12 @@ def test_errors_of_the_client_are_found():
     assert first.p50 == pytest.approx(3.0)  # sent 2 ms late, seen 1 ms late
     assert gap.p50 == pytest.approx(2.0)
     logged = {"a": {"ttft_seconds": 0.5, "duration_seconds": 0.6, "output_tokens": 2}}
-    first, gap = against_simulated([outcome], logged)
-    assert first.p50 == pytest.approx(3.0)
+    whole, gap, first = against_simulated([outcome], logged)
+    assert whole.p50 == pytest.approx(100.0)
     assert gap.p50 == pytest.approx(2.0)
+    assert first.p50 == pytest.approx(3.0)
+    assert first.kept
+    assert not whole.kept
 
 
 def test_errors_beyond_either_limit_are_not_kept():
