@@ -160,11 +160,15 @@ def _imported_side(label: str, runs: list[Run]) -> Side:
 
 
 def _loads(args: argparse.Namespace) -> list[Load]:
-    arrivals = [Arrival("closed", float(each)) for each in _numbers(args.concurrency, "--concurrency")]
-    arrivals += [Arrival("poisson", float(each)) for each in _numbers(args.rate, "--rate")]
+    users = _numbers(args.concurrency, "--concurrency")
+    if not all(each.is_integer() for each in users):
+        raise ValueError(f"--concurrency: expected whole numbers of users, found {args.concurrency!r}")
+    arrivals = [Arrival("closed", each) for each in users]
+    arrivals += [Arrival("poisson", each) for each in _numbers(args.rate, "--rate")]
     names = [name.strip() for name in args.workload.split(",") if name.strip()] if arrivals else []
-    for name in names:
-        find_workload(name)
+    turns = {name: find_workload(name).turns for name in names}
+    if args.engine == "aiperf" and (args.trace or max(turns.values(), default=1) > 1):
+        raise ValueError("the engine aiperf runs single calls, closed or poisson; use --engine builtin for the rest")
     loads = [Load(name, arrival) for name in names for arrival in arrivals]
     for trace in args.trace:
         if not trace.is_file():

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
 from loadtest.compare.aiperf import Aiperf
 from loadtest.compare.loads import Load, Sizes, make, most_users, warm_up
 from loadtest.compare.machine import Energy
 from loadtest.compare.quality import Task, quality
-from loadtest.compare.report import Arrival, Engine, Run, Side
+from loadtest.compare.report import Arrival, Engine, Quality, Run, Side
 from loadtest.compare.scrape import Facts, facts
 from loadtest.compare.sides import Candidate, visits
 from loadtest.neighbours import Neighbours
@@ -49,39 +50,40 @@ def measure(course: Course, step: Step) -> tuple[list[Side], list[Run]]:
     """Everything of `course`. RuntimeError when a server does not start, or quality cannot be measured."""
     by_label = {candidate.label: candidate for candidate in course.candidates}
     port = free_port()
+    qualities: dict[str, Quality] = {}
+    for candidate in course.candidates:  # first, so that what fails here does not cost the measurements
+        step(f"quality of {candidate.label}", 0, 0)
+        qualities[candidate.label] = quality(candidate, course.quality)
     seen: dict[str, Facts] = {}
     runs: list[Run] = []
     order = visits(list(by_label), course.passes)
     for visit, label in enumerate(order):
         candidate = by_label[label]
         step(f"visit {visit + 1} of {len(order)}: starting {label}", 0, 0)
-        with _reached(candidate, course, port) as (url, pid):
-            found = facts(url, candidate.model if candidate.url else "", dict(course.headers))
+        with _reached(candidate, course, port) as url:
+            found = seen[label] = facts(url, candidate.model if candidate.url else "", dict(course.headers))
             endpoint = Endpoint(url, found.model, course.headers)
             run(closed_loop(endpoint, warm_up(most := most_users(course.loads), label), most))
             turn = visit // len(by_label)
             for load in course.loads:
                 what = f"visit {visit + 1} of {len(order)}: {label}, {load}"
-                runs.append(_measure(course, candidate, endpoint, load, visit, turn, pid, what, step))
-            seen[label] = facts(url, found.model, dict(course.headers))  # its memory as it is after work
-    sides = []
-    for candidate in course.candidates:
-        step(f"quality of {candidate.label}", 0, 0)
-        sides.append(_side(candidate, seen[candidate.label], course))
-    return sides, runs
+                runs.append(_measure(course, candidate, endpoint, load, visit, turn, what, step))
+            if runs[-1].valid:
+                seen[label] = facts(url, found.model, dict(course.headers))  # its memory as it is after work
+    return [_side(each, seen[each.label], qualities[each.label]) for each in course.candidates], runs
 
 
 @contextmanager
-def _reached(candidate: Candidate, course: Course, port: int) -> Iterator[tuple[str, int | None]]:
-    """Its URL, and the process where it is ours."""
+def _reached(candidate: Candidate, course: Course, port: int) -> Iterator[str]:
+    """Its URL, for as long as it is there."""
     if candidate.url is not None:
-        yield candidate.url, None
+        yield candidate.url
         return
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         flags = [*candidate.serve_arguments, *course.limits, *QUIET]
         with nvfp4_server(flags, {}, READY_SECONDS, log, port) as server:
-            yield server.url, server.pid
+            yield server.url
 
 
 def _measure(
@@ -91,7 +93,6 @@ def _measure(
     load: Load,
     visit: int,
     turn: int,
-    pid: int | None,
     what: str,
     step: Step,
 ) -> Run:
@@ -110,7 +111,7 @@ def _measure(
     found = figures(outcomes, course.slo)
     if found.whole == 0:
         complaints = [*complaints, f"no whole answer: {', '.join(found.failures)}"]
-    if pid is not None and not _alive(pid):
+    if candidate.url is None and not _lives(endpoint.url):
         complaints = [*complaints, "the server died"]
     return Run(
         candidate.label, load.workload, load.arrival, visit, course.engine, found, complaints, condition,
@@ -130,15 +131,14 @@ def _drive(
     return run(open_loop(endpoint, talks, progress, timeout_seconds))
 
 
-def _alive(pid: int) -> bool:
+def _lives(url: str) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return httpx.get(f"{url}/health/live", timeout=30).status_code == 200
+    except httpx.TransportError:
         return False
-    return True
 
 
-def _side(candidate: Candidate, found: Facts, course: Course) -> Side:
+def _side(candidate: Candidate, found: Facts, measured: Quality) -> Side:
     return Side(
         label=candidate.label,
         model=Path(candidate.model).name if candidate.url is None else found.model,
@@ -148,5 +148,5 @@ def _side(candidate: Candidate, found: Facts, course: Course) -> Side:
         numerics=found.numerics,
         kernels=found.kernels,
         memory=found.memory,
-        quality=quality(candidate, course.quality),
+        quality=measured,
     )

@@ -25,14 +25,17 @@ class Facts:
 
 
 def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> Facts:
-    """RuntimeError where the server names no model and none was given."""
-    with httpx.Client(base_url=url, timeout=30, headers=headers) as client:
-        listed = client.get("/v1/models")
-        models = listed.json().get("data", []) if listed.status_code == 200 else []
-        if not model and not models:
-            raise RuntimeError(f"{url}/v1/models answered {listed.status_code} and names no model; give its name")
-        version = client.get("/version")
-        scraped = client.get("/metrics")
+    """RuntimeError where the server cannot be reached, or names no model and none was given."""
+    try:
+        with httpx.Client(base_url=url, timeout=30, headers=headers) as client:
+            listed, version, scraped = (client.get(path) for path in ("/v1/models", "/version", "/metrics"))
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise RuntimeError(f"{url} cannot be reached: {error}") from error
+    models = listed.json().get("data", []) if listed.status_code == 200 else []
+    if not model and not models:
+        raise RuntimeError(
+            f"{url}/v1/models answered {listed.status_code} and names no model; give its name with --server-model"
+        )
     first = models[0] if models else {}
     found = parse_metrics(scraped.text if scraped.status_code == 200 else "")
     kernels = [

@@ -90,9 +90,9 @@ class _Answer:
             return
         usage = {"prompt_tokens": 1, "completion_tokens": self._num_tokens}
         last = {"id": self._id, "choices": [], "usage": usage}
-        connection._write(_chunk(json.dumps(last).encode()) + _chunk(b"[DONE]") + _END)
         record = {"id": self._id, "arrived": self._arrived, "stamps": self._stamps}
-        connection._log.write(json.dumps(record) + "\n")
+        connection._log.write(json.dumps(record) + "\n")  # first: whoever has the last answer may end us
+        connection._write(_chunk(json.dumps(last).encode()) + _chunk(b"[DONE]") + _END)
 
 
 async def _serve(port: int, first_seconds: float, gap_seconds: float, log: IO[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from loadtest.__main__ import main
 from loadtest.compare.command import REPOSITORY
 from loadtest.compare.report import read_report
+from loadtest.traffic.traces import SAMPLES
 from tests.loadtest.compare.test_external import VLLM
 
 ENGINE = "--simulate --simulate-script 'Some words. ' --simulate-step-seconds"
@@ -19,18 +20,20 @@ def test_two_engines_and_a_file_are_compared(tmp_path, capsys):
     code = main(
         [
             "compare", "--model", f"fast={ENGINE} 0.002", "--model", f"slow={ENGINE} 0.02", "--concurrency", "2",
-            "--rate", "8", "--seconds", "0.5", "--per-user", "1", "--workload", "4/6", "--passes", "2",
+            "--rate", "8", "--seconds", "0.5", "--per-user", "1", "--workload", "200/300", "--passes", "2",
             "--import", f"peer={tmp_path / 'peer.json'}", "--output", str(tmp_path / "out"),
+            "--trace", str(SAMPLES / "burstgpt.csv"), "--speedup", "20", "--scale", "0.02",
         ]
     )  # fmt: skip
     printed = capsys.readouterr().out
     report = read_report(tmp_path / "out" / "report.json")
     ours = [run for run in report.runs if run.engine == "builtin"]
-    assert [run.side for run in ours] == ["fast", "fast", "slow", "slow", "slow", "slow", "fast", "fast"]
-    assert [run.visit for run in ours] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [run.side for run in ours] == ["fast"] * 3 + ["slow"] * 6 + ["fast"] * 3
+    assert [run.visit for run in ours] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     for run in ours:
         assert run.figures.failures == {}
-        assert run.figures.output_tokens == 6 * run.figures.requests
+        assert run.arrival.kind == "trace" or run.figures.output_tokens == 6 * run.figures.requests
+    assert len({run.figures.requests for run in ours if run.arrival.kind == "trace"}) == 1
     closed = {run.side: run.figures for run in ours if run.arrival.kind == "closed"}
     assert closed["fast"].prompt_tokens == closed["slow"].prompt_tokens  # the same prompts
     pace = {side: figures.tpot.p50 for side, figures in closed.items()}
@@ -59,7 +62,9 @@ def test_two_engines_and_a_file_are_compared(tmp_path, capsys):
         (["--server", "http://127.0.0.1:9", "--trace", "/no/trace"], "no file /no/trace"),
         (["--server", "http://127.0.0.1:9", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         (["--server", "http://127.0.0.1:9", "--engine", "aiperf", "--aiperf", "no-aiperf"], "pip install aiperf"),
+        (["--server", "http://127.0.0.1:9", "--engine", "aiperf", "--workload", "multi-turn"], "--engine builtin"),
         (["--server", "http://127.0.0.1:9", "--import", "x"], "expected LABEL=FILE"),
+        (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9 cannot be reached"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_2(flags, message, capsys, tmp_path):
