@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from loadtest.compare.command import add_compare, add_diff, print_schema
+from loadtest.compare.command import add_compare, add_diff, add_render, print_schema
 from loadtest.plan.command import add_calibrate, add_plan, add_validate
 from loadtest.traffic.command import add_truth
 
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_compare(commands)
     add_diff(commands)
+    add_render(commands)
     add_plan(commands)
     add_calibrate(commands)
     add_validate(commands)

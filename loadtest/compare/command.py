@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import msgspec
+
 from loadtest.compare.aiperf import Aiperf
 from loadtest.compare.diff import changes, missing, parse_share
 from loadtest.compare.external import read_runs
@@ -33,7 +35,7 @@ from loadtest.compare.report import (
     write_report,
 )
 from loadtest.compare.sides import Candidate, parse_model, resolve
-from loadtest.compare.verdict import MIN_REPEATS, cells, verdicts
+from loadtest.compare.verdict import MIN_REPEATS, cells, verdicts, versus
 from loadtest.traffic.figures import SLO
 from loadtest.traffic.workloads import WORKLOADS, find_workload
 
@@ -90,6 +92,12 @@ def add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(run=diff)
 
 
+def add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("render", help="report.html, medians and verdicts anew from the runs in a report.json")
+    parser.add_argument("report", type=Path, metavar="REPORT")
+    parser.set_defaults(run=render)
+
+
 def compare(args: argparse.Namespace) -> int:
     candidates, imported = _candidates(args), _imports(args)
     loads = _loads(args)
@@ -105,14 +113,27 @@ def compare(args: argparse.Namespace) -> int:
     for label, theirs in imported.items():
         sides.append(_imported_side(label, theirs))
         runs += theirs
-    report = _report(args, course, sides, runs)
-    write_report(report, args.output / "report.json")
+    return _write(_report(args, course, sides, runs), args.output)
+
+
+def render(args: argparse.Namespace) -> int:
+    found = read_report(args.report)
+    judged = cells(found.runs)
+    report = msgspec.structs.replace(
+        found, cells=judged, verdicts=verdicts(judged), versus=versus(judged, found.sides[0].label)
+    )
+    return _write(report, args.report.parent)
+
+
+def _write(report: Report, folder: Path) -> int:
+    """1 if some cell has no valid run."""
     from loadtest.compare.page import page
     from loadtest.compare.table import console, show
 
-    (args.output / "report.html").write_text(page(report), encoding="utf-8")
+    write_report(report, folder / "report.json")
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
     show(report, screen := console())
-    screen.print(f"written: {args.output / 'report.json'}, {args.output / 'report.html'}", markup=False)
+    screen.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}", markup=False)
     return 0 if all(cell.metrics for cell in report.cells) else 1
 
 
@@ -249,6 +270,7 @@ def _report(args: argparse.Namespace, course: Course, sides: list[Side], runs: l
         runs=runs,
         cells=found,
         verdicts=verdicts(found),
+        versus=versus(found, sides[0].label),
         notes=notes,
     )
 

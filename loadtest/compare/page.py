@@ -8,7 +8,7 @@ import jinja2
 
 from loadtest.compare.plots import plots
 from loadtest.compare.report import Interval, Report
-from loadtest.compare.table import COLUMNS, estimate, gigabytes, remarks, shown, within_slo
+from loadtest.compare.table import COLUMNS, estimate, gigabytes, remarks, shown, versus_rows, within_slo
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -27,6 +27,7 @@ def page(report: Report) -> str:
         report=report,
         notes=remarks(report),
         within_slo=within_slo(report),
+        versus=versus_rows(report),
         plots=plots(report),
         loads=loads.items(),
         columns=used,

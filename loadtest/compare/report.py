@@ -127,6 +127,22 @@ class Verdict(msgspec.Struct, frozen=True):
     why: str
 
 
+class Versus(msgspec.Struct, frozen=True):
+    """One side against the first, in one metric under one load.
+
+    change  of the median, as a share of the first side's
+    better  None: the intervals overlap, or repeats are too few
+    """
+
+    side: str
+    baseline: str
+    workload: str
+    arrival: Arrival
+    metric: str
+    change: float
+    better: bool | None
+
+
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it. `machine`: what it ran on. `notes`: what a reader should know besides."""
 
@@ -142,6 +158,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cells: list[Cell]
     verdicts: list[Verdict]
     notes: list[str]
+    versus: list[Versus] = []
 
 
 def schema() -> dict[str, Any]:

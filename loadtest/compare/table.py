@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.compare.diff import Change
-from loadtest.compare.report import Cell, Estimate, Interval, Report, Side
+from loadtest.compare.report import Cell, Estimate, Interval, Report, Side, Versus
 from loadtest.compare.verdict import METRICS
 from loadtest.neighbours import BUSY_CORES
 
@@ -58,6 +58,8 @@ def show(report: Report, console: Console) -> None:
     for workload, arrival in dict.fromkeys((cell.workload, cell.arrival) for cell in report.cells):
         alike = [cell for cell in report.cells if (cell.workload, cell.arrival) == (workload, arrival)]
         console.print(_load(f"{workload}, {arrival}", alike))
+    if report.versus:
+        console.print(_versus(report))
     for verdict in report.verdicts:
         better = f"[bold]{verdict.winner}[/bold]" if verdict.winner else "no winner"
         console.print(f"  {verdict.workload}, {verdict.arrival}, {verdict.metric}: {better} ({verdict.why})")
@@ -65,6 +67,32 @@ def show(report: Report, console: Console) -> None:
         console.print(f"  {line}", markup=False)
     for note in remarks(report):
         console.print(f"note: {note}", markup=False)
+
+
+def change(found: Versus) -> str:
+    """+12.3 % better, or within the scatter."""
+    word = {True: "better", False: "worse", None: "no difference shown"}[found.better]
+    return f"{100 * found.change:+.1f} %, {word}"
+
+
+def versus_rows(report: Report) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """The sides beside the first, and for each load and metric what became of each."""
+    labels = list(dict.fromkeys(each.side for each in report.versus))
+    rows = []
+    for workload, arrival, metric in dict.fromkeys((e.workload, e.arrival, e.metric) for e in report.versus):
+        found = {e.side: e for e in report.versus if (e.workload, e.arrival, e.metric) == (workload, arrival, metric)}
+        rows.append((f"{workload}, {arrival}", metric, [change(found[x]) if x in found else "-" for x in labels]))
+    return labels, rows
+
+
+def _versus(report: Report) -> Table:
+    labels, rows = versus_rows(report)
+    table = Table(title=f"against {report.versus[0].baseline}: change of the median")
+    for name in ("load", "metric", *labels):
+        table.add_column(name, justify="left" if name in ("load", "metric") else "right")
+    for load, metric, cells in rows:
+        table.add_row(load, metric, *cells)
+    return table
 
 
 def within_slo(report: Report) -> list[str]:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from loadtest.compare.report import Cell, Interval, Run, Verdict
+from loadtest.compare.report import Cell, Interval, Run, Verdict, Versus
 from loadtest.traffic.figures import Spread
 
 RESAMPLES = 10_000
@@ -84,19 +84,39 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
 
 def verdicts(found: Sequence[Cell]) -> list[Verdict]:
     """For each load and each of JUDGED that at least two sides have."""
-
-    def load(cell: Cell) -> tuple[str, str, float]:
-        return cell.workload, cell.arrival.kind, cell.arrival.value
-
     judged = []
-    for _, group in groupby(sorted(found, key=load), key=load):
-        alike = list(group)
+    for alike in _loads(found):
         for name in JUDGED:
             have = {cell.side: cell.metrics[name] for cell in alike if name in cell.metrics}
             if len(have) >= 2:
                 winner, why = judge(have, METRICS[name])
                 judged.append(Verdict(alike[0].workload, alike[0].arrival, name, winner, why))
     return judged
+
+
+def versus(found: Sequence[Cell], baseline: str) -> list[Versus]:
+    """Every other side against `baseline`, in each of JUDGED that both have."""
+    pairs = []
+    for alike in _loads(found):
+        first = next((cell for cell in alike if cell.side == baseline), None)
+        for cell in alike:
+            if first is None or cell is first:
+                continue
+            for name in (name for name in JUDGED if name in cell.metrics and name in first.metrics):
+                ours, theirs = cell.metrics[name], first.metrics[name]
+                if not theirs.median:
+                    continue  # nothing is any share of nothing
+                winner, _ = judge({cell.side: ours, baseline: theirs}, METRICS[name])
+                change, better = ours.median / theirs.median - 1, None if winner is None else winner == cell.side
+                pairs.append(Versus(cell.side, baseline, cell.workload, cell.arrival, name, change, better))
+    return pairs
+
+
+def _loads(found: Sequence[Cell]) -> list[list[Cell]]:
+    def load(cell: Cell) -> tuple[str, str, float]:
+        return cell.workload, cell.arrival.kind, cell.arrival.value
+
+    return [list(group) for _, group in groupby(sorted(found, key=load), key=load)]
 
 
 def judge(have: dict[str, Interval], metric: Metric) -> tuple[str | None, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loadtest.compare.report import Arrival, Estimate, Memory, Quality, Report, Run, Side
-from loadtest.compare.verdict import cells, verdicts
+from loadtest.compare.verdict import cells, verdicts, versus
 from loadtest.traffic.call import Outcome
 from loadtest.traffic.figures import SLO, figures
 from loadtest.traffic.watch import Condition
@@ -47,4 +47,5 @@ def report(runs: list[Run], notes: tuple[str, ...] = ()) -> Report:
         cells=found,
         verdicts=verdicts(found),
         notes=list(notes),
+        versus=versus(found, runs[0].side),
     )

@@ -68,4 +68,6 @@ def test_the_table_says_who_is_better_and_what_was_wrong():
     text = console.file.getvalue()
     assert "output_per_second: <b>w4a16</b>" in text
     assert "1 of 13 runs invalid and left out" in text
+    assert "against bf16" in text
+    assert "better" in text
     assert "22.50 [21.00, 24.00]" in text

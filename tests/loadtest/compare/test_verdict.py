@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadtest.compare.report import Interval
-from loadtest.compare.verdict import METRICS, cells, interval, judge, verdicts
+from loadtest.compare.verdict import METRICS, cells, interval, judge, verdicts, versus
 from tests.loadtest.compare.made import run
 
 FASTER, LATER = METRICS["output_per_second"], METRICS["ttft_p95"]
@@ -54,3 +54,13 @@ def test_each_load_is_judged_by_itself():
     found = {verdict.metric: verdict.winner for verdict in verdicts(cells(runs))}
     assert found["output_per_second"] == found["gap_p95"] == found["e2e_p95"] == "a"
     assert found["ttft_p95"] is None  # 0.2 s both
+
+
+def test_every_side_stands_against_the_first_though_nobody_wins():
+    paces = {"base": 0.05, "one": 0.0101, "two": 0.01}
+    runs = [run(label, pace + 0.001 * i, i) for label, pace in paces.items() for i in range(3)]
+    assert {verdict.winner for verdict in verdicts(cells(runs))} == {None}  # one and two overlap
+    found = {(each.side, each.metric): each for each in versus(cells(runs), "base")}
+    assert found["one", "gap_p95"].better is found["two", "gap_p95"].better is True
+    assert found["two", "gap_p95"].change == pytest.approx(0.011 / 0.051 - 1)
+    assert found["one", "ttft_p95"].better is None
