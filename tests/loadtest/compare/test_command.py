@@ -44,7 +44,8 @@ def test_two_engines_and_a_file_are_compared(tmp_path, capsys):
     assert by_label["fast"].memory.kv_tokens == 32768
     assert by_label["peer"].foreign
     assert all(verdict.winner is None for verdict in report.verdicts)  # one repeat
-    assert "no winner (fewer than 3 valid repeats" in printed
+    # on a machine that others keep busy the client may find every run of its own invalid
+    assert ("no winner (fewer than 3 valid repeats" in printed) is bool(report.verdicts)
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
     assert code == (0 if all(cell.metrics for cell in report.cells) else 1)
 

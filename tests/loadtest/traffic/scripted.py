@@ -63,3 +63,8 @@ def scripted(answer: Answer) -> Iterator[Endpoint]:
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        server.close()
+        for task in (tasks := asyncio.all_tasks(loop)):
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()
