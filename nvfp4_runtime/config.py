@@ -15,10 +15,15 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base, variant and the variant's numbers, as in transformers' `rope_parameters`."""
+    """Rotary embedding: base, variant and the variant's numbers, as in transformers' `rope_parameters`.
+
+    short_factor, long_factor  "longrope": what each wave is stretched by, in contexts up to the original one and beyond
+    query_beta                 turned queries are multiplied by 1 + query_beta * ln(1 + floor(position / original));
+                               0: they are not
+    """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -30,6 +35,9 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    query_beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,11 @@ class ModelConfig:
     nas[i]            what a search left of layer i; empty: all layers are alike
     blocks[i]         what layer i is where layers are one thing each; empty: attention and feed-forward in each
     sinks             each head of attention has one more score, without a value
+    fused             the files hold q, k and v as one matrix, gate and up as another
+    local_rope        of layers with a window, where it differs from `rope`
+    attention_scale   of the scores; None: head_dim ** -0.5
+    gate              of the plain feed-forward
+    zero_centred      the files hold norms' weights less 1
     """
 
     architecture: str
@@ -186,6 +199,11 @@ class ModelConfig:
     blocks: tuple[Block, ...] = ()
     nas: tuple[NASLayer, ...] = ()
     sinks: bool = False
+    fused: bool = False
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    gate: Gate = SILU
+    zero_centred: bool = False
 
     @property
     def rotary_dim(self) -> int:

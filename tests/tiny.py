@@ -41,6 +41,8 @@ LINEARS = (
     "w1",
     "w2",
     "w3",
+    "qkv_proj",
+    "gate_up_proj",
     *LATENT_LINEARS,
 )
 STACKS = ("experts.gate_up_proj", "experts.down_proj")

@@ -43,6 +43,33 @@ def gpt_oss_config(**overrides: Any) -> Config:
     return {**config, "sliding_window": 16, "pad_token_id": 257, **overrides}
 
 
+def gemma3_config(**overrides: Any) -> Config:
+    """Gemma 3: two layers with a window of three, a rotary embedding for each kind; as transformers 4 writes it."""
+    config = base_config("Gemma3ForCausalLM", "gemma3_text")
+    ropes = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config |= {"num_hidden_layers": 3, "sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24}
+    act = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "pad_token_id": 257}
+    return {**config, **ropes, **act, **overrides}
+
+
+def phi3_config(**overrides: Any) -> Config:
+    """Phi-3: q, k and v in one matrix, gate and up in another, half of a head turns, waves stretched each on its own."""
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "factor": 4.0}
+    rope |= {
+        "long_factor": [1.0, 3.0, 9.0, 16.0],
+        "original_max_position_embeddings": 512,
+        "partial_rotary_factor": 0.5,
+    }
+    config = {**base_config("Phi3ForCausalLM", "phi3"), "rope_parameters": rope, "pad_token_id": 257}
+    return {**config, "sliding_window": None, "original_max_position_embeddings": 512, **overrides}
+
+
+def ministral3_config(**overrides: Any) -> Config:
+    """Ministral 3: Mistral whose queries grow with the position."""
+    rope = {"rope_parameters": {**_YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}}
+    return {**base_config("Ministral3ForCausalLM", "ministral3"), **rope, "pad_token_id": 257, **overrides}
+
+
 def _attention(config: Config, bias: bool) -> Shapes:
     hidden, dim = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
@@ -79,8 +106,46 @@ def _gpt_oss_layer(config: Config, _: int) -> Shapes:
     }
 
 
-LAYERS: Mapping[str, Callable[[Config, int], Shapes]] = {"gpt_oss": _gpt_oss_layer}
-ZERO_CENTRED: tuple[str, ...] = ()  # model types whose norms are stored less 1
+def _feed_forward(config: Config, prefix: str = "mlp", inner: int | None = None) -> Shapes:
+    hidden, inner = config["hidden_size"], inner or config["intermediate_size"]
+    sizes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return {f"{prefix}.{name}.weight": size for name, size in sizes.items()}
+
+
+def _gemma3_layer(config: Config, _: int) -> Shapes:
+    names = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    return {
+        **_attention(config, bias=False),
+        **{f"self_attn.{name}_norm.weight": (config["head_dim"],) for name in "qk"},
+        **_norms(config, *(f"{name}_layernorm" for name in names)),
+        **_feed_forward(config),
+    }
+
+
+def _ministral3_layer(config: Config, _: int) -> Shapes:
+    norms = _norms(config, "input_layernorm", "post_attention_layernorm")
+    return {**_attention(config, bias=False), **norms, **_feed_forward(config)}
+
+
+def _phi3_layer(config: Config, _: int) -> Shapes:
+    hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    return {
+        "self_attn.qkv_proj.weight": ((heads + 2 * kv_heads) * dim, hidden),
+        "self_attn.o_proj.weight": (hidden, heads * dim),
+        **_norms(config, "input_layernorm", "post_attention_layernorm"),
+        "mlp.gate_up_proj.weight": (2 * inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+LAYERS: Mapping[str, Callable[[Config, int], Shapes]] = {
+    "gemma3_text": _gemma3_layer,
+    "gpt_oss": _gpt_oss_layer,
+    "ministral3": _ministral3_layer,
+    "phi3": _phi3_layer,
+}
+ZERO_CENTRED = ("gemma3_text",)  # model types whose norms are stored less 1
 
 
 def random_tensors(config: Config, seed: int, dtype: torch.dtype) -> Tensors:

@@ -12,6 +12,7 @@ from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpe
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.layers.norm import load_norm_weight
+from nvfp4_runtime.layers.rope import query_scales
 
 
 class Attention:
@@ -38,17 +39,22 @@ class Attention:
             ckpt,
             kernels,
             "qkv_proj",
-            [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
-            [heads * dim, kv_heads * dim, kv_heads * dim],
+            [f"{prefix}.qkv_proj"] if config.fused else [f"{prefix}.{name}_proj" for name in "qkv"],
+            [(heads + 2 * kv_heads) * dim] if config.fused else [heads * dim, kv_heads * dim, kv_heads * dim],
             hidden,
             bias=config.qkv_bias,
         )
         self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, heads * dim, bias=config.o_bias)
-        self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim) if config.qk_norm else None
-        self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim) if config.qk_norm else None
+        self.q_norm: Tensor | None = None
+        self.k_norm: Tensor | None = None
+        if config.qk_norm:
+            self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim, config.zero_centred)
+            self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim, config.zero_centred)
+        scales = query_scales(config.rope, cos.shape[0])
+        self.query_scales = None if scales is None else kernels.place(scales.view(-1, 1, 1))
         self.cos, self.sin = cos, sin
         self.eps = config.rms_norm_eps
-        self.scale = dim**-0.5
+        self.scale = config.attention_scale or dim**-0.5
         self.layer_id = layer_id if cache_index is None else cache_index
         window = config.layer_windows[layer_id]
         self.rope = kernels.rope_and_cache(
@@ -68,4 +74,6 @@ class Attention:
         q = self.rope(
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )
+        if self.query_scales is not None:
+            q = (q * self.query_scales[batch.positions]).to(q.dtype)
         return self.o_proj(self.attend(q, kv, batch, self.scale, self.sinks), batch.adapters)

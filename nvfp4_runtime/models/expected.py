@@ -40,7 +40,7 @@ def expected(config: Mapping[str, Any]) -> Expected | None:
                 model.moe.num_experts, model.hidden_size, model.moe.intermediate_size
             )
         else:
-            feed_forward = _feed_forward(model.hidden_size, model.intermediate_size, model.mlp_bias)
+            feed_forward = _feed_forward(model.hidden_size, model.intermediate_size, model.mlp_bias, model.fused)
             table |= {f"{prefix}.mlp.{name}": module for name, module in feed_forward.items()}
     table["model.norm"] = _vector(model.hidden_size)
     table["lm_head"] = Module((model.vocab_size, model.hidden_size), optional=model.tie_word_embeddings)
@@ -52,11 +52,10 @@ def _attention(model: ModelConfig) -> dict[str, Module]:
         return _latent_attention(model, model.mla)
     hidden, dim = model.hidden_size, model.head_dim
     queries, keys = model.num_heads * dim, model.num_kv_heads * dim
+    sizes = {"qkv": queries + 2 * keys} if model.fused else {"q": queries, "k": keys, "v": keys}
     table = {
         "input_layernorm": _vector(hidden),
-        "self_attn.q_proj": Module((queries, hidden), bias=model.qkv_bias),
-        "self_attn.k_proj": Module((keys, hidden), bias=model.qkv_bias),
-        "self_attn.v_proj": Module((keys, hidden), bias=model.qkv_bias),
+        **{f"self_attn.{name}_proj": Module((n, hidden), bias=model.qkv_bias) for name, n in sizes.items()},
         "self_attn.o_proj": Module((hidden, queries), bias=model.o_bias),
         "post_attention_layernorm": _vector(hidden),
     }
@@ -85,8 +84,10 @@ def _latent_attention(model: ModelConfig, mla: MLAConfig) -> dict[str, Module]:
     }
 
 
-def _feed_forward(hidden: int, inner: int, bias: bool = False) -> dict[str, Module]:
+def _feed_forward(hidden: int, inner: int, bias: bool = False, fused: bool = False) -> dict[str, Module]:
     gate, down = Module((inner, hidden), bias=bias), Module((hidden, inner), bias=bias)
+    if fused:
+        return {"gate_up_proj": Module((2 * inner, hidden), bias=bias), "down_proj": down}
     return {"gate_proj": gate, "up_proj": gate, "down_proj": down}
 
 

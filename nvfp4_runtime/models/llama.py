@@ -1,5 +1,5 @@
 """The pre-norm decoder with rotary grouped-query attention and a gated feed-forward or a mixture of them: Llama,
-Mistral, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3 and GLM-4-MoE-Lite.
+Mistral, Ministral, Phi-3, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3 and GLM-4-MoE-Lite.
 
 One parametrised class: biases, QK-norm, rope variant, windows, experts, latent attention and the tied head come from
 ModelConfig.
@@ -108,7 +108,7 @@ class DecoderLayer:
             self.mlp = MoE(ckpt, kernels, hidden, config.moe, _mixture(ckpt, prefix))
         else:
             inner = config.intermediate_size
-            self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias)
+            self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias, fused=config.fused)
             self.post_attention_norm.feed(self.mlp.gate_up_proj, kernels, "gate_up_proj")
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ class DecoderLayer:
     def ops(self) -> DecoderLayerOps | None:
         """The same layer for a backend that runs all of them as one call; None where one of its parts is not plain."""
         attention, mlp = self.attention, self.mlp
-        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention):
+        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention) or attention.query_scales is not None:
             return None
         return DecoderLayerOps(
             input_norm=self.input_norm.op,

@@ -32,6 +32,9 @@ FAMILIES = {
     "deepseek_v3": tiny.deepseek_v3_config(),
     "nemotron_h": tiny.nemotron_h_config(),
     "gpt_oss": tiny_families.gpt_oss_config(),
+    "gemma3": tiny_families.gemma3_config(),
+    "phi3": tiny_families.phi3_config(),
+    "ministral3": tiny_families.ministral3_config(),
     "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
 }
 
