@@ -137,6 +137,32 @@ class Mamba2Config:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """A gated delta net in place of a layer's attention: value heads share the keys and queries of fewer key heads.
+
+    layers[i]   whether layer i has it
+    conv_width  of the causal convolution over queries, keys and values
+    joined      the files hold two projections whose rows go key head by key head (Qwen3-Next); else four plain ones
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    layers: tuple[bool, ...]
+    joined: bool
+
+    @property
+    def keys(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class NASLayer:
     """What a search left of one Llama layer.
 
@@ -169,6 +195,7 @@ class ModelConfig:
     attention_scale   of the scores; None: head_dim ** -0.5
     gate              of the plain feed-forward
     zero_centred      the files hold norms' weights less 1
+    delta             gated delta nets in some layers
     """
 
     architecture: str
@@ -204,6 +231,7 @@ class ModelConfig:
     attention_scale: float | None = None
     gate: Gate = SILU
     zero_centred: bool = False
+    delta: DeltaConfig | None = None
 
     @property
     def rotary_dim(self) -> int:

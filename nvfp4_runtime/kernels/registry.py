@@ -20,6 +20,8 @@ from nvfp4_runtime.kernels.ops import (
     Backend,
     DecoderKernel,
     DecoderOps,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -227,6 +229,9 @@ class Kernels:
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return self._record(spec).mamba2(spec)
 
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        return self._record(spec).gated_delta(spec)
+
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
 
@@ -297,7 +302,7 @@ class Kernels:
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
     def _record(
-        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
+        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec | DeltaSpec
     ) -> Backend:
         backend, reason = self._choose(spec)
         self.chosen[spec] = backend

@@ -1,4 +1,4 @@
-"""Feed-forwards: the gated one (fused gate and up, silu(gate) * up or another gate, down) and the plain one with relu(x)^2."""
+"""Feed-forwards: a gated one (fused gate and up, silu(gate) * up or another, down) and the plain one of relu(x)^2."""
 
 from __future__ import annotations
 

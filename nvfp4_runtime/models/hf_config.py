@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvfp4_runtime.config import ModelConfig
-from nvfp4_runtime.models import hf_decilm, hf_gemma3, hf_gpt_oss, hf_nemotron_h
+from nvfp4_runtime.models import hf_decilm, hf_gemma3, hf_gpt_oss, hf_nemotron_h, hf_qwen3_next
 from nvfp4_runtime.models.config_values import Raw, count, declared_dtype, flag, number, token_ids, unsupported
 from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
@@ -58,6 +58,10 @@ FAMILIES = {
     "MixtralForCausalLM": Family(windows="all"),
     "Qwen2MoeForCausalLM": Family(qkv_bias=True, windows="unused"),
     "Qwen3MoeForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="unused"),
+    **dict.fromkeys(
+        hf_qwen3_next.ARCHITECTURES,
+        Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=256, rotary_share=0.25),
+    ),
     "DeepseekV3ForCausalLM": Family(),
     "Glm4MoeLiteForCausalLM": Family(),
     hf_gpt_oss.ARCHITECTURE: Family(
@@ -81,8 +85,13 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
-# Those whose config.json says more than the table above can hold.
+# Those whose config.json says it otherwise than the table above expects, or says more than it can hold.
+_FIRST: dict[str, Callable[[Raw], Raw]] = {
+    hf_gemma3.ARCHITECTURE: hf_gemma3.as_the_others,
+    **dict.fromkeys(hf_qwen3_next.ARCHITECTURES, hf_qwen3_next.as_the_others),
+}
 _FURTHER: dict[str, Callable[[Raw, ModelConfig], ModelConfig]] = {
+    **dict.fromkeys(hf_qwen3_next.ARCHITECTURES, hf_qwen3_next.parse_delta),
     hf_decilm.ARCHITECTURE: hf_decilm.parse_nas_layers,
     hf_gemma3.ARCHITECTURE: hf_gemma3.parse_gemma3,
     hf_gpt_oss.ARCHITECTURE: hf_gpt_oss.parse_experts,
@@ -101,8 +110,8 @@ def parse_model_config(raw: Raw) -> ModelConfig:
     if architecture not in FAMILIES:
         raise unsupported("architectures", architecture, f"one of {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[architecture]
-    if architecture == hf_gemma3.ARCHITECTURE:
-        raw = hf_gemma3.as_the_others(raw)
+    if (first := _FIRST.get(architecture)) is not None:
+        raw = first(raw)
     _refuse_other_arithmetic(raw)
     num_layers, num_heads = count(raw, "num_hidden_layers"), count(raw, "num_attention_heads")
     # DeciLM's config.json has null there: each layer has a number of its own

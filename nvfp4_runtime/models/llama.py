@@ -1,5 +1,6 @@
 """The pre-norm decoder with rotary grouped-query attention and a gated feed-forward or a mixture of them: Llama,
-Mistral, Ministral, Phi-3, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3 and GLM-4-MoE-Lite.
+Mistral, Ministral, Phi-3, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3
+and GLM-4-MoE-Lite.
 
 One parametrised class: biases, QK-norm, rope variant, windows, experts, latent attention and the tied head come from
 ModelConfig.

@@ -113,6 +113,14 @@ GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
 GPT_OSS = {"head_dim": 16, "intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
@@ -168,13 +176,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3 with a window": ("Phi3", {"sliding_window": 9}),
     "gemma3": ("Gemma3", GEMMA3),
+    "qwen3 next": ("Qwen3Next", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32, "norm_topk_prob": True}),
+    "qwen3.5": ("Qwen3_5", {**DELTA, "linear_num_key_heads": 4, "attention_bias": True}),
+    "qwen3.5 moe": ("Qwen3_5Moe", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32}),
     "gpt oss": (
         "GptOss",
         {**GPT_OSS, "sliding_window": 16, "num_hidden_layers": 3, "rope_parameters": {**YARN, "truncate": False}},
     ),
     "glm4 moe in groups": ("Glm4Moe", {**GLM_MOE, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
 }
-TEXT_CONFIGS = ("Gemma3",)
+TEXT_CONFIGS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]
 
 

@@ -193,7 +193,21 @@ NB_MODULE(_native, m) {
                      at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<float>(conv_state),
                      at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
                      at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr, nullptr,
-                     nullptr, at<float>(out)};
+                     nullptr, at<float>(out), nullptr};
+            c.mamba2(m, sequences, num_slots);
+          },
+          no_gil)
+      .def(
+          "gated_delta",
+          [](Context& c, Address qkv, Address b, Address dt, int type, Address dt_bias, Address a, Address conv_weight,
+             Address conv_bias, Address conv_state, Address state, Address slots, Address positions, Address cu_seqlens,
+             int sequences, int64_t num_slots, int value_heads, int value_dim, int key_dim, int key_heads, int conv_width,
+             Address out) {
+            Mamba2 m{at(qkv, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), 0.f,
+                     at<const float>(conv_weight), at<const float>(conv_bias), nullptr, at<float>(conv_state),
+                     at<float>(state), at<const int64_t>(slots), at<const int64_t>(positions),
+                     at<const int32_t>(cu_seqlens), value_heads, value_dim, key_dim, key_heads, conv_width, 0, nullptr,
+                     nullptr, nullptr, at<float>(out), at(b, type)};
             c.mamba2(m, sequences, num_slots);
           },
           no_gil)
