@@ -196,6 +196,8 @@ class ModelConfig:
     gate              of the plain feed-forward
     zero_centred      the files hold norms' weights less 1
     delta             gated delta nets in some layers
+    root, head        where decoder and head lie in the files
+    vision_class      the class whose language model this is; "": there is no more than the language model
     """
 
     architecture: str
@@ -232,6 +234,9 @@ class ModelConfig:
     gate: Gate = SILU
     zero_centred: bool = False
     delta: DeltaConfig | None = None
+    root: str = "model"
+    head: str = "lm_head"
+    vision_class: str = ""
 
     @property
     def rotary_dim(self) -> int:

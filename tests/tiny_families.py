@@ -149,7 +149,7 @@ def _gemma3_layer(config: Config, _: int) -> Shapes:
 
 
 def _qwen3_next_layer(config: Config, layer: int) -> Shapes:
-    hidden, inner, dim = config["hidden_size"], config["moe_intermediate_size"], config["head_dim"]
+    hidden, dim = config["hidden_size"], config["head_dim"]
     shapes = _norms(config, "input_layernorm", "post_attention_layernorm")
     if config["layer_types"][layer] == "full_attention":
         shapes |= _attention(config, bias=False) | {f"self_attn.{name}_norm.weight": (dim,) for name in "qk"}
@@ -160,7 +160,7 @@ def _qwen3_next_layer(config: Config, layer: int) -> Shapes:
         return shapes | _feed_forward(config)
     shapes |= {"mlp.gate.weight": (config["num_experts"], hidden), "mlp.shared_expert_gate.weight": (1, hidden)}
     for expert in range(config["num_experts"]):
-        shapes |= _feed_forward(config, f"mlp.experts.{expert}", inner)
+        shapes |= _feed_forward(config, f"mlp.experts.{expert}", config["moe_intermediate_size"])
     return shapes | _feed_forward(config, "mlp.shared_expert", config["shared_expert_intermediate_size"])
 
 

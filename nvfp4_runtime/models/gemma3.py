@@ -33,7 +33,7 @@ class Decoder(Stack):
         self.config, self.kv_dtype = config, kv_dtype
         self.stream = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
         # rounded as the model was trained: the embedding's type, not the stream's
         self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(embedding.dtype))
@@ -47,10 +47,10 @@ class Decoder(Stack):
             for i, window in enumerate(config.layer_windows)
         ]
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.norm = RMSNorm(ckpt, kernels, "model.norm", hidden, eps, zero_centred=config.zero_centred)
+        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", hidden, eps, zero_centred=config.zero_centred)
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(
-            attention_spec(ckpt, config, i, f"model.layers.{i}.self_attn") for i in range(config.num_layers)
+            attention_spec(ckpt, config, i, f"{config.root}.layers.{i}.self_attn") for i in range(config.num_layers)
         )
 
 
@@ -67,7 +67,7 @@ class DecoderLayer:
         sin: Tensor,
         kv_dtype: KVDtype,
     ) -> None:
-        prefix, hidden, stream = f"model.layers.{layer_id}", config.hidden_size, kernels.stream
+        prefix, hidden, stream = f"{config.root}.layers.{layer_id}", config.hidden_size, kernels.stream
 
         def norm(name: str, after: bool) -> RMSNorm:
             out_dtype, eps = stream if after else None, config.rms_norm_eps

@@ -134,6 +134,7 @@ def parse_model_config(raw: Raw) -> ModelConfig:
             )
     model = ModelConfig(
         architecture=architecture,
+        vision_class=str(raw.get("vision_class", "")),
         model_type=str(raw.get("model_type", "")),
         hidden_size=hidden_size,
         intermediate_size=count(raw, "intermediate_size", 1 if architecture == hf_decilm.ARCHITECTURE else None),

@@ -48,14 +48,14 @@ class Decoder:
         self.kv_dtype = kv_dtype
         self.stream: torch.dtype = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
         tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
         cos, sin = (kernels.place(table) for table in tables)
         self.layers = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
-        self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", config.hidden_size, config.rms_norm_eps)
         layer_ops = [ops for layer in self.layers if (ops := layer.ops()) is not None]
         plain = len(layer_ops) == config.num_layers
         self.run_as_one = kernels.decoder(DecoderOps(self.embedding, layer_ops, self.norm.op)) if plain else None
@@ -94,7 +94,7 @@ class DecoderLayer:
         sin: Tensor,
         kv_dtype: KVDtype,
     ) -> None:
-        prefix, hidden, eps = _layer(layer_id), config.hidden_size, config.rms_norm_eps
+        prefix, hidden, eps = _layer(config, layer_id), config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(ckpt, kernels, f"{prefix}.input_layernorm", hidden, eps)
         self.attention: Attention | LatentAttention
         if config.mla is not None:
@@ -150,8 +150,8 @@ class DecoderLayer:
         )
 
 
-def _layer(layer_id: int) -> str:
-    return f"model.layers.{layer_id}"
+def _layer(config: ModelConfig, layer_id: int) -> str:
+    return f"{config.root}.layers.{layer_id}"
 
 
 def _mixture(ckpt: Checkpoint, layer: str) -> str:
@@ -163,7 +163,7 @@ def _mixture(ckpt: Checkpoint, layer: str) -> str:
 def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> CacheSpec:
     if config.mla is not None:
         return LatentSpec(config.mla.kv_lora_rank, config.mla.rope_dim)
-    scales = ckpt.kv_scales(f"{_layer(layer_id)}.self_attn")
+    scales = ckpt.kv_scales(f"{_layer(config, layer_id)}.self_attn")
     k_scale, v_scale = scales or (1.0, 1.0)
     return AttentionSpec(
         num_kv_heads=config.num_kv_heads,

@@ -39,14 +39,14 @@ class Decoder(Stack):
         self.config, self.kv_dtype = config, kv_dtype
         self.stream = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
         tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
         cos, sin = (kernels.place(table) for table in tables)
         self.layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
         self.kv_specs = tuple(layer.spec for layer in self.layers)
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.norm = RMSNorm(ckpt, kernels, "model.norm", hidden, eps, zero_centred=config.zero_centred)
+        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", hidden, eps, zero_centred=config.zero_centred)
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
 
 
@@ -69,7 +69,7 @@ class DecoderLayer:
         kv_dtype: KVDtype,
     ) -> None:
         assert config.delta is not None
-        prefix, hidden, eps = f"model.layers.{layer_id}", config.hidden_size, config.rms_norm_eps
+        prefix, hidden, eps = f"{config.root}.layers.{layer_id}", config.hidden_size, config.rms_norm_eps
         self.input_norm, self.post_attention_norm = (
             RMSNorm(ckpt, kernels, f"{prefix}.{name}_layernorm", hidden, eps, zero_centred=config.zero_centred)
             for name in ("input", "post_attention")
