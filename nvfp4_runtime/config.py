@@ -196,6 +196,8 @@ class ModelConfig:
     gate              of the plain feed-forward
     zero_centred      the files hold norms' weights less 1
     delta             gated delta nets in some layers
+    qk_norm           each head of queries and keys is normed
+    whole_qk_norm     all of a token's queries are normed as one, and all its keys
     root, head        where decoder and head lie in the files
     vision_class      the class whose language model this is; "": there is no more than the language model
     """
@@ -217,6 +219,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    whole_qk_norm: bool = False
     layer_windows: tuple[int | None, ...] = ()
     dtype: Dtype = "bfloat16"
     bos_token_id: int | None = None

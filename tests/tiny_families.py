@@ -96,6 +96,13 @@ def qwen3_5_config(**overrides: Any) -> Config:
     return {**config, "layer_types": ["linear_attention", "full_attention"], **overrides}
 
 
+def minimax_m2_config(**overrides: Any) -> Config:
+    """MiniMax-M2: queries and keys normed as a whole, half of a head turns, sigmoid scores with a correction."""
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_act": "silu", "rotary_dim": 8}
+    config = {**base_config("MiniMaxM2ForCausalLM", "minimax_m2"), **experts, "intermediate_size": 32}
+    return {**config, "rope_theta": 1e4, **overrides}
+
+
 def _attention(config: Config, bias: bool) -> Shapes:
     hidden, dim = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
@@ -182,6 +189,23 @@ def _delta_net(config: Config) -> Shapes:
     }
 
 
+def _minimax_m2_layer(config: Config, _: int) -> Shapes:
+    hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    count, block = config["num_local_experts"], "block_sparse_moe"
+    shapes = {
+        **_attention(config, bias=False),
+        "self_attn.q_norm.weight": (config["num_attention_heads"] * dim,),
+        "self_attn.k_norm.weight": (config["num_key_value_heads"] * dim,),
+        **_norms(config, "input_layernorm", "post_attention_layernorm"),
+        f"{block}.gate.weight": (count, hidden),
+        f"{block}.e_score_correction_bias": (count,),
+    }
+    for expert in range(count):
+        sizes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
+        shapes |= {f"{block}.experts.{expert}.{name}.weight": size for name, size in sizes.items()}
+    return shapes
+
+
 def _ministral3_layer(config: Config, _: int) -> Shapes:
     norms = _norms(config, "input_layernorm", "post_attention_layernorm")
     return {**_attention(config, bias=False), **norms, **_feed_forward(config)}
@@ -202,6 +226,7 @@ def _phi3_layer(config: Config, _: int) -> Shapes:
 LAYERS: Mapping[str, Callable[[Config, int], Shapes]] = {
     "gemma3_text": _gemma3_layer,
     "gpt_oss": _gpt_oss_layer,
+    "minimax_m2": _minimax_m2_layer,
     "ministral3": _ministral3_layer,
     "phi3": _phi3_layer,
     "qwen3_next": _qwen3_next_layer,

@@ -11,7 +11,7 @@ from nvfp4_runtime.config import KVDtype, ModelConfig
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
-from nvfp4_runtime.layers.norm import load_norm_weight
+from nvfp4_runtime.layers.norm import RMSNorm, load_norm_weight
 from nvfp4_runtime.layers.rope import query_scales
 
 
@@ -50,6 +50,14 @@ class Attention:
         if config.qk_norm:
             self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim, config.zero_centred)
             self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim, config.zero_centred)
+        self.whole_norms: tuple[RMSNorm, RMSNorm] | None = None
+        if config.whole_qk_norm:
+            stream, eps = kernels.stream, config.rms_norm_eps
+            self.widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+            self.whole_norms = (
+                RMSNorm(ckpt, kernels, f"{prefix}.q_norm", heads * dim, eps, out_dtype=stream),
+                RMSNorm(ckpt, kernels, f"{prefix}.k_norm", kv_heads * dim, eps, out_dtype=stream),
+            )
         scales = query_scales(config.rope, cos.shape[0])
         self.query_scales = None if scales is None else kernels.place(scales.view(-1, 1, 1))
         self.cos, self.sin = cos, sin
@@ -71,6 +79,10 @@ class Attention:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
         kv = batch.kv_layer(self.layer_id)
         qkv = self.qkv_proj(x, batch.adapters)
+        if self.whole_norms is not None:
+            q, k, v = torch.split(qkv, self.widths, dim=-1)
+            normed = (norm(part.contiguous(), None)[0] for norm, part in zip(self.whole_norms, (q, k), strict=True))
+            qkv = torch.cat([*normed, v], dim=-1)
         q = self.rope(
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3_5ForCausalLM": "qwen3_next",
     "Qwen3_5MoeForCausalLM": "qwen3_next",
+    "MiniMaxM2ForCausalLM": "llama",
     "GptOssForCausalLM": "gpt_oss",
     "NemotronHForCausalLM": "nemotron_h",
     "DeciLMForCausalLM": "decilm",

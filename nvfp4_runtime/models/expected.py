@@ -13,6 +13,8 @@ from nvfp4_runtime.config import MLAConfig, ModelConfig, MoEConfig
 from nvfp4_runtime.models import ARCHITECTURES, harmless
 from nvfp4_runtime.models.hf_config import parse_model_config
 
+_SPARSE_BLOCK = ("MixtralForCausalLM", "MiniMaxM2ForCausalLM")
+
 
 def expected(config: Mapping[str, Any]) -> Expected | None:
     """What the model of this config.json reads; None for an architecture that has no model here, or one whose
@@ -32,10 +34,11 @@ def expected(config: Mapping[str, Any]) -> Expected | None:
         prefix = f"model.layers.{i}"
         table |= {f"{prefix}.{name}": module for name, module in _attention(model).items()}
         if model.moe is not None and model.moe.layers[i]:
-            block = f"{prefix}.block_sparse_moe" if model.architecture == "MixtralForCausalLM" else f"{prefix}.mlp"
+            block = f"{prefix}.block_sparse_moe" if model.architecture in _SPARSE_BLOCK else f"{prefix}.mlp"
             table |= {f"{block}.{name}": module for name, module in _mixture(model.moe, model.hidden_size).items()}
             if model.moe.correction_bias:
-                loose[f"{block}.gate.e_score_correction_bias"] = (model.moe.num_experts,)
+                router = block if model.whole_qk_norm else f"{block}.gate"  # MiniMax's lies beside the router
+                loose[f"{router}.e_score_correction_bias"] = (model.moe.num_experts,)
             mixtures[f"{block}.experts"] = Mixture(
                 model.moe.num_experts, model.hidden_size, model.moe.intermediate_size
             )
@@ -59,6 +62,8 @@ def _attention(model: ModelConfig) -> dict[str, Module]:
         "self_attn.o_proj": Module((hidden, queries), bias=model.o_bias),
         "post_attention_layernorm": _vector(hidden),
     }
+    if model.whole_qk_norm:
+        table |= {"self_attn.q_norm": _vector(queries), "self_attn.k_norm": _vector(keys)}
     if model.qk_norm:
         table |= {f"self_attn.{name}": _vector(dim) for name in ("q_norm", "k_norm")}
     return table

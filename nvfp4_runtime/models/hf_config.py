@@ -11,7 +11,7 @@ from nvfp4_runtime.models import hf_decilm, hf_gemma3, hf_gpt_oss, hf_nemotron_h
 from nvfp4_runtime.models.config_values import Raw, count, declared_dtype, flag, number, token_ids, unsupported
 from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
-from nvfp4_runtime.models.hf_rope import parse_rope
+from nvfp4_runtime.models.hf_rope import parse_rope, rotary_dim_as_share
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Family:
     """What an architecture's name says and its config.json does not.
 
     qkv_bias, o_bias  True, False, or the config field that decides
-    qk_norm           True, False, or the config field that decides
+    qk_norm           True, False, or the config field that decides; "whole": all of a token's heads as one
     windows           "none"; "all" layers where sliding_window is set (Mistral); "layer_types" (Qwen); "unused": none,
                       and sliding_window means nothing unless use_sliding_window is set, which is refused; "pattern":
                       layer_types, or else all but every `full_every`th layer; "listed": layer_types, or else "all"
@@ -62,6 +62,7 @@ FAMILIES = {
         hf_qwen3_next.ARCHITECTURES,
         Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=256, rotary_share=0.25),
     ),
+    "MiniMaxM2ForCausalLM": Family(qk_norm="whole", head_dim=128, rotary_share=1.0),
     "DeepseekV3ForCausalLM": Family(),
     "Glm4MoeLiteForCausalLM": Family(),
     hf_gpt_oss.ARCHITECTURE: Family(
@@ -87,6 +88,7 @@ _NEUTRAL: dict[str, Any] = {
 
 # Those whose config.json says it otherwise than the table above expects, or says more than it can hold.
 _FIRST: dict[str, Callable[[Raw], Raw]] = {
+    "MiniMaxM2ForCausalLM": rotary_dim_as_share,
     hf_gemma3.ARCHITECTURE: hf_gemma3.as_the_others,
     **dict.fromkeys(hf_qwen3_next.ARCHITECTURES, hf_qwen3_next.as_the_others),
 }
@@ -150,7 +152,8 @@ def parse_model_config(raw: Raw) -> ModelConfig:
         qkv_bias=_family_flag(raw, family.qkv_bias),
         o_bias=_family_flag(raw, family.o_bias),
         mlp_bias=_family_flag(raw, family.mlp_bias),
-        qk_norm=_family_flag(raw, family.qk_norm),
+        qk_norm=family.qk_norm != "whole" and _family_flag(raw, family.qk_norm),
+        whole_qk_norm=family.qk_norm == "whole",
         fused=family.fused,
         layer_windows=_windows(raw, family, num_layers),
         dtype=declared_dtype(raw),

@@ -38,6 +38,7 @@ ROUTERS = {
     "Qwen3_5MoeForCausalLM": Router(
         renormalise=True, dense="none", shared="shared_expert_intermediate_size", shared_gate=True
     ),
+    "MiniMaxM2ForCausalLM": Router(scoring="sigmoid", renormalise=True, size="intermediate_size", dense="none"),
     "GptOssForCausalLM": Router(renormalise=True, size="intermediate_size", dense="none"),
     "DeepseekV3ForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
 }

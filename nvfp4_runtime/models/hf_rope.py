@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from nvfp4_runtime.config import RopeConfig
-from nvfp4_runtime.models.config_values import LIMIT, Raw, number, optional_number, unsupported
+from nvfp4_runtime.models.config_values import LIMIT, Raw, count, number, optional_number, unsupported
 
 
 def parse_rope(raw: Raw, max_position: int, share: float | None = None) -> RopeConfig:
@@ -82,3 +82,10 @@ def _factors(rope: Mapping[str, Any], field: str, name: str) -> tuple[float, ...
     if not isinstance(values, list) or not all(type(v) in (int, float) and 0 < v <= LIMIT for v in values):
         raise unsupported(f"{field}.{name}", values, "a list of positive numbers, as rope type longrope needs")
     return tuple(map(float, values))
+
+
+def rotary_dim_as_share(raw: Raw) -> Raw:
+    """`rotary_dim`, in dimensions of a head, as the share that the others' config.json have."""
+    if raw.get("rotary_dim") is None:
+        return raw
+    return {**raw, "partial_rotary_factor": count(raw, "rotary_dim") / count(raw, "head_dim", 128)}

@@ -1,6 +1,6 @@
 """The pre-norm decoder with rotary grouped-query attention and a gated feed-forward or a mixture of them: Llama,
-Mistral, Ministral, Phi-3, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3
-and GLM-4-MoE-Lite.
+Mistral, Ministral, Phi-3, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE, MiniMax-M2; with latent attention
+DeepSeek-V3 and GLM-4-MoE-Lite.
 
 One parametrised class: biases, QK-norm, rope variant, windows, experts, latent attention and the tied head come from
 ModelConfig.
@@ -129,7 +129,9 @@ class DecoderLayer:
     def ops(self) -> DecoderLayerOps | None:
         """The same layer for a backend that runs all of them as one call; None where one of its parts is not plain."""
         attention, mlp = self.attention, self.mlp
-        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention) or attention.query_scales is not None:
+        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention):
+            return None
+        if attention.query_scales is not None or attention.whole_norms is not None:
             return None
         return DecoderLayerOps(
             input_norm=self.input_norm.op,
@@ -155,7 +157,7 @@ def _layer(config: ModelConfig, layer_id: int) -> str:
 
 
 def _mixture(ckpt: Checkpoint, layer: str) -> str:
-    """Mixtral's files call the mixture otherwise than everybody else's."""
+    """Mixtral's and MiniMax's files call the mixture otherwise than everybody else's."""
     mixtral = f"{layer}.block_sparse_moe"
     return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
 

@@ -30,6 +30,7 @@ CONFIGS = [
     tiny.deepseek_v3_config(),
     tiny.deepseek_v3_config(q_lora_rank=None),
     tiny_families.phi3_config(),
+    tiny_families.minimax_m2_config(),
     tiny_families.ministral3_config(),
     tiny_families.ministral3_config(architectures=["MinistralForCausalLM"], sliding_window=None),
 ]

@@ -179,6 +179,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 next": ("Qwen3Next", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32, "norm_topk_prob": True}),
     "qwen3.5": ("Qwen3_5", {**DELTA, "linear_num_key_heads": 4, "attention_bias": True}),
     "qwen3.5 moe": ("Qwen3_5Moe", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32}),
+    "minimax m2": ("MiniMaxM2", {**GPT_OSS, "rotary_dim": 8}),
     "gpt oss": (
         "GptOss",
         {**GPT_OSS, "sliding_window": 16, "num_hidden_layers": 3, "rope_parameters": {**YARN, "truncate": False}},
