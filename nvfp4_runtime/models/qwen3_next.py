@@ -43,8 +43,9 @@ class Decoder(Stack):
         self.embedding = kernels.place(embedding)
         tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
         cos, sin = (kernels.place(table) for table in tables)
-        self.layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
-        self.kv_specs = tuple(layer.spec for layer in self.layers)
+        layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
+        self.layers = layers
+        self.kv_specs = tuple(layer.spec for layer in layers)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", hidden, eps, zero_centred=config.zero_centred)
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)

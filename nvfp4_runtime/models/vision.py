@@ -65,23 +65,22 @@ def text_config(raw: Raw) -> Raw:
     """The decoder's config.json: `raw` itself unless its class is one of these, then its inner values, with those that
     may stand outside. Raises UnsupportedFormatError where the inner ones are none."""
     names = raw.get("architectures")
-    vision = (
-        CLASSES.get(names[0]) if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
-    )
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
+    vision = CLASSES.get(name)
     if vision is None:
         return raw
     inner = next((raw[field] for field in vision.fields if raw.get(field) is not None), raw)
     if not isinstance(inner, Mapping):
         raise unsupported(vision.fields[0], inner, "the values of a language model")
     text = (vision.texts or {}).get(str(inner.get("model_type")), vision.text)
-    flat: dict[str, Any] = {**inner, "architectures": [text], "vision_class": names[0]}
+    flat: dict[str, Any] = {**inner, "architectures": [text], "vision_class": name}
     for field in ("dtype", "torch_dtype", "bos_token_id", "eos_token_id"):
         if flat.get(field) is None:
             flat[field] = raw.get(field)
     ties = [part["tie_word_embeddings"] for part in (raw, inner) if part.get("tie_word_embeddings") is not None]
     if ties:  # files of transformers 4 say it inside, those of 5 outside and leave the class's false inside
         flat["tie_word_embeddings"] = next((tie for tie in ties if tie is not False), False)
-    if names[0] == "Qwen3VLMoeForConditionalGeneration":
+    if name == "Qwen3VLMoeForConditionalGeneration":
         flat["norm_topk_prob"] = True  # its class always does
     for field in ("rope_parameters", "rope_scaling"):
         if isinstance(flat.get(field), Mapping):

@@ -35,6 +35,7 @@ CONFIGS = {
     "ministral3": tiny_families.ministral3_config(),
     "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
 }
+dequantised = tiny.unpack  # of this test's kind, for others that compare as it does
 PROMPT = torch.randint(0, 320, (70,), generator=torch.Generator().manual_seed(1)).tolist()
 
 

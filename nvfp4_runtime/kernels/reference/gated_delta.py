@@ -47,7 +47,8 @@ class ReferenceDelta:
         memory.mul_(decay[:, None, None])
         wanted = beta[:, None] * (v.view(-1, spec.value_dim) - (memory * k[:, None, :]).sum(-1))  # [H_v, D_v]
         memory.add_(wanted[:, :, None] * k[:, None, :])
-        return (memory * q[:, None, :]).sum(-1).flatten()
+        y: Tensor = (memory * q[:, None, :]).sum(-1).flatten()
+        return y
 
 
 def normalised(x: Tensor) -> Tensor:
