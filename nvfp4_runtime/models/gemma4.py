@@ -146,9 +146,7 @@ class Attention:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
         kv = batch.kv_layer(self.layer_id)
         parts = torch.split(self.qkv_proj(x, batch.adapters), self.widths, dim=-1)
-        values = (
-            parts[-1].reshape(-1, self.dim).contiguous()
-        )  # where there are none: keys as they are before their norm
+        values = parts[-1].reshape(-1, self.dim).contiguous()  # or keys, before their norm
         v = self.norm_values(values, None, self.ones, self.eps)[0].view(len(x), -1)
         qkv = torch.cat([parts[0], parts[1], v], dim=-1)
         q = self.rope(

@@ -1,4 +1,4 @@
-"""config.json of Gemma 4's text model: heads by kind of layer, two rotary embeddings, experts beside the feed-forward."""
+"""config.json of Gemma 4's text model: heads by kind of layer, two rotary embeddings, experts beside a feed-forward."""
 
 from __future__ import annotations
 

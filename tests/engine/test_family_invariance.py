@@ -18,6 +18,7 @@ FAMILIES = {
     "glm4_moe": tiny.glm4_moe_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
     "gpt_oss": tiny_families.gpt_oss_config(),
+    "gemma4": tiny_families.gemma4_config(),
     "minimax_m2": tiny_families.minimax_m2_config(),
     "qwen3_next": tiny_families.qwen3_next_config(),
     "gemma3": tiny_families.gemma3_config(),
