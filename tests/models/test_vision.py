@@ -155,6 +155,12 @@ TEXT = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 SIGLIP = {
     "hidden_size": 32,
@@ -166,8 +172,8 @@ SIGLIP = {
 THEIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Qwen2_5_VL": ({**TEXT, "rope_parameters": MROPE}, QWEN_TOWER),
     "Qwen3VL": ({**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}}, QWEN_TOWER),
-    "Qwen3_5": (
-        {**TEXT, **DELTA, "num_hidden_layers": 4, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}},
+    "Qwen3_5Moe": (
+        {**TEXT, **DELTA, **EXPERTS, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}},
         QWEN_TOWER,
     ),
     "Gemma3": ({**TEXT, "sliding_window": 16, "num_hidden_layers": 6}, SIGLIP),
