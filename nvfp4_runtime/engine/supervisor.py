@@ -247,7 +247,7 @@ class SupervisedEngine:
             started = time.monotonic()
             try:
                 client = await _launch(self._config, policy, None)
-            except NVFP4Error as error:
+            except (NVFP4Error, OSError) as error:  # OSError: no process, file or memory to be had just now
                 reason = f"the engine could not be started again: {error}"
                 continue
             self._load_took = time.monotonic() - started
