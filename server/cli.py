@@ -232,9 +232,11 @@ def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Nam
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from nvfp4_runtime.process import allow_all_files
     from server.config import launcher_variables
     from server.serve import serve
 
+    allow_all_files()
     place = parallel.parallel_config(args, launcher_variables())
     return serve(args) if place.rank == 0 else parallel.follow(args, place)
 

@@ -28,6 +28,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a team runs: tests compare each of them with one process, Mistral's by Llama's.
+SHARED = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "NemotronHForCausalLM",
+)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -70,16 +85,18 @@ def load(config: EngineConfig, phases: Phases, meet: Callable[[torch.device], Te
     backends = available_backends(config.backend, threads, "cpu" if gpu is None else "cuda")
     team: Team = Alone()
     if meet is not None:
-        if chosen_impl(checkpoint.raw_config, config.model_impl) == "transformers":
+        if chosen_impl(checkpoint.raw_config, config.model_impl) == "transformers" or (
+            described.architecture not in SHARED
+        ):
             raise ConfigError(
-                f"{FLAG} {parallel.size} splits our own implementations only, and {described.architecture} runs by "
-                "transformers' module (--model-impl); leave the flag out",
+                f"{FLAG} {parallel.size}: {described.architecture} is not split between processes here; leave the flag "
+                f"out. These are: {', '.join(SHARED)}, by our own implementations (--model-impl)",
                 FLAG,
             )
         with phases.phase("meet"):
             team = meet(device)
     with phases.phase("weights"):
-        dtype = resolve_dtype(config, checkpoint.raw_config)
+        dtype = resolve_dtype(config, described.dtype)
         stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
         samples: Samples | None = {} if config.self_test else None
         kernels = Kernels(backends, dtype, config.numerics, stream, device, samples=samples, team=team)
@@ -90,11 +107,10 @@ def load(config: EngineConfig, phases: Phases, meet: Callable[[torch.device], Te
     return Loaded(checkpoint, backends, kernels, model, device, gpu, threads, max_len)
 
 
-def resolve_dtype(config: EngineConfig, raw: dict[str, object]) -> Dtype:
+def resolve_dtype(config: EngineConfig, declared: Dtype) -> Dtype:
     """Activations: the flag, else the checkpoint's dtype. FP16 checkpoints run in BF16, which every backend has."""
     if config.dtype != "auto":
         return config.dtype
-    declared = raw.get("dtype") or raw.get("torch_dtype")
     if declared == "float16":
         logger.warning("the checkpoint declares float16; activations run in bfloat16 (see --dtype float32)")
     return "float32" if declared == "float32" else "bfloat16"

@@ -216,6 +216,10 @@ class Replicas:
     async def close(self, reason: str = CLOSED) -> None:
         await asyncio.gather(*(engine.close(reason) for engine in self.engines))
 
+    async def kill(self, reason: str = CLOSED) -> None:
+        """As close, without waiting for the steps that run."""
+        await asyncio.gather(*(engine.kill(reason) for engine in self.engines))
+
     def _one_given_up(self, future: asyncio.Future[str]) -> None:
         if future.cancelled():
             return

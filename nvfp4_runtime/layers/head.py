@@ -46,10 +46,10 @@ def lm_head(
         weight = DenseWeight(placed)  # one copy serves look-ups and logits
     team = kernels.team
     if team.size == 1:
-        return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from, out_dtype="float32")])
+        return Linear([linear_kernel(kernels, "lm_head", weight, [config.head], made_from, out_dtype="float32")])
     runs = [share(weight.n, team, "rows of the head", rank) for rank in range(team.size)]
     own = slices.rows(weight, [runs[team.rank]])
-    kernel = linear_kernel(kernels, "lm_head", own, ["lm_head"], made_from, out_dtype="float32")
+    kernel = linear_kernel(kernels, "lm_head", own, [config.head], made_from, out_dtype="float32")
     return Linear([JoinedRows(kernel, team, [len(run) for run in runs])])
 
 
@@ -65,13 +65,13 @@ class JoinedRows:
 
 
 def _stored(ckpt: Checkpoint, config: ModelConfig, embedding: Tensor) -> Weight:
-    name = "lm_head.weight"
+    name = f"{config.head}.weight"
     own = ckpt.has(name)
-    if not config.tie_word_embeddings or ckpt.has("lm_head.weight_scale"):
-        return load_weight(ckpt, "lm_head", config.vocab_size, config.hidden_size, bias=False)
+    if not config.tie_word_embeddings or ckpt.has(f"{config.head}.weight_scale"):
+        return load_weight(ckpt, config.head, config.vocab_size, config.hidden_size, bias=False)
     if own and not torch.equal(ckpt.tensor(name, tuple(embedding.shape)), embedding):
         raise UnsupportedFormatError(
-            f"{name} differs from model.embed_tokens.weight although config.json ties them "
+            f"{name} differs from {config.root}.embed_tokens.weight although config.json ties them "
             "(tie_word_embeddings true); set it to false if the head is meant, or delete the tensor"
         )
     return DenseWeight(embedding)

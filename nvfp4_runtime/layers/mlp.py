@@ -1,4 +1,4 @@
-"""Feed-forwards: the gated one (SwiGLU: fused gate and up, silu(gate) * up, down) and the plain one with relu(x)^2."""
+"""Feed-forwards: a gated one (fused gate and up, silu(gate) * up or another, down) and the plain one of relu(x)^2."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import SILU, Gate
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
-from nvfp4_runtime.parallel import share_columns
+from nvfp4_runtime.parallel import share_columns, shifted
 
 
 class MLP:
     """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp".
 
-    sums  False: what the ranks of a team give is partial, and whoever calls adds it up
+    fused  the files hold gate and up as one matrix
+    sums   False: what the ranks of a team give is partial, and whoever calls adds it up
     """
 
     def __init__(
@@ -30,23 +32,26 @@ class MLP:
         prefix: str,
         *,
         bias: bool = False,
+        fused: bool = False,
+        gate: Gate = SILU,
         sums: bool = True,
     ) -> None:
         own = share_columns(inner, kernels.team, f"inner columns of {prefix}")
+        both = [range(2 * inner)] if kernels.team.size == 1 else [own, shifted(own, inner)]
         self.gate_up_proj = Linear.fused(
             ckpt,
             kernels,
             "gate_up_proj",
-            [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
-            [inner, inner],
+            [f"{prefix}.gate_up_proj"] if fused else [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
+            [2 * inner] if fused else [inner, inner],
             hidden,
             bias=bias,
-            rows=[[own], [own]],
+            rows=[both] if fused else [[own], [own]],
         )
         self.down_proj = Linear.single(
             ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=bias, columns=own, sums=sums
         )
-        self.silu_mul = kernels.silu_mul(len(own))
+        self.silu_mul = kernels.silu_mul(len(own), gate)
         self._quantizes: QuantizingActivation | None = None
         self._quantized_under: Tensor | None = None
         taker, kernel = self.down_proj.takes_quantized, cast(object, self.silu_mul)
