@@ -15,6 +15,7 @@ from torch import Tensor
 from nvfp4_runtime.engine import core, runner, scheduler
 from nvfp4_runtime.engine.messages import FromEngine, Outputs
 from nvfp4_runtime.kernels.cpu import backend
+from nvfp4_runtime.kernels.cpu.whole import NativeMixture
 from nvfp4_runtime.layers.moe import Experts
 from nvfp4_runtime.models import llama, nemotron_h
 from nvfp4_runtime.sampling.sampler import BatchSampler
@@ -54,24 +55,27 @@ class PartTimer:
 
 
 class RoutedExperts:
-    """Notes which experts every mixture was told to run; what that says is only read at the end."""
+    """Counts the experts that every mixture runs, all layers and calls together."""
 
     def __init__(self) -> None:
-        self.chosen: list[Tensor] = []
+        self.count = 0
 
-    def wrap(self, owner: Any, attribute: str) -> None:
-        """`owner.attribute` is a mixture's call, whose last argument says the experts of each token."""
-        inner = getattr(owner, attribute)
+    def wrap(self) -> None:
+        plain, native = Experts.__call__, NativeMixture.__call__
 
-        @functools.wraps(inner)
-        def noting(*args: Any) -> Any:
-            self.chosen.append(args[-1])
-            return inner(*args)
+        def run_plain(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+            self.count += chosen.unique().numel()
+            return plain(experts, x, weights, chosen)
 
-        setattr(owner, attribute, noting)
+        def run_native(mixture: NativeMixture, *args: Any) -> Tensor:
+            result = native(mixture, *args)
+            self.count += len(set(mixture.chosen))
+            return result
 
-    def take(self) -> list[Tensor]:
-        taken, self.chosen = self.chosen, []
+        Experts.__call__, NativeMixture.__call__ = run_plain, run_native  # type: ignore[method-assign]
+
+    def take(self) -> int:
+        taken, self.count = self.count, 0
         return taken
 
 
@@ -81,7 +85,6 @@ class RecordingCore(core.EngineCore):
     def __init__(self, sock: socket.socket, timer: PartTimer, routed: RoutedExperts) -> None:
         super().__init__(sock)
         self._timer, self._routed = timer, routed
-        self._chosen: list[list[Tensor]] = []
         self._last, self._parts = time.perf_counter(), dict(timer.seconds)
         self.steps: list[dict[str, Any]] = []
 
@@ -91,20 +94,15 @@ class RecordingCore(core.EngineCore):
             now = time.perf_counter()
             parts = {name: total - self._parts.get(name, 0.0) for name, total in self._timer.seconds.items()}
             tokens = sum(len(output.token_ids) for output in message.outputs)
-            self.steps.append({"tokens": tokens, "seconds": now - self._last, "parts": parts})
-            self._chosen.append(self._routed.take())
+            experts = self._routed.take()
+            self.steps.append({"tokens": tokens, "seconds": now - self._last, "experts": experts, "parts": parts})
             self._last, self._parts = now, dict(self._timer.seconds)
-
-    def record(self) -> list[dict[str, Any]]:
-        """The steps, each with the number of experts it ran."""
-        counts = [sum(chosen.unique().numel() for chosen in layers) for layers in self._chosen]
-        return [step | {"experts": count} for step, count in zip(self.steps, counts, strict=True)]
 
 
 def run(fd: int, result: Path, profile: bool) -> int:
     """`core.main`, recorded; with `profile` there are timers round its parts. Writes the steps when told to stop."""
     timer, routed = PartTimer(), RoutedExperts()
-    routed.wrap(Experts, "__call__")
+    routed.wrap()
     if profile:
         if backend._native is not None:
             timer.wrap_native(backend._native)
@@ -116,7 +114,7 @@ def run(fd: int, result: Path, profile: bool) -> int:
         timer.wrap(scheduler.Scheduler, "commit", "commit")
     recording = RecordingCore(socket.socket(fileno=fd), timer, routed)
     code = recording.run()
-    result.write_text(json.dumps(recording.record()))
+    result.write_text(json.dumps(recording.steps))
     return code
 
 

@@ -110,6 +110,16 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
+class ReluSquaredSpec:
+    """relu(x)^2 over [T, width] of `dtype`, each step rounded to it; gives `out_dtype`."""
+
+    width: int
+    dtype: Dtype
+    out_dtype: Dtype
+    kind: str = "relu_squared"
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Per-head QK-norm (if any), rotary embedding, and the write of K and V into the paged cache."""
 
@@ -159,9 +169,9 @@ class MLASpec:
 
 @dataclass(frozen=True)
 class Mamba2Spec:
-    """Convolution and selective scan of one Mamba-2 mixer, token by token, over per-sequence states.
+    """Convolution, selective scan and gated norm of one Mamba-2 mixer, token by token, over per-sequence states.
 
-    Inputs are `dtype`, the result is float32; all arithmetic is FP32, in the order of the tokens, so that it does not
+    Inputs are `dtype`, results `out_dtype`; all arithmetic is FP32, in the order of the tokens, so that it does not
     matter how a prompt is cut.
     """
 
@@ -171,6 +181,7 @@ class Mamba2Spec:
     num_groups: int
     conv_width: int
     dtype: Dtype
+    out_dtype: Dtype
     kind: str = "mamba2"
 
     @property
@@ -180,6 +191,11 @@ class Mamba2Spec:
     @property
     def conv_dim(self) -> int:
         return self.inner + 2 * self.num_groups * self.state_size
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the gate, the convolution's input and the steps, which lie beside each other."""
+        return [self.inner, self.conv_dim, self.num_heads]
 
 
 def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
@@ -198,6 +214,7 @@ OpSpec = (
     | QuantizeSpec
     | NormSpec
     | ActivationSpec
+    | ReluSquaredSpec
     | RopeSpec
     | PagedAttentionSpec
     | MLASpec
@@ -341,6 +358,7 @@ class Mamba2Weights:
 
     conv_weight  [conv_dim, conv_width]     conv_bias  [conv_dim]
     a            [num_heads], negative      dt_bias, d [num_heads]
+    norm         [inner]
     """
 
     conv_weight: Tensor
@@ -348,17 +366,18 @@ class Mamba2Weights:
     a: Tensor
     dt_bias: Tensor
     d: Tensor
+    norm: Tensor
     min_step: float
+    eps: float
 
 
 class Mamba2Kernel(Protocol):
-    def __call__(
-        self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
-    ) -> Tensor:
-        """xbc [T, conv_dim] and dt [T, num_heads], both contiguous -> y float32 [T, num_heads * head_dim].
+    def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
+        """projected [T, inner + conv_dim + num_heads] contiguous: gate, xbc and dt -> [T, inner].
 
         Per token: xbc through the causal convolution and SiLU becomes x [H, P], B and C [G, N];
         step = max(softplus(dt + dt_bias), min_step); state = exp(step * a) * state + step * x B^T; y = state C + d * x.
+        The result is RMSNorm(y * silu(gate)) over each of G groups of channels, times `norm`.
         The states of batch.state_slots are read (zeros for a sequence that begins) and left as they are after its
         last token.
         """
@@ -453,6 +472,8 @@ class Backend(Protocol):
     def rms_norm(self, spec: NormSpec) -> RMSNormKernel: ...
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]: ...
+
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]: ...
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel: ...
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,11 +32,13 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
 )
 from nvfp4_runtime.kernels.transfer import to_device
+from nvfp4_runtime.kernels.whole_ops import LatentKernel, LatentOps, MixtureKernel, MixtureOps
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
@@ -95,6 +97,20 @@ class Choice:
     backend: str
     numerics: str
     reason: str
+
+
+W = TypeVar("W")
+
+
+@runtime_checkable
+class RunsLayersWhole(Protocol):
+    """A backend that has some layers as one call. Each answers why not, for a person to read."""
+
+    name: str
+
+    def mixture(self, ops: MixtureOps) -> MixtureKernel | str: ...
+
+    def latent(self, ops: LatentOps) -> LatentKernel | str: ...
 
 
 Samples = dict[LinearSpec | GroupedLinearSpec, tuple[Sequence[Weight], LinearKernel | GroupedLinearKernel, str]]
@@ -214,6 +230,10 @@ class Kernels:
         spec = ActivationSpec(width, self.stream, self.dtype)
         return self._record(spec).silu_mul(spec)
 
+    def relu_squared(self, width: int) -> Callable[[Tensor], Tensor]:
+        spec = ReluSquaredSpec(width, self.stream, self.dtype)
+        return self._record(spec).relu_squared(spec)
+
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return self._record(spec).rope_and_cache(spec)
 
@@ -289,6 +309,22 @@ class Kernels:
         logger.info("layers run op by op (%s)", "; ".join(refusals))
         return None
 
+    def mixture(self, ops: MixtureOps) -> MixtureKernel | None:
+        """The routed part of a mixture as one call where a backend has that; None: call its ops one by one."""
+        return self._whole("mixture", [b.mixture(ops) for b in self.backends if isinstance(b, RunsLayersWhole)])
+
+    def latent(self, ops: LatentOps) -> LatentKernel | None:
+        """Latent attention between its projections as one call, likewise."""
+        return self._whole("latent", [b.latent(ops) for b in self.backends if isinstance(b, RunsLayersWhole)])
+
+    def _whole(self, group: str, answers: Sequence[W | str]) -> W | None:
+        made = next((answer for answer in answers if not isinstance(answer, str)), None)
+        if made is not None:
+            self.choices.append(Choice(group, "-", 0.0, 0, "cpu", self.stream, "as one call"))
+        elif answers:
+            logger.info("%s runs op by op (%s)", group, "; ".join(str(answer) for answer in answers))
+        return made
+
     def record_fusion(self, producer: str, group: str) -> None:
         """The op `producer` writes the input of the linears `group` quantised: a line of its own in the report."""
         backend = next(c.backend for c in reversed(self.choices) if c.group == producer)
@@ -296,7 +332,7 @@ class Kernels:
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
     def _record(
-        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
+        self, spec: NormSpec | ActivationSpec | ReluSquaredSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
     ) -> Backend:
         backend, reason = self._choose(spec)
         self.chosen[spec] = backend

@@ -14,6 +14,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MLAConfig
 from nvfp4_runtime.kernels.ops import GroupedLinearKernel, MLASpec
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import LatentOps
 from nvfp4_runtime.layers.linear import Linear, load_weight
 from nvfp4_runtime.layers.norm import RMSNorm
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
@@ -56,12 +57,31 @@ class LatentAttention:
         self.heads = kernels.place(torch.arange(num_heads + 1, dtype=torch.int32))
         self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, num_heads * config.v_dim)
         self.attend = kernels.mla_decode(MLASpec(num_heads, rank, rope, kernels.dtype, kernels.dtype))
+        self.run_as_one = kernels.latent(self._ops())
+
+    def _ops(self) -> LatentOps:
+        q_norm = None if self.q_norm is None else self.q_norm.op
+        return LatentOps(
+            config=self.config,
+            num_heads=self.num_heads,
+            q_norm=q_norm,
+            q_b=None if q_norm is None else self.q_b_proj.only_kernel,
+            kv_norm=self.kv_norm.op,
+            keys=self.into_latent,
+            values=self.out_of_latent,
+            attend=self.attend,
+            cos=self.cos,
+            sin=self.sin,
+        )
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' latent vectors are in the cache afterwards."""
         cache, num_tokens = batch.kv[self.layer_id], x.shape[0]
         assert isinstance(cache, LatentLayer)
-        q, latent, key = torch.split(self.down_proj(x, batch.adapters), self.widths, dim=-1)
+        projected = self.down_proj(x, batch.adapters)
+        if self.run_as_one is not None and batch.adapters is None:
+            return self.o_proj(self.run_as_one(projected, cache, batch), None)
+        q, latent, key = torch.split(projected, self.widths, dim=-1)
         if self.q_norm is not None:
             q = self.q_b_proj(self.q_norm(q.contiguous(), None)[0], batch.adapters)
         per_head = q.view(num_tokens, self.num_heads, -1)

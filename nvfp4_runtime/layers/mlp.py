@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import AdapterRows
@@ -50,14 +49,10 @@ class PlainMLP:
     """down(relu(up(x))^2), `prefix` being e.g. "backbone.layers.3.mixer"."""
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str) -> None:
-        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.up_proj = Linear.single(ckpt, kernels, f"{prefix}.up_proj", inner, hidden)
         self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner)
+        self.relu_squared = kernels.relu_squared(inner)
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.down_proj(relu_squared(self.up_proj(x, adapters)).to(self.dtype), adapters)
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    return x.relu().square()
+        return self.down_proj(self.relu_squared(self.up_proj(x, adapters)), adapters)

@@ -9,8 +9,9 @@ from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MoEConfig
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import MixtureOps
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
-from nvfp4_runtime.layers.mlp import MLP, PlainMLP, relu_squared
+from nvfp4_runtime.layers.mlp import MLP, PlainMLP
 from nvfp4_runtime.nvfp4.weight import can_fuse, fuse
 
 
@@ -33,16 +34,30 @@ class MoE:
         self.shared: SharedExpert | None = None
         if config.shared_size:
             self.shared = SharedExpert(ckpt, kernels, hidden, config, prefix)
+        router, experts = self.router, self.experts
+        self.run_as_one = kernels.mixture(
+            MixtureOps(router.project, router.correction, config, experts.first, experts.activation, experts.down)
+        )
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden] of the stream's type. Adapters: on all but the router and routed experts."""
-        weights, chosen = self.router(x)
+        inner_x = x if self.into_latent is None else self.into_latent(x, adapters).to(self.dtype)
+        shared, gate = (None, None) if self.shared is None else self.shared(x, adapters)
         if self.into_latent is None:
-            y = self.experts(x, weights, chosen)
-        else:
-            latent = self.experts(self.into_latent(x, adapters).to(self.dtype), weights, chosen)
-            y = self.out_of_latent(latent.to(self.dtype), adapters)
-        return y if self.shared is None else y + self.shared(x, adapters)
+            return self._routed(x, inner_x, shared, gate)
+        y = self.out_of_latent(self._routed(x, inner_x, None, None).to(self.dtype), adapters)
+        return y if shared is None else y + _gated(shared, gate)
+
+    def _routed(self, x: Tensor, inner_x: Tensor, shared: Tensor | None, gate: Tensor | None) -> Tensor:
+        """See `MixtureKernel`."""
+        if self.run_as_one is not None:
+            return self.run_as_one(x, inner_x, shared, gate)
+        y = self.experts(inner_x, *self.router(x))
+        return y if shared is None else y + _gated(shared, gate)
+
+
+def _gated(shared: Tensor, gate: Tensor | None) -> Tensor:
+    return shared if gate is None else (shared * gate.sigmoid()).to(shared.dtype)
 
 
 class Router:
@@ -96,7 +111,7 @@ class Experts:
         group = "experts.gate_up_proj" if config.gated else "experts.up_proj"
         self.first = [kernels.grouped_linear(group, weights, names) for weights in firsts]
         self.down = kernels.grouped_linear("experts.down_proj", downs, names)
-        self.activation = kernels.silu_mul(inner) if config.gated else relu_squared
+        self.activation = kernels.silu_mul(inner) if config.gated else kernels.relu_squared(inner)
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.bounds = kernels.place(torch.arange(count + 1))
 
@@ -145,6 +160,6 @@ class SharedExpert:
                 kernels, "shared_expert_gate", weight, [f"{prefix}.shared_expert_gate"], out_dtype="float32"
             )
 
-    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
-        y = self.mlp(x, adapters)
-        return y if self.gate is None else (y * self.gate(x).sigmoid()).to(y.dtype)
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> tuple[Tensor, Tensor | None]:
+        """(its result, before the gate; the gate's logits fp32 [T, 1])."""
+        return self.mlp(x, adapters), None if self.gate is None else self.gate(x)

@@ -8,7 +8,7 @@ import pytest
 
 from loadtest.bench_cpu.workers import Engine, Refused
 from nvfp4_runtime.engine.bench import parse_config
-from nvfp4_runtime.engine.bench_steps import PartTimer, RoutedExperts
+from nvfp4_runtime.engine.bench_steps import PartTimer
 from nvfp4_runtime.errors import ConfigError
 from tests.tiny import tiny_nvfp4_llama
 

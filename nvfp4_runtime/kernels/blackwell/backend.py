@@ -36,6 +36,7 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -138,6 +139,9 @@ class BlackwellBackend:
         raise KernelError(self._not_here(spec))
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
+        raise KernelError(self._not_here(spec))
+
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
         raise KernelError(self._not_here(spec))
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix, check_tensor
-from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, RopeSpec
+from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, ReluSquaredSpec, RopeSpec
 
 KV_TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -57,6 +57,23 @@ class NativeRMSNorm:
             eps,
         )
         return out, x if residual is None else residual
+
+
+class NativeReluSquared:
+    """See `ReluSquaredSpec`."""
+
+    def __init__(self, context: Any, spec: ReluSquaredSpec) -> None:
+        self._run = context.relu_squared
+        self.width = spec.width
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._types = (TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        check_matrix("x", x, self.dtype, self.width)
+        out = torch.empty((x.size(0), self.width), dtype=self.out_dtype)
+        self._run(x.data_ptr(), out.data_ptr(), *self._types, x.size(0), self.width)
+        return out
 
 
 class NativeSiluMul:

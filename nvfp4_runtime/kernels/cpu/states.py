@@ -60,15 +60,14 @@ class NativeMamba2:
         self._run = context.mamba2
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._row = sum(spec.widths)
         self._weights: Mamba2Weights | None = None
 
-    def __call__(
-        self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
-    ) -> Tensor:
+    def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
         spec, slots = self.spec, batch.state_slots
-        check_matrix("xbc", xbc, self.dtype, spec.conv_dim)
-        count = xbc.size(0)
-        check_tensor("dt", dt, self.dtype, (count, spec.num_heads))
+        check_matrix("projected", projected, self.dtype, self._row)
+        count = projected.size(0)
         if weights is not self._weights:
             self._check_weights(weights)
         if slots is None:
@@ -80,12 +79,11 @@ class NativeMamba2:
         check_tensor("positions", batch.positions, torch.int64, (count,))
         check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (slots.size(0) + 1,))
         if int(batch.cu_seqlens_q[0]) != 0 or int(batch.cu_seqlens_q[-1]) != count:
-            raise KernelError(f"cu_seqlens_q runs to {int(batch.cu_seqlens_q[-1])}; xbc has {count} rows")
-        out = torch.empty(count, spec.inner, dtype=torch.float32)
+            raise KernelError(f"cu_seqlens_q runs to {int(batch.cu_seqlens_q[-1])}; projected has {count} rows")
+        out = torch.empty((count, spec.inner), dtype=self.out_dtype)
         if count:
             self._run(
-                xbc.data_ptr(),
-                dt.data_ptr(),
+                projected.data_ptr(),
                 TYPE_CODES[self.dtype],
                 weights.dt_bias.data_ptr(),
                 weights.a.data_ptr(),
@@ -93,6 +91,8 @@ class NativeMamba2:
                 self._taps.data_ptr(),
                 weights.conv_bias.data_ptr(),
                 weights.d.data_ptr(),
+                weights.norm.data_ptr(),
+                weights.eps,
                 state.conv.data_ptr(),
                 state.ssm.data_ptr(),
                 slots.data_ptr(),
@@ -106,6 +106,7 @@ class NativeMamba2:
                 spec.num_groups,
                 spec.conv_width,
                 out.data_ptr(),
+                TYPE_CODES[self.out_dtype],
             )
         return out
 
@@ -113,6 +114,7 @@ class NativeMamba2:
         spec = self.spec
         check_tensor("conv_weight", weights.conv_weight, torch.float32, (spec.conv_dim, spec.conv_width))
         check_tensor("conv_bias", weights.conv_bias, torch.float32, (spec.conv_dim,))
+        check_tensor("norm", weights.norm, torch.float32, (spec.inner,))
         for name, vector in (("a", weights.a), ("dt_bias", weights.dt_bias), ("d", weights.d)):
             check_tensor(name, vector, torch.float32, (spec.num_heads,))
         self._weights, self._taps = weights, weights.conv_weight.t().contiguous()

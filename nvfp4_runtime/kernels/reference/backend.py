@@ -27,6 +27,7 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -37,6 +38,7 @@ from nvfp4_runtime.kernels.reference.linear import reference_linear
 from nvfp4_runtime.kernels.reference.mamba2 import ReferenceMamba2
 from nvfp4_runtime.kernels.reference.mla import ReferenceMLA
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
+from nvfp4_runtime.kernels.reference.relu_squared import relu_squared
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
 from nvfp4_runtime.kernels.reference.rope_and_cache import ReferenceRope
 from nvfp4_runtime.kernels.reference.silu_mul import silu_mul
@@ -106,6 +108,9 @@ class ReferenceBackend:
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
         return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype))
+
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
+        return functools.partial(relu_squared, out_dtype=getattr(torch, spec.out_dtype))
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return ReferenceRope(spec)

@@ -33,6 +33,7 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -52,6 +53,7 @@ NO_DEVICE = "no CUDA device"
 FLOATS = ("bfloat16", "float32")
 NUMERICS = ("w4a16", "w4a4")
 
+_NO_RELU_SQUARED = "no Triton kernel for relu(x)^2"
 _NO_MAMBA2 = "no Triton kernel for Mamba-2"
 
 
@@ -85,6 +87,8 @@ class TritonBackend:
             return None
         if isinstance(spec, Mamba2Spec):
             return _NO_MAMBA2
+        if isinstance(spec, ReluSquaredSpec):
+            return _NO_RELU_SQUARED
         if spec.dtype not in FLOATS:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in FLOATS:
@@ -152,6 +156,9 @@ class TritonBackend:
         from nvfp4_runtime.kernels.triton.mla import TritonMLA
 
         return TritonMLA(spec)
+
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
+        raise KernelError(_NO_RELU_SQUARED)
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(_NO_MAMBA2)

@@ -27,7 +27,7 @@ def test_the_measured_models_have_the_sizes_that_are_promised() -> None:
     assert 2e9 < MIXTURE.num_parameters < 4e9
     assert 0.4e9 < MIXTURE.num_active < 0.6e9
     assert 0.8e9 < HYBRID.num_parameters < 1.2e9
-    assert HYBRID.state_bytes == 4 * 13 * (64 * 64 * 128 + 3 * (64 * 64 + 2 * 8 * 128))
+    assert HYBRID.state_bytes == 4 * 12 * (64 * 64 * 128 + 3 * (64 * 64 + 2 * 8 * 128))
     assert LATENT.num_active < 0.3e9
     assert len(FAMILIES) == 3
 
@@ -56,7 +56,7 @@ def test_the_engine_runs_it_and_says_how_many_experts_each_step_ran(family: Fami
     assert ensure(family, tmp_path) == folder
     engine = Engine(family.name, config(folder, 1), tmp_path / "log", steps=True)
     engine.generate([engine.prompt(5), engine.prompt(5)], 12)
-    steps = [step for step in engine.profile() if step["tokens"] == 2]
-    assert len(steps) >= 11
+    steps = [step for step in engine.profile() if step["tokens"] == 2][1:]  # the first one is of the prompts
+    assert len(steps) >= 10
     for step in steps:
         assert family.top_k * family.moe_layers <= step["experts"] <= 2 * family.top_k * family.moe_layers

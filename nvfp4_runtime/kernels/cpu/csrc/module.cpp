@@ -9,7 +9,9 @@
 #include "context.h"
 #include "decoder.h"
 #include "isa.h"
+#include "latent_layer.h"
 #include "limits.h"
+#include "mixture.h"
 
 namespace nb = nanobind;
 using namespace nvfp4;
@@ -75,8 +77,7 @@ NB_MODULE(_native, m) {
       .def("scale_by", [](PlainWeight& self, Address scale, int rows, int columns) {
         self.scale_by(at<const float>(scale), rows, columns);
       });
-  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
-      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
+  nb::class_<Experts>(m, "Experts").def(nb::init<const std::vector<const Linear*>&>(), "The caller keeps the weights alive.");
   m.def(
       "find_nan_e4m3", [](Address codes, int64_t count) { return find_nan_e4m3(at<const uint8_t>(codes), count); }, no_gil,
       "Index of the first NaN among E4M3 codes, or -1.");
@@ -103,10 +104,9 @@ NB_MODULE(_native, m) {
           },
           no_gil)
       .def(
-          "grouped_nvfp4",
-          [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
-             int out_type) {
-            c.grouped_nvfp4(w, at(x, type), Type(type), at<const int32_t>(offsets), rows, at(out, out_type), Type(out_type));
+          "grouped",
+          [](Context& c, const Experts& w, Address x, int type, Address offsets, int rows, Address out, int out_type) {
+            c.grouped(w, at(x, type), Type(type), at<const int32_t>(offsets), rows, at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
@@ -130,6 +130,12 @@ NB_MODULE(_native, m) {
           "silu_mul",
           [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
             c.silu_mul({at(x, type), at(out, out_type), Type(type), Type(out_type), width}, rows);
+          },
+          no_gil)
+      .def(
+          "relu_squared",
+          [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
+            c.relu_squared({at(x, type), at(out, out_type), Type(type), Type(out_type), width}, rows);
           },
           no_gil)
       .def(
@@ -175,15 +181,15 @@ NB_MODULE(_native, m) {
           no_gil)
       .def(
           "mamba2",
-          [](Context& c, Address xbc, Address dt, int type, Address dt_bias, Address a, float min_step,
-             Address conv_weight, Address conv_bias, Address d, Address conv_state, Address ssm_state, Address slots,
+          [](Context& c, Address projected, int type, Address dt_bias, Address a, float min_step, Address conv_weight,
+             Address conv_bias, Address d, Address norm, float eps, Address conv_state, Address ssm_state, Address slots,
              Address positions, Address cu_seqlens, int sequences, int64_t num_slots, int heads, int head_dim, int state,
-             int groups, int conv_width, Address out) {
-            Mamba2 m{at(xbc, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), min_step,
-                     at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<float>(conv_state),
-                     at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
-                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr, nullptr,
-                     nullptr, at<float>(out)};
+             int groups, int conv_width, Address out, int out_type) {
+            Mamba2 m{at(projected, type), Type(type), at<const float>(dt_bias), at<const float>(a), min_step,
+                     at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<const float>(norm), eps,
+                     at<float>(conv_state), at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
+                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, at(out, out_type),
+                     Type(out_type), 0, nullptr, nullptr, nullptr, nullptr};
             c.mamba2(m, sequences, num_slots);
           },
           no_gil)
@@ -199,6 +205,62 @@ NB_MODULE(_native, m) {
             c.quantize(a, at<uint8_t>(codes), at<uint8_t>(scales));
           },
           no_gil, "For tests: uint8 [rows, k] codes and e4m3 [rows, k / 16] scales.");
+
+  nb::class_<Mixture>(m, "Mixture")
+      .def(
+          "__init__",
+          [](Mixture* self, Context& context, const Linear& router, Address correction, int experts, int top_k, int groups,
+             int top_groups, bool softmax, bool renormalise, float scale, const Experts& first, const Experts& down, bool gated,
+             int stream, int input) {
+            Route route{};
+            route.correction = at<const float>(correction);
+            route.experts = experts;
+            route.top_k = top_k;
+            route.groups = groups;
+            route.top_groups = top_groups;
+            route.softmax = softmax;
+            route.renormalise = renormalise;
+            route.scale = scale;
+            SiluMul activation{};
+            activation.type = Type(stream);
+            activation.out_type = Type(input);
+            activation.width = down.k;
+            new (self) Mixture(context, router, route, first, down, gated, activation, Type(stream), Type(input));
+          },
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 12>(), nb::keep_alive<1, 13>())
+      .def(
+          "run",
+          [](Mixture& m, Address x, Address inner_x, int rows, Address shared, Address gate, Address out) {
+            m.run(at(x, int(m.input())), at(inner_x, int(m.input())), rows, at(shared, int(m.stream())), at<const float>(gate),
+                  at(out, int(m.stream())));
+          },
+          no_gil)
+      .def_prop_ro("chosen", &Mixture::chosen, "Experts that the last call chose, token by token, best first.");
+
+  nb::class_<LatentLayer>(m, "LatentLayer")
+      .def(
+          "__init__",
+          [](LatentLayer* self, Context& context, std::tuple<int, int, int, int, int, int> sizes, bool interleaved, float scale,
+             std::tuple<Address, int, float> q_norm, const Linear* q_b, std::tuple<Address, int, float> kv_norm,
+             const Experts& keys, const Experts& values, Address cos, Address sin, int64_t num_positions, int stream, int input) {
+            const auto [heads, nope, rope, rank, value, query_width] = sizes;
+            new (self) LatentLayer(context, {heads, nope, rope, rank, value, query_width, interleaved, scale}, norm_weight(q_norm),
+                                   q_b, norm_weight(kv_norm), keys, values, at<const float>(cos), at<const float>(sin),
+                                   num_positions, Type(stream), Type(input));
+          },
+          nb::arg("context"), nb::arg("sizes"), nb::arg("interleaved"), nb::arg("scale"), nb::arg("q_norm"),
+          nb::arg("q_b").none(), nb::arg("kv_norm"), nb::arg("keys"), nb::arg("values"), nb::arg("cos"), nb::arg("sin"),
+          nb::arg("num_positions"), nb::arg("stream"), nb::arg("input"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 7>(),
+          nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>())
+      .def(
+          "run",
+          [](LatentLayer& l, Address projected, int rows, Address positions, Address slots, Address tables, Address seq_lens,
+             int table_stride, Address cache, int block_size, int num_blocks, Address out) {
+            l.run({at(projected, int(l.stream())), rows, at<const int64_t>(positions), at<const int64_t>(slots),
+                   at<const int32_t>(tables), at<const int32_t>(seq_lens), table_stride, at(cache, int(l.input())), block_size,
+                   num_blocks, at(out, int(l.input()))});
+          },
+          no_gil);
 
   nb::class_<Decoder>(m, "Decoder")
       .def(
