@@ -44,7 +44,7 @@ check: install
 # forbidden page ends the process as it would without a sanitizer.
 # test_cpu_attention.py is left out: three hundred cases, and the hostile and property tests walk the same code.
 ASAN := $(VENV)-asan/bin/python
-ASAN_TESTS := $(addprefix tests/kernels/test_cpu_,sanitizers.py hostile.py properties.py linear.py ops.py decoder.py quantize.py states.py)
+ASAN_TESTS := $(addprefix tests/kernels/test_cpu_,sanitizers.py hostile.py properties.py linear.py ops.py decoder.py quantize.py states.py grouped.py whole.py)
 ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:new_delete_type_mismatch=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc OMP_NUM_THREADS=1
