@@ -33,6 +33,23 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What a gated feed-forward makes of its two projections.
+
+    silu       silu(gate) * up
+    gelu_tanh  gelu(gate) * up, by the approximation with tanh
+    clamped    gate at most `limit`, up between -limit and limit; gate * sigmoid(alpha * gate) * (up + 1)
+    """
+
+    form: Literal["silu", "gelu_tanh", "clamped"] = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+SILU = Gate()
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """A mixture of experts in place of a layer's feed-forward.
 
@@ -43,7 +60,8 @@ class MoEConfig:
     renormalise         chosen scores are divided by their sum; then all are multiplied by `scale`
     shared_size         intermediate size of the expert that every token passes, 0: none
     shared_gate         its result is multiplied by the sigmoid of one more projection of the input
-    gated               experts are silu(gate) * up, else relu(up)^2
+    gated               experts have gate and up, which `gate` joins; else relu(up)^2
+    biases              router and experts have them
     latent_size         width into which experts' input is projected before and from which after them, 0: none
     layers[i]           whether layer i has the mixture or a plain feed-forward
     """
@@ -62,6 +80,8 @@ class MoEConfig:
     shared_gate: bool = False
     gated: bool = True
     latent_size: int = 0
+    gate: Gate = SILU
+    biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,7 @@ class ModelConfig:
     num_draft_layers  follow the last layer in the files: they predict further tokens (multi-token prediction), unread
     nas[i]            what a search left of layer i; empty: all layers are alike
     blocks[i]         what layer i is where layers are one thing each; empty: attention and feed-forward in each
+    sinks             each head of attention has one more score, without a value
     """
 
     architecture: str
@@ -164,6 +185,7 @@ class ModelConfig:
     mamba: Mamba2Config | None = None
     blocks: tuple[Block, ...] = ()
     nas: tuple[NASLayer, ...] = ()
+    sinks: bool = False
 
     @property
     def rotary_dim(self) -> int:

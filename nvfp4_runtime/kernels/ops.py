@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer, StateLayer
-from nvfp4_runtime.config import Dtype, KVDtype, Numerics
+from nvfp4_runtime.config import SILU, Dtype, Gate, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.layouts import TILE_ROWS
@@ -101,11 +101,13 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """silu(gate) * up over [T, 2I] of `dtype`, gate in the first I columns; gives [T, I] of `out_dtype`."""
+    """silu(gate) * up, or what `gate` says, over [T, 2I] of `dtype`, gate in the first I columns; gives [T, I] of
+    `out_dtype`."""
 
     width: int
     dtype: Dtype
     out_dtype: Dtype
+    gate: Gate = SILU
     kind: str = "silu_mul"
 
 
@@ -139,6 +141,8 @@ class PagedAttentionSpec:
 
     Queries are `dtype`, the result is `out_dtype`. Where either is bfloat16, a backend may round queries and softmax
     weights to bfloat16 before it multiplies them, unless the cache is float32.
+
+    sinks  each head has one more score in its softmax, without a value: what it weighs is given to nobody
     """
 
     num_heads: int
@@ -148,6 +152,7 @@ class PagedAttentionSpec:
     kv_dtype: KVDtype
     dtype: Dtype
     out_dtype: Dtype
+    sinks: bool = False
     kind: str = "paged_attention"
 
 
@@ -331,8 +336,13 @@ class RopeKernel(Protocol):
 
 
 class AttentionKernel(Protocol):
-    def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
-        """q [T, Hq, D] -> [T, Hq * D]. Query i of sequence b sees positions (p_i - window, p_i]."""
+    def __call__(
+        self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [T, Hq, D] -> [T, Hq * D]. Query i of sequence b sees positions (p_i - window, p_i].
+
+        sinks  fp32 [Hq], already scaled; there exactly where the spec says so
+        """
         ...
 
 

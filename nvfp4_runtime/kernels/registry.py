@@ -11,7 +11,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.config import Dtype, Numerics
+from nvfp4_runtime.config import SILU, Dtype, Gate, Numerics
 from nvfp4_runtime.errors import ConfigError, KernelError, NoBackendError
 from nvfp4_runtime.kernels.ops import (
     WEIGHT_ONLY_NUMERICS,
@@ -222,12 +222,13 @@ class Kernels:
         bits = 8 * num_bytes / sum(w.n * w.k for w in weights)
         self.choices.append(Choice(group, stored, bits, num_bytes, backend.name, numerics, "; ".join(reasons)))
 
-    def rms_norm(self, hidden: int) -> RMSNormKernel:
-        spec = NormSpec(hidden, self.stream, self.dtype)
+    def rms_norm(self, hidden: int, out_dtype: Dtype | None = None) -> RMSNormKernel:
+        """`out_dtype` is the normed rows' type, None: that of inputs of multiplications."""
+        spec = NormSpec(hidden, self.stream, out_dtype or self.dtype)
         return self._record(spec).rms_norm(spec)
 
-    def silu_mul(self, width: int) -> Callable[[Tensor], Tensor]:
-        spec = ActivationSpec(width, self.stream, self.dtype)
+    def silu_mul(self, width: int, gate: Gate = SILU) -> Callable[[Tensor], Tensor]:
+        spec = ActivationSpec(width, self.stream, self.dtype, gate)
         return self._record(spec).silu_mul(spec)
 
     def relu_squared(self, width: int) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
@@ -54,8 +55,11 @@ class Attention:
             RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)
         )
         self.attend = kernels.paged_attention(
-            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype)
+            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype, config.sinks)
         )
+        self.sinks: Tensor | None = None
+        if config.sinks:
+            self.sinks = kernels.place(ckpt.tensor(f"{prefix}.sinks", (heads,)).to(torch.float32).contiguous())
 
     def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
@@ -64,4 +68,4 @@ class Attention:
         q = self.rope(
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )
-        return self.o_proj(self.attend(q, kv, batch, self.scale), batch.adapters)
+        return self.o_proj(self.attend(q, kv, batch, self.scale, self.sinks), batch.adapters)

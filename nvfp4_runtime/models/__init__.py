@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "Glm4MoeForCausalLM": "llama",
     "Glm4MoeLiteForCausalLM": "llama",
     "DeepseekV3ForCausalLM": "llama",
+    "GptOssForCausalLM": "gpt_oss",
     "NemotronHForCausalLM": "nemotron_h",
     "DeciLMForCausalLM": "decilm",
 }

@@ -15,17 +15,17 @@ from nvfp4_runtime.models.hf_config import parse_model_config
 
 
 def expected(config: Mapping[str, Any]) -> Expected | None:
-    """What the model of this config.json reads; None for an architecture that has no model here, or whose layers are
-    of several kinds (Nemotron-H, DeciLM): they are held against each other.
+    """What the model of this config.json reads; None for an architecture that has no model here, or one whose
+    model is in another file than models/llama.py: its layers are held against each other.
 
     Raises UnsupportedFormatError as `parse_model_config` does.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
         return None
-    model = parse_model_config(config)
-    if model.blocks or model.nas:
+    if ARCHITECTURES[str(names[0])] != "llama":
         return None
+    model = parse_model_config(config)
     table = {"model.embed_tokens": Module((model.vocab_size, model.hidden_size), linear=False)}
     loose, mixtures = {}, {}
     for i in range(model.num_layers):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvfp4_runtime.config import ModelConfig
-from nvfp4_runtime.models import hf_decilm, hf_nemotron_h
+from nvfp4_runtime.models import hf_decilm, hf_gpt_oss, hf_nemotron_h
 from nvfp4_runtime.models.config_values import Raw, count, declared_dtype, flag, number, token_ids, unsupported
 from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
@@ -20,7 +21,9 @@ class Family:
     qkv_bias, o_bias  True, False, or the config field that decides
     qk_norm           True, False, or the config field that decides
     windows           "none"; "all" layers where sliding_window is set (Mistral); "layer_types" (Qwen); "unused": none,
-                      and sliding_window means nothing unless use_sliding_window is set, which is refused
+                      and sliding_window means nothing unless use_sliding_window is set, which is refused; "pattern":
+                      layer_types, or else all but every `full_every`th layer
+    window            "pattern": tokens, when the config does not say
     head_dim          when the config has none; None: hidden_size / num_attention_heads
     rotary_share      of a head's dimensions, when the config does not say; None: all of them, always
     """
@@ -29,7 +32,9 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool | str = False
-    windows: Literal["none", "all", "layer_types", "unused"] = "none"
+    windows: Literal["none", "all", "layer_types", "unused", "pattern"] = "none"
+    full_every: int = 0
+    window: int = 0
     head_dim: int | None = None
     rotary_share: float | None = None
 
@@ -47,6 +52,9 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="unused"),
     "DeepseekV3ForCausalLM": Family(),
     "Glm4MoeLiteForCausalLM": Family(),
+    hf_gpt_oss.ARCHITECTURE: Family(
+        qkv_bias=True, o_bias=True, windows="pattern", full_every=2, window=128, head_dim=64
+    ),
     "Glm4MoeForCausalLM": Family(qkv_bias="attention_bias", qk_norm="use_qk_norm", rotary_share=0.5),
 }
 
@@ -64,6 +72,13 @@ _NEUTRAL: dict[str, Any] = {
     "qkv_bias": True,
     "residual_multiplier": 1.0,
     "use_mrope": False,
+}
+
+
+# Those whose config.json says more than the table above can hold.
+_FURTHER: dict[str, Callable[[Raw, ModelConfig], ModelConfig]] = {
+    hf_decilm.ARCHITECTURE: hf_decilm.parse_nas_layers,
+    hf_gpt_oss.ARCHITECTURE: hf_gpt_oss.parse_experts,
 }
 
 
@@ -119,7 +134,8 @@ def parse_model_config(raw: Raw) -> ModelConfig:
         mla=parse_mla(raw, rope) if architecture in LATENT else None,
         num_draft_layers=count(raw, "num_nextn_predict_layers") if raw.get("num_nextn_predict_layers") else 0,
     )
-    return hf_decilm.parse_nas_layers(raw, model) if architecture == hf_decilm.ARCHITECTURE else model
+    finish = _FURTHER.get(architecture)
+    return model if finish is None else finish(raw, model)
 
 
 def parse_architecture(raw: Raw) -> str:
@@ -131,7 +147,7 @@ def parse_architecture(raw: Raw) -> str:
 
 
 def _windows(raw: Raw, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    size = raw.get("sliding_window", _CLASS_WINDOW if family.windows != "none" else None)
+    size = raw.get("sliding_window", family.window or _CLASS_WINDOW if family.windows != "none" else None)
     if family.windows == "unused":
         if flag(raw, "use_sliding_window"):
             raise unsupported("use_sliding_window", True, "false for this architecture")
@@ -144,6 +160,13 @@ def _windows(raw: Raw, family: Family, num_layers: int) -> tuple[int | None, ...
     for kind in types or ():
         if kind not in ("full_attention", "sliding_attention"):
             raise unsupported("layer_types", kind, "full_attention or sliding_attention")
+    if family.windows == "pattern":
+        every = count(raw, "sliding_window_pattern", family.full_every)
+        if types is None:
+            types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+        if size is None and "sliding_attention" in types:
+            raise unsupported("sliding_window", None, "a number of tokens, since layer_types has some")
+        return tuple(size if kind == "sliding_attention" else None for kind in types)
     if family.windows == "layer_types":
         size = size if flag(raw, "use_sliding_window") else None
         if types is None:

@@ -34,6 +34,7 @@ ROUTERS = {
     "Qwen3MoeForCausalLM": Router(),
     "Glm4MoeForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
     "Glm4MoeLiteForCausalLM": Router(scoring="sigmoid", dense="typed", shared="n_shared_experts"),
+    "GptOssForCausalLM": Router(renormalise=True, size="intermediate_size", dense="none"),
     "DeepseekV3ForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
 }
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")

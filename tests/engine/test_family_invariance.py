@@ -9,7 +9,7 @@ import pytest
 
 from nvfp4_runtime import LLM, SamplingParams
 from nvfp4_runtime.llm import Generation
-from tests import tiny
+from tests import tiny, tiny_families
 
 FAMILIES = {
     "qwen3": tiny.qwen3_config(),
@@ -17,6 +17,7 @@ FAMILIES = {
     "qwen2_moe": tiny.qwen2_moe_config(),
     "glm4_moe": tiny.glm4_moe_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
+    "gpt_oss": tiny_families.gpt_oss_config(),
     "nemotron_h": tiny.nemotron_h_config(),
 }
 PROMPTS = [[7] * 3, list(range(10, 50)), [300, 5, 9], list(range(10, 45)), [1], list(range(200, 263))]

@@ -128,7 +128,7 @@ def tokens(spec: Mamba2Spec, count: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("spec", MAMBA, ids=str)
 def test_mamba2_agrees_with_the_reference_and_leaves_its_states(isa: str, spec: Mamba2Spec) -> None:
-    """Ragged sequences, then one more token each. FP32 sums of up to 64 terms: 1e-5 of the largest value; one rounding."""
+    """Ragged sequences, then one more token each. FP32 sums of up to 64 terms: 1e-5 of the largest; a rounding."""
     weights = weights_of(spec)
     states = [empty_state(spec), empty_state(spec)]
     kernels = [cpu_backend(isa).mamba2(spec), ReferenceBackend().mamba2(spec)]

@@ -88,6 +88,7 @@ NEMOTRON_MOE = {
     "moe_shared_expert_intermediate_size": 64,
     "routed_scaling_factor": 2.5,
 }
+GPT_OSS = {"head_dim": 16, "intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -131,6 +132,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron h": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "M-M*-M-"}),
     "nemotron h moe": ("NemotronH", {**NEMOTRON_MOE, "hybrid_override_pattern": "MEM*EME"}),
     "nemotron h latent moe": ("NemotronH", {**NEMOTRON_MOE, "hybrid_override_pattern": "ME*E", "moe_latent_size": 32}),
+    "gpt oss": (
+        "GptOss",
+        {**GPT_OSS, "sliding_window": 16, "num_hidden_layers": 3, "rope_parameters": {**YARN, "truncate": False}},
+    ),
     "glm4 moe in groups": ("Glm4Moe", {**GLM_MOE, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
 }
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]

@@ -107,7 +107,7 @@ class ReferenceBackend:
         return functools.partial(rms_norm, out_dtype=getattr(torch, spec.out_dtype))
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
-        return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype))
+        return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype), by=spec.gate)
 
     def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
         return functools.partial(relu_squared, out_dtype=getattr(torch, spec.out_dtype))

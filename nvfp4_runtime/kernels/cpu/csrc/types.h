@@ -128,12 +128,15 @@ struct RMSNorm {
   float eps;
 };
 
+enum class Gate { silu, gelu_tanh, clamped };  // nvfp4_runtime/config.py: Gate
 struct SiluMul {
   const void* x;  // [t][2 * width]
   void* out;      // [t][width]
   Type type;
   Type out_type;
   int width;
+  Gate gate = Gate::silu;
+  float alpha = 0.f, limit = 0.f;
 };
 
 struct Rope {
@@ -183,6 +186,7 @@ struct Attention {
   int window;  // 0: none
   const uint8_t* k_blocks;  // as in Rope
   const uint8_t* v_blocks;
+  const float* sinks;  // [hq] or null: one more score of each head, without a value
 };
 
 constexpr int kSegment = 256;       // KV positions between two merges, always starting at a multiple of it
