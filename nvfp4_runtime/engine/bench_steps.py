@@ -58,25 +58,26 @@ class RoutedExperts:
     """Counts the experts that every mixture runs, all layers and calls together."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._plain = 0
+        self._native: list[NativeMixture] = []
 
     def wrap(self) -> None:
-        plain, native = Experts.__call__, NativeMixture.__call__
+        plain, make = Experts.__call__, NativeMixture.__init__
 
         def run_plain(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-            self.count += chosen.unique().numel()
+            self._plain += chosen.unique().numel()
             return plain(experts, x, weights, chosen)
 
-        def run_native(mixture: NativeMixture, *args: Any) -> Tensor:
-            result = native(mixture, *args)
-            self.count += len(set(mixture.chosen))
-            return result
+        def keep(mixture: NativeMixture, *args: Any) -> None:
+            make(mixture, *args)
+            self._native.append(mixture)
 
-        Experts.__call__, NativeMixture.__call__ = run_plain, run_native  # type: ignore[method-assign]
+        Experts.__call__, NativeMixture.__init__ = run_plain, keep  # type: ignore[method-assign]
 
     def take(self) -> int:
-        taken, self.count = self.count, 0
-        return taken
+        """Those of the step that just ended: a native mixture remembers its last call, whoever called it."""
+        taken, self._plain = self._plain, 0
+        return taken + sum(len(set(mixture.chosen)) for mixture in self._native)
 
 
 class RecordingCore(core.EngineCore):
@@ -96,7 +97,7 @@ class RecordingCore(core.EngineCore):
             tokens = sum(len(output.token_ids) for output in message.outputs)
             experts = self._routed.take()
             self.steps.append({"tokens": tokens, "seconds": now - self._last, "experts": experts, "parts": parts})
-            self._last, self._parts = now, dict(self._timer.seconds)
+            self._last, self._parts = time.perf_counter(), dict(self._timer.seconds)
 
 
 def run(fd: int, result: Path, profile: bool) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -380,6 +381,11 @@ class Mamba2Weights:
     min_step: float
     eps: float
 
+    @cached_property
+    def taps(self) -> Tensor:
+        """conv_weight [conv_width, conv_dim], contiguous."""
+        return self.conv_weight.t().contiguous()
+
 
 class Mamba2Kernel(Protocol):
     def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
@@ -401,53 +407,6 @@ class NormOp:
     kernel: RMSNormKernel
     weight: Tensor
     eps: float
-
-
-@dataclass(frozen=True)
-class DecoderLayerOps:
-    """What one pre-norm decoder layer calls, in the order of the fields: rope and attention between qkv and o,
-    silu_mul between gate_up and down; each norm first adds what came before to the residual stream.
-
-    A linear is None where its parts are stored in formats that cannot share a kernel.
-    """
-
-    input_norm: NormOp
-    qkv: LinearKernel | None
-    rope: RopeKernel
-    cos: Tensor
-    sin: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    qk_norm_eps: float
-    attention: AttentionKernel
-    scale: float
-    o: LinearKernel | None
-    post_norm: NormOp
-    gate_up: LinearKernel | None
-    silu_mul: Callable[[Tensor], Tensor]
-    down: LinearKernel | None
-
-
-@dataclass(frozen=True)
-class DecoderOps:
-    """Everything of a decoder but its head.
-
-    embedding  [V, hidden] bfloat16, float16 or float32; widened to the stream's type
-    """
-
-    embedding: Tensor
-    layers: Sequence[DecoderLayerOps]
-    norm: NormOp
-
-
-class DecoderKernel(Protocol):
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        """The normed hidden states of batch.logits_rows, [R, hidden]: what the head multiplies.
-
-        The same bits as the embedding, the layers' ops and the last norm called one by one. Raises IndexError for
-        token ids, slots, positions, block ids and rows that point outside.
-        """
-        ...
 
 
 class Backend(Protocol):
@@ -492,10 +451,6 @@ class Backend(Protocol):
     def mla_decode(self, spec: MLASpec) -> MLAKernel: ...
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel: ...
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        """The whole decoder as one call, or why not, for a person to read."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Facts for `nvfp4 version` and the start-up screen: ISA variant, threads, version."""

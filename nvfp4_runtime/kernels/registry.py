@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     Backend,
-    DecoderKernel,
-    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -38,7 +36,15 @@ from nvfp4_runtime.kernels.ops import (
     RopeSpec,
 )
 from nvfp4_runtime.kernels.transfer import to_device
-from nvfp4_runtime.kernels.whole_ops import LatentKernel, LatentOps, MixtureKernel, MixtureOps
+from nvfp4_runtime.kernels.whole_ops import (
+    DecoderKernel,
+    DecoderOps,
+    LatentKernel,
+    LatentOps,
+    MixtureKernel,
+    MixtureOps,
+    RunsLayersWhole,
+)
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
@@ -100,17 +106,6 @@ class Choice:
 
 
 W = TypeVar("W")
-
-
-@runtime_checkable
-class RunsLayersWhole(Protocol):
-    """A backend that has some layers as one call. Each answers why not, for a person to read."""
-
-    name: str
-
-    def mixture(self, ops: MixtureOps) -> MixtureKernel | str: ...
-
-    def latent(self, ops: LatentOps) -> LatentKernel | str: ...
 
 
 Samples = dict[LinearSpec | GroupedLinearSpec, tuple[Sequence[Weight], LinearKernel | GroupedLinearKernel, str]]
@@ -300,31 +295,29 @@ class Kernels:
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | None:
         """Everything before the head as one call where a backend has that; None: call their ops one by one."""
-        refusals: list[str] = []
-        for backend in self.backends:
-            made = backend.decoder(ops)
-            if not isinstance(made, str):
-                self.choices.append(Choice("decoder", "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
-                return made
-            refusals.append(f"{backend.name}: {made}")
-        logger.info("layers run op by op (%s)", "; ".join(refusals))
-        return None
+        return self._whole("decoder", lambda backend: backend.decoder(ops))
 
     def mixture(self, ops: MixtureOps) -> MixtureKernel | None:
-        """The routed part of a mixture as one call where a backend has that; None: call its ops one by one."""
-        return self._whole("mixture", [b.mixture(ops) for b in self.backends if isinstance(b, RunsLayersWhole)])
+        """The routed part of a mixture, likewise."""
+        return self._whole("mixture", lambda backend: backend.mixture(ops))
 
     def latent(self, ops: LatentOps) -> LatentKernel | None:
-        """Latent attention between its projections as one call, likewise."""
-        return self._whole("latent", [b.latent(ops) for b in self.backends if isinstance(b, RunsLayersWhole)])
+        """Latent attention between its projections, likewise."""
+        return self._whole("latent", lambda backend: backend.latent(ops))
 
-    def _whole(self, group: str, answers: Sequence[W | str]) -> W | None:
-        made = next((answer for answer in answers if not isinstance(answer, str)), None)
-        if made is not None:
-            self.choices.append(Choice(group, "-", 0.0, 0, "cpu", self.stream, "as one call"))
-        elif answers:
-            logger.info("%s runs op by op (%s)", group, "; ".join(str(answer) for answer in answers))
-        return made
+    def _whole(self, group: str, make: Callable[[RunsLayersWhole], W | str]) -> W | None:
+        refusals: list[str] = []
+        for backend in self.backends:
+            if not isinstance(backend, RunsLayersWhole):
+                refusals.append(f"{backend.name}: calls ops one by one")
+                continue
+            made = make(backend)
+            if not isinstance(made, str):
+                self.choices.append(Choice(group, "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
+                return made
+            refusals.append(f"{backend.name}: {made}")
+        logger.info("%s: op by op (%s)", group, "; ".join(refusals))
+        return None
 
     def record_fusion(self, producer: str, group: str) -> None:
         """The op `producer` writes the input of the linears `group` quantised: a line of its own in the report."""

@@ -10,6 +10,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import KVDtype, ModelConfig
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import AttentionOps
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.layers.norm import load_norm_weight
 
@@ -69,3 +70,20 @@ class Attention:
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )
         return self.o_proj(self.attend(q, kv, batch, self.scale, self.sinks), batch.adapters)
+
+    def ops(self) -> AttentionOps:
+        """The same for a backend that runs a decoder as one call."""
+        return AttentionOps(
+            qkv=self.qkv_proj.only_kernel,
+            rope=self.rope,
+            cos=self.cos,
+            sin=self.sin,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            qk_norm_eps=self.eps,
+            attention=self.attend,
+            scale=self.scale,
+            sinks=self.sinks,
+            o=self.o_proj.only_kernel,
+            cache_index=self.layer_id,
+        )

@@ -11,6 +11,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Mamba2Config
 from nvfp4_runtime.kernels.ops import Mamba2Spec, Mamba2Weights
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import MambaOps
 from nvfp4_runtime.layers.linear import Linear
 
 
@@ -69,3 +70,7 @@ class Mamba2:
         assert isinstance(state, StateLayer)
         y = self.mix(self.in_proj(x, batch.adapters), self.weights, state, batch)
         return self.out_proj(y, batch.adapters)
+
+    def ops(self) -> MambaOps:
+        """The same for a backend that runs a decoder as one call."""
+        return MambaOps(self.in_proj.only_kernel, self.mix, self.weights, self.out_proj.only_kernel, self.cache_index)

@@ -14,7 +14,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MLAConfig
 from nvfp4_runtime.kernels.ops import GroupedLinearKernel, MLASpec
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.kernels.whole_ops import LatentOps
+from nvfp4_runtime.kernels.whole_ops import LatentBodyOps, LatentOps
 from nvfp4_runtime.layers.linear import Linear, load_weight
 from nvfp4_runtime.layers.norm import RMSNorm
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
@@ -57,9 +57,13 @@ class LatentAttention:
         self.heads = kernels.place(torch.arange(num_heads + 1, dtype=torch.int32))
         self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, num_heads * config.v_dim)
         self.attend = kernels.mla_decode(MLASpec(num_heads, rank, rope, kernels.dtype, kernels.dtype))
-        self.run_as_one = kernels.latent(self._ops())
+        self.run_as_one = kernels.latent(self._latent_ops())
 
-    def _ops(self) -> LatentOps:
+    def ops(self) -> LatentBodyOps:
+        """The same, while every sequence decodes, for a backend that runs a decoder as one call."""
+        return LatentBodyOps(self.down_proj.only_kernel, self.run_as_one, self.o_proj.only_kernel, self.layer_id)
+
+    def _latent_ops(self) -> LatentOps:
         q_norm = None if self.q_norm is None else self.q_norm.op
         return LatentOps(
             config=self.config,

@@ -10,6 +10,7 @@ from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import FeedForwardOps
 from nvfp4_runtime.layers.linear import Linear
 
 
@@ -44,6 +45,10 @@ class MLP:
             return self.down_proj(self._quantizes.quantize(gate_up, self._quantized_under, True))
         return self.down_proj(self.silu_mul(gate_up), adapters)
 
+    def ops(self) -> FeedForwardOps:
+        """The same for a backend that runs a decoder as one call."""
+        return FeedForwardOps(self.gate_up_proj.only_kernel, self.silu_mul, self.down_proj.only_kernel)
+
 
 class PlainMLP:
     """down(relu(up(x))^2), `prefix` being e.g. "backbone.layers.3.mixer"."""
@@ -56,3 +61,7 @@ class PlainMLP:
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
         return self.down_proj(self.relu_squared(self.up_proj(x, adapters)), adapters)
+
+    def ops(self) -> FeedForwardOps:
+        """The same for a backend that runs a decoder as one call."""
+        return FeedForwardOps(self.up_proj.only_kernel, self.relu_squared, self.down_proj.only_kernel)

@@ -12,7 +12,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MoEConfig
 from nvfp4_runtime.errors import UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.kernels.whole_ops import MixtureOps
+from nvfp4_runtime.kernels.whole_ops import MixtureBodyOps, MixtureOps
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
 from nvfp4_runtime.layers.mlp import MLP, PlainMLP
 from nvfp4_runtime.nvfp4.weight import Weight, can_fuse, fuse
@@ -52,6 +52,14 @@ class MoE:
             return self._routed(x, inner_x, shared, gate)
         y = self.out_of_latent(self._routed(x, inner_x, None, None).to(self.dtype), adapters)
         return y if shared is None else y + _gated(shared, gate)
+
+    def ops(self) -> MixtureBodyOps | str:
+        """The same for a backend that runs a decoder as one call."""
+        if self.into_latent is not None:
+            return "its experts lie between two more projections"
+        if self.shared is None:
+            return MixtureBodyOps(self.run_as_one, None, None)
+        return MixtureBodyOps(self.run_as_one, self.shared.mlp.ops(), self.shared.gate)
 
     def _routed(self, x: Tensor, inner_x: Tensor, shared: Tensor | None, gate: Tensor | None) -> Tensor:
         """See `MixtureKernel`."""

@@ -22,8 +22,6 @@ from nvfp4_runtime.kernels.blackwell.linear import BlackwellLinear, upload
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -155,9 +153,6 @@ class BlackwellBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(self._not_here(spec))
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        return "its layers are called one by one"
 
     def describe(self) -> dict[str, Any]:
         if self.missing is not None:

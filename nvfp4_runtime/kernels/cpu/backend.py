@@ -34,8 +34,6 @@ from nvfp4_runtime.kernels.cpu.whole import NativeLatent, NativeMixture, refuses
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -54,7 +52,14 @@ from nvfp4_runtime.kernels.ops import (
     RopeSpec,
     refuses_kv,
 )
-from nvfp4_runtime.kernels.whole_ops import LatentKernel, LatentOps, MixtureKernel, MixtureOps
+from nvfp4_runtime.kernels.whole_ops import (
+    DecoderKernel,
+    DecoderOps,
+    LatentKernel,
+    LatentOps,
+    MixtureKernel,
+    MixtureOps,
+)
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.mx import MXFP4Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight

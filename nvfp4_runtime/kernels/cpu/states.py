@@ -62,19 +62,17 @@ class NativeMamba2:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self._row = sum(spec.widths)
-        self._weights: Mamba2Weights | None = None
+        self._checked: Mamba2Weights | None = None
 
     def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
         spec, slots = self.spec, batch.state_slots
         check_matrix("projected", projected, self.dtype, self._row)
         count = projected.size(0)
-        if weights is not self._weights:
-            self._check_weights(weights)
+        if weights is not self._checked:
+            self._addresses, self._checked = self.check_weights(weights), weights
         if slots is None:
             raise KernelError("a Mamba-2 layer needs batch.state_slots, found None")
-        check_tensor("state.conv", state.conv, torch.float32, (-1, spec.conv_width - 1, spec.conv_dim))
-        shape = (state.conv.size(0), spec.num_heads, spec.head_dim, spec.state_size)
-        check_tensor("state.ssm", state.ssm, torch.float32, shape)
+        self.check_state(state)
         check_tensor("state_slots", slots, torch.int64, (-1,))
         check_tensor("positions", batch.positions, torch.int64, (count,))
         check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (slots.size(0) + 1,))
@@ -85,14 +83,7 @@ class NativeMamba2:
             self._run(
                 projected.data_ptr(),
                 TYPE_CODES[self.dtype],
-                weights.dt_bias.data_ptr(),
-                weights.a.data_ptr(),
-                weights.min_step,
-                self._taps.data_ptr(),
-                weights.conv_bias.data_ptr(),
-                weights.d.data_ptr(),
-                weights.norm.data_ptr(),
-                weights.eps,
+                *self._addresses,
                 state.conv.data_ptr(),
                 state.ssm.data_ptr(),
                 slots.data_ptr(),
@@ -110,11 +101,27 @@ class NativeMamba2:
             )
         return out
 
-    def _check_weights(self, weights: Mamba2Weights) -> None:
+    def check_state(self, state: StateLayer) -> None:
+        spec = self.spec
+        check_tensor("state.conv", state.conv, torch.float32, (-1, spec.conv_width - 1, spec.conv_dim))
+        shape = (state.conv.size(0), spec.num_heads, spec.head_dim, spec.state_size)
+        check_tensor("state.ssm", state.ssm, torch.float32, shape)
+
+    def check_weights(self, weights: Mamba2Weights) -> tuple[int | float, ...]:
+        """What native calls take of them, in order: addresses that live as long as `weights`."""
         spec = self.spec
         check_tensor("conv_weight", weights.conv_weight, torch.float32, (spec.conv_dim, spec.conv_width))
         check_tensor("conv_bias", weights.conv_bias, torch.float32, (spec.conv_dim,))
         check_tensor("norm", weights.norm, torch.float32, (spec.inner,))
         for name, vector in (("a", weights.a), ("dt_bias", weights.dt_bias), ("d", weights.d)):
             check_tensor(name, vector, torch.float32, (spec.num_heads,))
-        self._weights, self._taps = weights, weights.conv_weight.t().contiguous()
+        return (
+            weights.dt_bias.data_ptr(),
+            weights.a.data_ptr(),
+            weights.min_step,
+            weights.taps.data_ptr(),
+            weights.conv_bias.data_ptr(),
+            weights.d.data_ptr(),
+            weights.norm.data_ptr(),
+            weights.eps,
+        )

@@ -49,7 +49,8 @@ class NativeMixture:
         self._correction = None if ops.correction is None else ops.correction.to(torch.float32).contiguous()
         if self._correction is not None:
             check_tensor("correction", self._correction, torch.float32, (config.num_experts,))
-        self._mixture = native.Mixture(
+        activation = ops.activation
+        self.native = native.Mixture(
             context,
             router.native,
             0 if self._correction is None else self._correction.data_ptr(),
@@ -63,10 +64,11 @@ class NativeMixture:
             first.native,
             down.native,
             config.gated,
+            activation.gate_codes if isinstance(activation, NativeSiluMul) else (0, 0.0, 0.0),
             TYPE_CODES[self.stream],
             TYPE_CODES[self.dtype],
         )
-        self._run = self._mixture.run
+        self._run = self.native.run
 
     def __call__(self, x: Tensor, inner_x: Tensor, shared: Tensor | None, gate: Tensor | None) -> Tensor:
         hidden, inner, out_width = self._widths
@@ -89,10 +91,18 @@ class NativeMixture:
         )
         return out
 
+    def check(self, hidden: int, dtype: torch.dtype, stream: torch.dtype) -> None:
+        """Raise KernelError unless it reads and gives rows like these."""
+        if (self._widths, self.dtype, self.stream) != ((hidden,) * 3, dtype, stream):
+            raise KernelError(
+                f"mixture: expected {hidden} wide from {dtype} to {stream}, found {self._widths} from {self.dtype} to "
+                f"{self.stream}"
+            )
+
     @property
     def chosen(self) -> list[int]:
         """The experts of the last call, token by token, best first."""
-        return list(self._mixture.chosen)
+        return list(self.native.chosen)
 
 
 def refuses_latent(ops: LatentOps) -> str | None:
@@ -126,12 +136,13 @@ class NativeLatent:
         queries = ops.num_heads * (config.nope_dim + config.rope_dim)
         self._query_width = queries if ops.q_norm is None else config.q_lora_rank or 0
         self._cache_width = config.kv_lora_rank + config.rope_dim
-        self._out_width = ops.num_heads * config.v_dim
+        self.out_width = ops.num_heads * config.v_dim
+        self.in_width = self._query_width + self._cache_width
         half = config.rope_dim // 2
         check_tensor("cos", ops.cos, torch.float32, (-1, half))
         check_tensor("sin", ops.sin, torch.float32, (ops.cos.size(0), half))
         assert ops.q_b is None or isinstance(ops.q_b, NativeLinear)
-        self._layer = native.LatentLayer(
+        self.native = native.LatentLayer(
             context,
             (ops.num_heads, config.nope_dim, config.rope_dim, config.kv_lora_rank, config.v_dim, self._query_width),
             config.interleaved,
@@ -147,17 +158,17 @@ class NativeLatent:
             TYPE_CODES[self.stream],
             TYPE_CODES[self.dtype],
         )
-        self._run = self._layer.run
+        self._run = self.native.run
 
     def __call__(self, projected: Tensor, cache: LatentLayer, batch: ForwardBatch) -> Tensor:
-        check_matrix("projected", projected, self.stream, self._query_width + self._cache_width)
+        check_matrix("projected", projected, self.stream, self.in_width)
         rows = projected.size(0)
         self._memo.check_slots(batch.positions, batch.slot_mapping, rows)
-        check_tensor("cache", cache.latent, self.dtype, (-1, -1, self._cache_width))
+        self.check_cache(cache)
         tables, lengths = batch.each_token
         check_tensor("block_tables", tables, torch.int32, (rows, -1))
         check_tensor("seq_lens", lengths, torch.int32, (rows,))
-        out = torch.empty((rows, self._out_width), dtype=self.dtype)
+        out = torch.empty((rows, self.out_width), dtype=self.dtype)
         self._run(
             projected.data_ptr(),
             rows,
@@ -172,6 +183,9 @@ class NativeLatent:
             out.data_ptr(),
         )
         return out
+
+    def check_cache(self, cache: LatentLayer) -> None:
+        check_tensor("cache", cache.latent, self.dtype, (-1, -1, self._cache_width))
 
 
 def _norm(norm: NormOp, width: int) -> tuple[int, int, float]:

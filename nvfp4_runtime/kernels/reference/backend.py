@@ -13,8 +13,6 @@ from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -126,9 +124,6 @@ class ReferenceBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return ReferenceMamba2(spec)
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        return "the plain kernels are called one by one"
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -19,8 +19,6 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -162,9 +160,6 @@ class TritonBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(_NO_MAMBA2)
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        return "a CUDA graph joins the launches of its kernels"
 
     def describe(self) -> dict[str, Any]:
         if self.missing is not None:

@@ -7,43 +7,9 @@
 #include <nanobind/stl/vector.h>
 
 #include "context.h"
-#include "decoder.h"
+#include "binding.h"
 #include "isa.h"
-#include "latent_layer.h"
 #include "limits.h"
-#include "mixture.h"
-
-namespace nb = nanobind;
-using namespace nvfp4;
-using namespace nb::literals;
-
-namespace {
-
-using Address = uintptr_t;  // 0: absent
-
-// Raised as nvfp4_runtime.errors.KernelError.
-struct Misaligned : std::runtime_error {
-  explicit Misaligned(size_t size)
-      : std::runtime_error("found a tensor whose address is not a multiple of its element size, expected a multiple of " +
-                           std::to_string(size) + "; clone() it before the call") {}
-};
-
-template <class T>
-T* at(Address a) {
-  if (a % alignof(T)) throw Misaligned(alignof(T));
-  return reinterpret_cast<T*>(a);
-}
-void* at(Address a, int type) {
-  const size_t size = type_bytes(Type(type));
-  if (a % size) throw Misaligned(size);
-  return reinterpret_cast<void*>(a);
-}
-
-NormWeight norm_weight(const std::tuple<Address, int, float>& w) {
-  return {at(std::get<0>(w), std::get<1>(w)), Type(std::get<1>(w)), std::get<2>(w)};
-}
-
-}  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels. Use nvfp4_runtime.kernels.cpu.backend.CPUBackend, which checks what this does not.";
@@ -221,7 +187,7 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Mixture* self, Context& context, const Linear& router, Address correction, int experts, int top_k, int groups,
              int top_groups, bool softmax, bool renormalise, float scale, const Experts& first, const Experts& down, bool gated,
-             int stream, int input) {
+             std::tuple<int, float, float> gate, int stream, int input) {
             Route route{};
             route.correction = at<const float>(correction);
             route.experts = experts;
@@ -235,6 +201,9 @@ NB_MODULE(_native, m) {
             activation.type = Type(stream);
             activation.out_type = Type(input);
             activation.width = down.k;
+            activation.gate = Gate(std::get<0>(gate));
+            activation.alpha = std::get<1>(gate);
+            activation.limit = std::get<2>(gate);
             new (self) Mixture(context, router, route, first, down, gated, activation, Type(stream), Type(input));
           },
           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 12>(), nb::keep_alive<1, 13>())
@@ -272,73 +241,5 @@ NB_MODULE(_native, m) {
           },
           no_gil);
 
-  nb::class_<Decoder>(m, "Decoder")
-      .def(
-          "__init__",
-          [](Decoder* self, Context& context, int hidden, int stream, int input, Address embedding, int embedding_type,
-             int64_t vocab, std::tuple<Address, int, float> last_norm) {
-            new (self) Decoder(context, hidden, Type(stream), Type(input), {at(embedding, embedding_type), Type(embedding_type), vocab},
-                               norm_weight(last_norm));
-          },
-          nb::keep_alive<1, 2>())
-      .def(
-          "add",
-          [](Decoder& d, std::tuple<Address, int, float> input_norm, std::tuple<Address, int, float> post_norm,
-             const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, int stream, int input,
-             Address cos, Address sin, int64_t num_positions, Address q_norm, Address k_norm, int norm_type, float eps,
-             int heads, int kv_heads, int head_dim, int rotary_dim, float scale, int window) {
-            DecoderLayer layer{};
-            layer.input_norm = norm_weight(input_norm);
-            layer.post_norm = norm_weight(post_norm);
-            layer.qkv = &qkv;
-            layer.o = &o;
-            layer.gate_up = &gate_up;
-            layer.down = &down;
-            Rope& rope = layer.rope;
-            rope.type = Type(stream);
-            rope.cos = at<const float>(cos);
-            rope.sin = at<const float>(sin);
-            rope.q_norm = at(q_norm, norm_type);
-            rope.k_norm = at(k_norm, norm_type);
-            rope.norm_type = Type(norm_type);
-            rope.eps = eps;
-            rope.heads = heads;
-            rope.kv_heads = kv_heads;
-            rope.head_dim = head_dim;
-            rope.rotary_dim = rotary_dim;
-            Attention& a = layer.attention;
-            a.type = Type(stream);
-            a.out_type = Type(input);
-            a.scale = scale;
-            a.heads = heads;
-            a.kv_heads = kv_heads;
-            a.head_dim = head_dim;
-            a.window = window;
-            layer.num_positions = num_positions;
-            d.add(layer);
-          },
-          nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
-      .def("set_cache",
-           [](Decoder& d, int i, Address k, Address v, int type, float k_scale, float v_scale, int num_blocks,
-              int block_size, Address k_blocks, Address v_blocks) {
-             DecoderLayer& layer = d.layer(i);
-             layer.attention.k = layer.rope.k = at(k, type);
-             layer.attention.v = layer.rope.v = at(v, type);
-             layer.rope.kv_type = layer.attention.kv_type = Type(type);
-             layer.rope.k_scale = layer.attention.k_scale = k_scale;
-             layer.rope.v_scale = layer.attention.v_scale = v_scale;
-             layer.rope.block_size = layer.attention.block_size = block_size;
-             layer.attention.k_blocks = layer.rope.k_blocks = at<uint8_t>(k_blocks);
-             layer.attention.v_blocks = layer.rope.v_blocks = at<uint8_t>(v_blocks);
-             layer.num_blocks = num_blocks;
-           })
-      .def(
-          "run",
-          [](Decoder& d, Address ids, int rows, Address logits_rows, int wanted, Address out, Address positions,
-             Address slots, Address tables, int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
-            d.run({at<const int64_t>(ids), rows, at<const int64_t>(logits_rows), wanted, at(out, int(d.input())),
-                   at<const int64_t>(positions), at<const int64_t>(slots), at<const int32_t>(tables),
-                   at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride, sequences});
-          },
-          no_gil);
+  bind_decoder(m);
 }
