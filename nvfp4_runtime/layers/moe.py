@@ -39,9 +39,9 @@ class MoE:
         self.shared: SharedExpert | None = None
         if config.shared_size:
             self.shared = SharedExpert(ckpt, kernels, hidden, config, prefix)
-        router, experts = self.router, self.experts
+        scores, experts = self.router, self.experts
         self.run_as_one = kernels.mixture(
-            MixtureOps(router.project, router.correction, config, experts.first, experts.activation, experts.down)
+            MixtureOps(scores.project, scores.correction, config, experts.first, experts.activation, experts.down)
         )
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
