@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install serve test test-gpu test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
-	bench-quality bench-http bench-structured
+	bench-quality bench-http bench-structured storms
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -103,6 +103,13 @@ bench-structured: install
 	$(BIN)/python -m nvfp4_runtime.structured.bench \
 		"$$($(BIN)/nvfp4 prepare)/tokenizer.json" $(BENCH)
 	$(BIN)/python -m nvfp4_runtime.engine.bench_structured "$$($(BIN)/nvfp4 prepare)"
+
+# What a server must outlast, each storm with its verdict (docs/reliability.md): about 45 minutes. STORMS: their names.
+# BENCH: more flags, such as --short or --json 'build/{}.json'. Let nothing else run beside it.
+STORMS ?= all
+
+storms: install
+	$(BIN)/python -m loadtest.storms $(STORMS) $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
