@@ -122,7 +122,7 @@ def test_a_decoder_with_states_refuses_a_batch_without_slots_and_one_with_other_
     write_modelopt(tmp_path, config, random_tensors(config))
     model = load(tmp_path, "w4a16", "bfloat16", "bfloat16", 1, fused=True)
     batch = PagedRunner(model).batch([(0, TOKENS[:4])])
-    with pytest.raises(KernelError, match="needs batch.state_slots"):
+    with pytest.raises(KernelError, match=r"needs batch\.state_slots"):
         model.forward(replace(batch, state_slots=None))
     with pytest.raises(IndexError, match=r"state_slots\[0\] is 99"):
         model.forward(replace(batch, state_slots=torch.tensor([99])))
