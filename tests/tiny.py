@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LATENT_LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-MAMBA_LINEARS = ("in_proj", "out_proj")
+MAMBA_LINEARS = ("in_proj", "out_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
 LINEARS = (
     "q_proj",
     "k_proj",
@@ -41,6 +41,8 @@ LINEARS = (
     "w1",
     "w2",
     "w3",
+    "qkv_proj",
+    "gate_up_proj",
     *LATENT_LINEARS,
 )
 STACKS = ("experts.gate_up_proj", "experts.down_proj")

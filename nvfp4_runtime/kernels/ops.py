@@ -204,6 +204,35 @@ class Mamba2Spec:
         return [self.inner, self.conv_dim, self.num_heads]
 
 
+@dataclass(frozen=True)
+class DeltaSpec:
+    """Convolution and gated delta rule of one layer, token by token, over per-sequence states.
+
+    Inputs are `dtype`, the result is float32; all arithmetic is FP32, in the order of the tokens, so that it does not
+    matter how a prompt is cut.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    dtype: Dtype
+    kind: str = "gated_delta"
+
+    @property
+    def keys(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return 2 * self.keys + self.values
+
+
 def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
     """Why no backend can keep this cache, or None."""
     if spec.kv_dtype == "nvfp4" and spec.head_dim % 16:
@@ -225,6 +254,7 @@ OpSpec = (
     | PagedAttentionSpec
     | MLASpec
     | Mamba2Spec
+    | DeltaSpec
 )
 
 
@@ -401,6 +431,34 @@ class Mamba2Kernel(Protocol):
 
 
 @dataclass(frozen=True)
+class DeltaWeights:
+    """What a gated delta kernel reads beside its input, all float32.
+
+    conv_weight  [conv_dim, conv_width]
+    a            [num_value_heads], negative
+    dt_bias      [num_value_heads]
+    """
+
+    conv_weight: Tensor
+    a: Tensor
+    dt_bias: Tensor
+
+
+class DeltaKernel(Protocol):
+    def __call__(
+        self, qkv: Tensor, b: Tensor, dt: Tensor, weights: DeltaWeights, state: StateLayer, batch: ForwardBatch
+    ) -> Tensor:
+        """qkv [T, conv_dim], b and dt [T, num_value_heads], all contiguous -> y float32 [T, values].
+
+        Per token: qkv through the causal convolution and SiLU becomes q, k [H_k, D_k] and v [H_v, D_v]; q and k are
+        divided by sqrt(sum of squares + 1e-6), q by sqrt(D_k) as well. Value head h of key head h // (H_v / H_k), with
+        decay = exp(softplus(dt + dt_bias) * a): state *= decay; state += sigmoid(b) * (v - state k) k^T; y = state q.
+        state.ssm is [num_slots, H_v, D_v, D_k]; states are read and left as Mamba2Kernel does.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class NormOp:
     """A norm with its weight."""
 
@@ -451,6 +509,8 @@ class Backend(Protocol):
     def mla_decode(self, spec: MLASpec) -> MLAKernel: ...
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel: ...
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel: ...
 
     def describe(self) -> dict[str, Any]:
         """Facts for `nvfp4 version` and the start-up screen: ISA variant, threads, version."""

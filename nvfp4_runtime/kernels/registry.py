@@ -18,6 +18,8 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     Backend,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -159,20 +161,22 @@ class Kernels:
         names: Sequence[str] = (),
         made_from: str | None = None,
         out_dtype: Dtype | None = None,
+        counted: bool = True,
     ) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
 
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
         `made_from` is the format the checkpoint stores, where `weight` was quantised from it at load. Such a weight has
         no calibrated input_scale, so it runs W4A16 where W4A4 was asked for; the report says so.
-        `out_dtype` is the results' type, None: the stream's.
+        `out_dtype` is the results' type, None: the stream's. `counted` False: another kernel's weight once more, whose
+        bytes the report has already.
         """
         spec = self.linear_spec(group, weight, made_from)
         if out_dtype is not None:
             spec = dataclasses.replace(spec, out_dtype=out_dtype)
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
-        self._record_weights(group, [weight], spec, backend, reason, made_from)
+        self._record_weights(group, [weight] if counted else [], spec, backend, reason, made_from)
         if self.samples is not None:
             self.samples.setdefault(spec, ([weight], kernel, backend.name))
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
@@ -207,14 +211,14 @@ class Kernels:
         reason: str,
         made_from: str | None = None,
     ) -> None:
-        stored, num_bytes = weights[0].format, sum(w.nbytes for w in weights)
-        numerics = spec.numerics or WEIGHT_ONLY_NUMERICS.get(stored, "dense")
+        stored, num_bytes = spec.weight if weights else "-", sum(w.nbytes for w in weights)
+        numerics = spec.numerics or WEIGHT_ONLY_NUMERICS.get(spec.weight, "dense")
         reasons = [reason] if reason else []
         if made_from is not None:
             reasons.insert(0, f"quantised at load from {made_from}")
             if spec.numerics == "w4a16" and self.numerics == "w4a4":
                 reasons.append("w4a4 needs a calibrated input_scale, which it has not")
-        bits = 8 * num_bytes / sum(w.n * w.k for w in weights)
+        bits = 8 * num_bytes / sum(w.n * w.k for w in weights) if weights else 0.0
         self.choices.append(Choice(group, stored, bits, num_bytes, backend.name, numerics, "; ".join(reasons)))
 
     def rms_norm(self, hidden: int, out_dtype: Dtype | None = None) -> RMSNormKernel:
@@ -241,6 +245,9 @@ class Kernels:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return self._record(spec).mamba2(spec)
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        return self._record(spec).gated_delta(spec)
 
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
@@ -326,7 +333,15 @@ class Kernels:
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
     def _record(
-        self, spec: NormSpec | ActivationSpec | ReluSquaredSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
+        self,
+        spec: NormSpec
+        | ActivationSpec
+        | ReluSquaredSpec
+        | RopeSpec
+        | PagedAttentionSpec
+        | MLASpec
+        | Mamba2Spec
+        | DeltaSpec,
     ) -> Backend:
         backend, reason = self._choose(spec)
         self.chosen[spec] = backend

@@ -82,7 +82,10 @@ class Router:
         self.config = config
         self.correction: Tensor | None = None
         if config.correction_bias:
-            bias = ckpt.tensor(f"{prefix}.e_score_correction_bias", (config.num_experts,))
+            name = f"{prefix}.e_score_correction_bias"
+            if not ckpt.has(name):  # MiniMax: beside the router, not in it
+                name = f"{prefix.rpartition('.')[0]}.e_score_correction_bias"
+            bias = ckpt.tensor(name, (config.num_experts,))
             self.correction = kernels.place(bias.to(torch.float32))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:

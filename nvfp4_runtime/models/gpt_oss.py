@@ -32,15 +32,15 @@ class Decoder(Stack):
         self.config, self.kv_dtype = config, kv_dtype
         self.stream = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
         tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
         cos, sin = (kernels.place(table) for table in tables)
         self.layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
-        self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", config.hidden_size, config.rms_norm_eps)
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(
-            attention_spec(ckpt, config, i, f"model.layers.{i}.self_attn") for i in range(config.num_layers)
+            attention_spec(ckpt, config, i, f"{config.root}.layers.{i}.self_attn") for i in range(config.num_layers)
         )
 
 
@@ -58,7 +58,7 @@ class DecoderLayer:
         kv_dtype: KVDtype,
     ) -> None:
         assert config.moe is not None
-        prefix, hidden, eps = f"model.layers.{layer_id}", config.hidden_size, config.rms_norm_eps
+        prefix, hidden, eps = f"{config.root}.layers.{layer_id}", config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(ckpt, kernels, f"{prefix}.input_layernorm", hidden, eps)
         self.attention = Attention(ckpt, kernels, config, f"{prefix}.self_attn", layer_id, cos, sin, kv_dtype)
         self.input_norm.feed(self.attention.qkv_proj, kernels, "qkv_proj")

@@ -197,7 +197,7 @@ def test_mamba2_refuses_tensors_of_other_shapes_and_batches_without_slots() -> N
         kernel(given, replace(weights, norm=weights.norm[1:]), state, batch)
     with pytest.raises(KernelError, match=r"state\.ssm: expected"):
         kernel(given, weights, StateLayer(state.conv, state.ssm[:, 1:].contiguous()), batch)
-    with pytest.raises(KernelError, match="cu_seqlens_q runs to 2; projected has 1"):
+    with pytest.raises(KernelError, match="cu_seqlens_q runs to 2; the input has 1"):
         kernel(given[:1], weights, state, ForwardBatch(**{**batch.__dict__, "positions": batch.positions[:1]}))
     with pytest.raises(KernelError, match="needs batch"):
         kernel(given, weights, state, ForwardBatch(**{**batch.__dict__, "state_slots": None}))

@@ -22,6 +22,8 @@ from nvfp4_runtime.kernels.blackwell.linear import BlackwellLinear, upload
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -152,6 +154,9 @@ class BlackwellBackend:
         raise KernelError(self._not_here(spec))
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        raise KernelError(self._not_here(spec))
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
         raise KernelError(self._not_here(spec))
 
     def describe(self) -> dict[str, Any]:

@@ -243,6 +243,6 @@ def make_body(
 def check_slots(slots: Tensor | None, sequences: int) -> int:
     """The address of batch.state_slots."""
     if slots is None:
-        raise KernelError("a Mamba-2 layer needs batch.state_slots, found None")
+        raise KernelError("a layer that keeps states needs batch.state_slots, found None")
     check_tensor("state_slots", slots, torch.int64, (sequences,))
     return slots.data_ptr()

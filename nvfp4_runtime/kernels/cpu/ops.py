@@ -226,7 +226,7 @@ class NativePagedAttention:
         self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
     ) -> Tensor:
         spec = self.spec
-        if sinks is not self._sinks:
+        if sinks is not self._sinks or (sinks is None) is spec.sinks:
             self.check_sinks(sinks)
         check_tensor("q", q, self.dtype, (-1, spec.num_heads, spec.head_dim))
         self._memo.check_batch(batch)

@@ -13,6 +13,8 @@ from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -31,6 +33,7 @@ from nvfp4_runtime.kernels.ops import (
     RopeSpec,
     refuses_kv,
 )
+from nvfp4_runtime.kernels.reference.gated_delta import ReferenceDelta
 from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
 from nvfp4_runtime.kernels.reference.linear import reference_linear
 from nvfp4_runtime.kernels.reference.mamba2 import ReferenceMamba2
@@ -124,6 +127,9 @@ class ReferenceBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return ReferenceMamba2(spec)
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        return ReferenceDelta(spec)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -19,6 +19,8 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -53,6 +55,7 @@ NUMERICS = ("w4a16", "w4a4")
 
 _NO_RELU_SQUARED = "no Triton kernel for relu(x)^2"
 _NO_MAMBA2 = "no Triton kernel for Mamba-2"
+_NO_DELTA = "no Triton kernel for the gated delta rule"
 
 
 class TritonBackend:
@@ -83,8 +86,8 @@ class TritonBackend:
             return self.missing
         if isinstance(spec, QuantizeSpec):
             return None
-        if isinstance(spec, Mamba2Spec):
-            return _NO_MAMBA2
+        if isinstance(spec, Mamba2Spec | DeltaSpec):
+            return _NO_MAMBA2 if isinstance(spec, Mamba2Spec) else _NO_DELTA
         if isinstance(spec, ReluSquaredSpec):
             return _NO_RELU_SQUARED
         if spec.dtype not in FLOATS:
@@ -160,6 +163,9 @@ class TritonBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(_NO_MAMBA2)
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        raise KernelError(_NO_DELTA)
 
     def describe(self) -> dict[str, Any]:
         if self.missing is not None:

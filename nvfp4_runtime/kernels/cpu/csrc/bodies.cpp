@@ -87,9 +87,10 @@ void LatentBody::run(const DecoderStep& step, const void* normed, void* out) {
 
 void MambaBody::run(const DecoderStep& step, const void* normed, void* out) {
   const size_t rows = static_cast<size_t>(step.rows);
-  mamba.projected = projected_.bytes(rows * in.n * type_bytes(stream));
+  void* projected = projected_.bytes(rows * in.n * type_bytes(stream));
   mamba.out = mixed_.bytes(rows * out_proj.k * type_bytes(input));
-  in.run(context, normed, input, step.rows, const_cast<void*>(mamba.projected), stream);
+  in.run(context, normed, input, step.rows, projected, stream);
+  mamba.split(projected, mamba.heads, mamba.head_dim, mamba.state, mamba.groups);
   mamba.slots = step.state_slots;
   mamba.positions = step.positions;
   mamba.cu_seqlens = step.cu_seqlens;

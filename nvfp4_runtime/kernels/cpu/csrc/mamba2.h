@@ -20,7 +20,7 @@ template <class T>
 void mamba2_steps_as(const Mamba2& a, int begin, int end) {
   for (int t = begin; t < end; t++) {
     const size_t row = static_cast<size_t>(t) * a.heads;
-    const T* dt = static_cast<const T*>(a.projected) + static_cast<size_t>(t) * a.row() + a.inner() + a.conv_dim();
+    const T* dt = static_cast<const T*>(a.dt) + static_cast<size_t>(t) * a.dt_row;
     for (int h = 0; h < a.heads; h += 16) {
       const int left = a.heads - h;
       const V raw = add(load_upto(dt + h, left), load_upto(a.dt_bias + h, left));
@@ -46,7 +46,7 @@ void mamba2_conv_as(const Mamba2& a, int begin, int end) {
     for (int c = from; c < upto; c += 16) {
       const int left = upto - c;
       const auto input = [&](int t) {  // the sequence's t-th new token; before 0: what the state holds
-        if (t >= 0) return load_upto(static_cast<const T*>(a.projected) + static_cast<size_t>(start + t) * a.row() + a.inner() + c, left);
+        if (t >= 0) return load_upto(static_cast<const T*>(a.xbc) + static_cast<size_t>(start + t) * a.xbc_row + c, left);
         return fresh ? zero() : load_upto(state + static_cast<size_t>(before + t) * channels + c, left);
       };
       for (int t = 0; t < count; t++) {
@@ -104,7 +104,7 @@ template <class T, class O>
 void mamba2_norm_as(const Mamba2& a, int begin, int end) {
   const int inner = a.inner(), width = inner / a.groups;
   for (int t = begin; t < end; t++) {
-    const T* gate = static_cast<const T*>(a.projected) + static_cast<size_t>(t) * a.row();
+    const T* gate = static_cast<const T*>(a.gate) + static_cast<size_t>(t) * a.xbc_row;
     float* y = a.y + static_cast<size_t>(t) * inner;
     O* out = static_cast<O*>(a.out) + static_cast<size_t>(t) * inner;
     for (int first = 0; first < inner; first += width) {

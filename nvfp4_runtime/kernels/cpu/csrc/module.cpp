@@ -161,11 +161,56 @@ NB_MODULE(_native, m) {
              Address conv_bias, Address d, Address norm, float eps, Address conv_state, Address ssm_state, Address slots,
              Address positions, Address cu_seqlens, int sequences, int64_t num_slots, int heads, int head_dim, int state,
              int groups, int conv_width, Address out, int out_type) {
-            Mamba2 m{at(projected, type), Type(type), at<const float>(dt_bias), at<const float>(a), min_step,
-                     at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<const float>(norm), eps,
-                     at<float>(conv_state), at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
-                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, at(out, out_type),
-                     Type(out_type), 0, nullptr, nullptr, nullptr, nullptr};
+            Mamba2 m{};
+            m.type = Type(type);
+            m.split(at(projected, type), heads, head_dim, state, groups);
+            m.dt_bias = at<const float>(dt_bias);
+            m.a = at<const float>(a);
+            m.min_step = min_step;
+            m.conv_weight = at<const float>(conv_weight);
+            m.conv_bias = at<const float>(conv_bias);
+            m.d = at<const float>(d);
+            m.norm = at<const float>(norm);
+            m.eps = eps;
+            m.conv_state = at<float>(conv_state);
+            m.ssm_state = at<float>(ssm_state);
+            m.slots = at<const int64_t>(slots);
+            m.positions = at<const int64_t>(positions);
+            m.cu_seqlens = at<const int32_t>(cu_seqlens);
+            m.conv_width = conv_width;
+            m.out = at(out, out_type);
+            m.out_type = Type(out_type);
+            c.mamba2(m, sequences, num_slots);
+          },
+          no_gil)
+      .def(
+          "gated_delta",
+          [](Context& c, Address qkv, Address b, Address dt, int type, Address dt_bias, Address a, Address conv_weight,
+             Address conv_bias, Address conv_state, Address state, Address slots, Address positions, Address cu_seqlens,
+             int sequences, int64_t num_slots, int value_heads, int value_dim, int key_dim, int key_heads, int conv_width,
+             Address out) {
+            Mamba2 m{};
+            m.type = Type(type);
+            m.heads = value_heads;
+            m.head_dim = value_dim;
+            m.state = key_dim;
+            m.groups = key_heads;
+            m.xbc = at(qkv, type);
+            m.xbc_row = static_cast<size_t>(m.conv_dim());
+            m.dt = at(dt, type);
+            m.dt_row = static_cast<size_t>(m.heads);
+            m.b = at(b, type);
+            m.dt_bias = at<const float>(dt_bias);
+            m.a = at<const float>(a);
+            m.conv_weight = at<const float>(conv_weight);
+            m.conv_bias = at<const float>(conv_bias);
+            m.conv_state = at<float>(conv_state);
+            m.ssm_state = at<float>(state);
+            m.slots = at<const int64_t>(slots);
+            m.positions = at<const int64_t>(positions);
+            m.cu_seqlens = at<const int32_t>(cu_seqlens);
+            m.conv_width = conv_width;
+            m.y = at<float>(out);
             c.mamba2(m, sequences, num_slots);
           },
           no_gil)
