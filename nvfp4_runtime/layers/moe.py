@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,19 +136,38 @@ class Experts:
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, hidden], weights fp32 [T, k], chosen int64 [T, k] -> [T, hidden] of the stream's type."""
-        num_tokens, top_k = chosen.shape
+        return self.out_of(self.into(x, chosen), weights)
+
+    def into(self, x: Tensor, chosen: Tensor) -> Inside:
+        """The first half, up to what enters the second multiplication."""
         order, offsets = by_expert(chosen, self.bounds)
-        rows = x[order // top_k]  # [T * k, hidden], sorted by expert
+        rows = x[order // chosen.shape[1]]  # [T * k, hidden], sorted by expert
         parts = [kernel(rows, offsets) for kernel in self.first]
         inner = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(self.dtype)
-        y = self.down(inner, offsets)
+        return Inside(inner, order, offsets)
+
+    def out_of(self, inside: Inside, weights: Tensor) -> Tensor:
+        """The second half: each token's results, weighed and summed as the router ranked them."""
+        y, order = self.down(inside.rows, inside.offsets), inside.order
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        ranked = y[places].view(num_tokens, top_k, y.shape[1])
+        ranked = y[places].view(*weights.shape, y.shape[1])
         total = ranked[:, 0] * weights[:, :1]
-        for rank in range(1, top_k):
+        for rank in range(1, weights.shape[1]):
             total = total + ranked[:, rank] * weights[:, rank : rank + 1]
         return total.to(y.dtype)
+
+
+class Inside(NamedTuple):
+    """What enters experts' second multiplication.
+
+    rows            [T * k, intermediate size], sorted by expert
+    order, offsets  see `by_expert`
+    """
+
+    rows: Tensor
+    order: Tensor
+    offsets: Tensor
 
 
 def _check_biases(weights: Sequence[Weight], names: Sequence[str], expected: bool) -> None:

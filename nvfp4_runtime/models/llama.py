@@ -107,7 +107,7 @@ class DecoderLayer:
         self.post_attention_norm = RMSNorm(ckpt, kernels, f"{prefix}.post_attention_layernorm", hidden, eps)
         self.mlp: MLP | MoE
         if config.moe is not None and config.moe.layers[layer_id]:
-            self.mlp = MoE(ckpt, kernels, hidden, config.moe, _mixture(ckpt, prefix))
+            self.mlp = MoE(ckpt, kernels, hidden, config.moe, mixture_prefix(ckpt, prefix))
         else:
             inner = config.intermediate_size
             self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias, fused=config.fused)
@@ -139,7 +139,7 @@ def _layer(config: ModelConfig, layer_id: int) -> str:
     return f"{config.root}.layers.{layer_id}"
 
 
-def _mixture(ckpt: Checkpoint, layer: str) -> str:
+def mixture_prefix(ckpt: Checkpoint, layer: str) -> str:
     """Mixtral's and MiniMax's files call the mixture otherwise than everybody else's."""
     mixtral = f"{layer}.block_sparse_moe"
     return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
