@@ -65,8 +65,10 @@ check-neon:
 	$(VENV)-cross/bin/python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
 	$(VENV)-cross/bin/python tests/kernels/cross_check.py
 
+# Ours beside transformers' generate; then decode of a mixture, a hybrid and latent attention as times the memory they touch.
 bench-engine: install
 	$(BIN)/python -m loadtest.bench_engine
+	$(BIN)/python -m loadtest.bench_families --docs docs/performance.md $(BENCH)
 
 # Shares of this machine's limits, and llama.cpp in turn where LLAMA_CPP_BIN names the bin folder of a build.
 # BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.

@@ -78,6 +78,10 @@ class Attention:
 
     def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
+        return self.o_proj(self.heads(x, batch), batch.adapters)
+
+    def heads(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
+        """The same up to the output projection: [T, H * D]."""
         kv = batch.kv_layer(self.layer_id)
         qkv = self.qkv_proj(x, batch.adapters)
         if self.whole_norms is not None:
@@ -89,7 +93,7 @@ class Attention:
         )
         if self.query_scales is not None:
             q = (q * self.query_scales[batch.positions]).to(q.dtype)
-        return self.o_proj(self.attend(q, kv, batch, self.scale, self.sinks), batch.adapters)
+        return self.attend(q, kv, batch, self.scale, self.sinks)
 
     def ops(self) -> AttentionOps | str:
         """The same for a backend that runs a decoder as one call, or why that cannot be."""

@@ -287,10 +287,7 @@ def _out_of_experts(mlp: MoE, step: Step) -> Tensor:
 def _attend(layer: DecoderLayer, step: Step) -> Tensor:
     a = layer.attention
     assert isinstance(a, Attention), "Walk refuses latent attention"
-    kv = step.batch.kv_layer(a.layer_id)
-    qkv = a.qkv_proj(step.h)
-    q = a.rope(qkv, step.batch.positions, a.cos, a.sin, a.q_norm, a.k_norm, a.eps, kv, step.batch.slot_mapping)
-    return a.attend(q, kv, step.batch, a.scale)
+    return a.heads(step.h, step.batch)
 
 
 def largest_input(inputs: Sequence[Tensor], modules: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: each expert is measured and made on the tokens that it is sent, from single matrices or stacks."""
+"""Mixtures: each expert is measured and made on the tokens that it is sent, from single matrices or stacks."""
 
 from __future__ import annotations
 
