@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-gpu test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
+.PHONY: install serve test test-gpu test-image test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
 	bench-quality bench-http bench-structured storms
 .DEFAULT_GOAL := install
 
@@ -31,6 +31,10 @@ test: install
 # The tests that need a GPU, on this machine's. A skip for want of one is a failure. On Blackwell: PYTEST="--require-backend blackwell".
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu --require-backend triton $(PYTEST)
+
+# The CPU image, built by buildah on a base of Debian's packages and run with a read-only root. Root, buildah, debootstrap.
+test-image: install
+	$(BIN)/python -m pytest -s tests/deploy/test_image.py --build-image --require-model $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ SERVER_MAY_IMPORT = (
     "engine.client", "engine.token_stream",
 )  # fmt: skip
 SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "quantize.default_model")
+STARTERS = ("server.serve", "server.embedded")  # these launch an engine; nobody else does
 TORCH_FREE = (
     RUNTIME,
     f"{RUNTIME}.errors",
@@ -159,7 +160,7 @@ def server_violations(module: str, imported: str) -> str | None:
         return f"the server does not know {top}" if not computes or top != "torch" else None
     if top != RUNTIME or rest == "" or computes:
         return None
-    names = SERVE_MAY_IMPORT if module == "server.serve" else SERVER_MAY_IMPORT
+    names = SERVE_MAY_IMPORT if module in STARTERS else SERVER_MAY_IMPORT
     allowed = any(rest == name or rest.startswith(f"{name}.") for name in names)
     return None if allowed else f"only cli.py and commands/ reach beyond {names}"
 

@@ -221,6 +221,6 @@ def run(count: int | None, seconds: float | None, short: bool) -> Verdict:
     """count: of grammars (10,000; short: 60), each fifth meant to hurt."""
     count = count or (SHORT_COUNT if short else COUNT)
     with target(("--max-num-seqs", "16", "--log-level", "warning")) as server:
-        if short:  # too few to fill the cache of compiled grammars, which may take 64 MiB
-            return asyncio.run(storm(server, count, warm=0, rss_mib=128, patience=SHORT_PATIENCE))
+        if short:  # too few to fill the cache of compiled grammars, which may take 128 MiB
+            return asyncio.run(storm(server, count, warm=0, rss_mib=192, patience=SHORT_PATIENCE))
         return asyncio.run(storm(server, count, warm=count // 5, rss_mib=64, patience=1))

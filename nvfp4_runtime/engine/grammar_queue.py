@@ -6,10 +6,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from nvfp4_runtime.engine.messages import Submit
+from nvfp4_runtime.engine.shortest_first import ShortestFirst
 from nvfp4_runtime.errors import RequestError
 from nvfp4_runtime.structured.compiler import GrammarCompiler
 from nvfp4_runtime.structured.spec import StructuredSpec
@@ -31,15 +33,14 @@ class GrammarQueue:
 
     The library's own limits end a compile; `COMPILE_SECONDS` says how long a request waits for that, from when its turn
     has come: what others took is not held against it. Grammars that need a trial may take seconds and have a thread of
-    their own; the others do not wait for them.
+    their own; the others do not wait for them, and among them short ones need not wait for many long ones.
     `fileno` becomes readable when a request has become ready, so that an idle engine can sleep until then.
     """
 
     def __init__(self, grammars: GrammarCompiler, clock: Callable[[], float] = time.monotonic) -> None:
         self._grammars = grammars
         self._clock = clock
-        self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._tried = ThreadPoolExecutor(1, thread_name_prefix="grammar-trial")
+        self._quick, self._tried = ShortestFirst("grammar"), ShortestFirst("grammar-trial")
         self._waiting: dict[str, _Waiting] = {}
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
@@ -57,8 +58,8 @@ class GrammarQueue:
         if spec is None or self._grammars.knows(spec):
             return False
         waiting = self._waiting[submit.request_id] = _Waiting(submit)
-        pool = self._tried if self._grammars.needs_trial(spec) else self._quick
-        waiting.done = pool.submit(self._compile, spec, waiting)
+        line = self._tried if self._grammars.needs_trial(spec) else self._quick
+        waiting.done = line.submit(len(spec.value), partial(self._compile, spec, waiting))
         waiting.done.add_done_callback(self._wake)
         return True
 
@@ -102,8 +103,8 @@ class GrammarQueue:
         return over
 
     def close(self) -> None:
-        for pool in (self._quick, self._tried):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._quick.close()
+        self._tried.close()
         os.close(self._reader)
         os.close(self._writer)
 

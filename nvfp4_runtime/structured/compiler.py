@@ -17,13 +17,14 @@ from nvfp4_runtime.structured.spec import StructuredSpec
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 128 << 20
 # The library bounds time and memory but recurses over chained rules: some thousand of them overflow the stack. In so
 # many bytes there is no room for them; longer grammars are tried in a process of their own first.
 DIRECT_BYTES = 2048
 DIRECT_CHOICE_BYTES = 64 << 10  # a list of words chains nothing; so many take 0.2 s
-# What a compiled grammar is taken to need in memory: measured by `python -m nvfp4_runtime.structured.bench`.
-GRAMMAR_BYTES = 256 << 10
+# What a compiled grammar is taken to need in memory. Single ones by `python -m nvfp4_runtime.structured.bench`: a
+# quarter; 200 of those that `loadtest.storms grammars` makes, with the lexer states they have grown: 1 MiB on average.
+GRAMMAR_BYTES = 1 << 20
 BYTES_PER_SOURCE_BYTE = 32
 # Bounds of the library's work. States: each holds 0.5 to 1.1 kB in a request's own lexer, and a JSON string with a
 # maxLength takes nine per character.

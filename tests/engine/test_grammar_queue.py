@@ -112,8 +112,8 @@ def test_a_request_whose_turn_has_not_come_does_not_pay_for_the_one_before_it(co
     clock = Clock()
     queue = GrammarQueue(compiler, clock)
     queue.takes(submit("slow", [1], structured=GOOD))
-    queue.takes(submit("behind", [1], structured=BAD))
     assert compiler.begun.wait(30)
+    queue.takes(submit("behind", [1], structured=BAD))
     clock.now = COMPILE_SECONDS
     ((request, _),) = queue.ready()
     assert request.request_id == "slow"
