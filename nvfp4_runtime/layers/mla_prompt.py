@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
-from nvfp4_runtime.config import MLAConfig
+from nvfp4_runtime.config import KVDtype, MLAConfig
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.nvfp4.weight import DenseWeight
@@ -35,10 +35,12 @@ class ExpandedAttention:
         self.dim = max(config.nope_dim + config.rope_dim, config.v_dim)
         self.expand = [
             kernels.linear("kv_b_proj.prompts", DenseWeight(part.flatten(0, 1)), out_dtype=kernels.dtype, counted=False)
-            for part in heads.split(self.group)
+            for part in torch.split(heads, self.group)
         ]
+        assert kernels.dtype != "float16"  # no backend takes it
+        cache: KVDtype = kernels.dtype
         self.attend = kernels.paged_attention(
-            PagedAttentionSpec(self.group, self.group, self.dim, None, kernels.dtype, kernels.dtype, kernels.dtype)
+            PagedAttentionSpec(self.group, self.group, self.dim, None, cache, kernels.dtype, kernels.dtype)
         )
 
     def __call__(self, q: Tensor, latents: Tensor) -> Tensor:
