@@ -59,13 +59,14 @@ def test_expanded_prompts_give_the_logits_of_absorbed_ones(tmp_path: Path, name:
 
 
 def test_in_bfloat16_they_differ_by_roundings_of_keys_and_values(tmp_path: Path) -> None:
+    """Of most tokens: where a rounding sends one to another expert, its logits are others."""
     config = CONFIGS["values narrower than keys"]
     tiny.write_modelopt(tmp_path, config, tiny.random_tensors(config))
     kernels: list[Any] = [Kernels(available_backends("auto", 2), "bfloat16", "w4a16") for _ in range(2)]
     expanded, absorbed = (logits(tmp_path, k, way) for k, way in zip(kernels, (True, False), strict=True))
     assert "kv_b_proj.prompts" in {choice.group for choice in kernels[0].choices}
     for a, b in zip(expanded, absorbed, strict=True):
-        error = float((a - b).norm() / b.norm())
+        error = float(((a - b).norm(dim=1) / b.norm(dim=1)).median())
         assert error < 0.02, error
     assert float((expanded[0] - absorbed[0]).abs().max()) > 0  # the long one did go the other way
 
