@@ -17,13 +17,14 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 class RopeConfig:
     """Rotary embedding: base, variant and the variant's numbers, as in transformers' `rope_parameters`.
 
+    partial_rotary_factor      share of a head that turns; "proportional": of its pairs, and the others turn by nothing
     short_factor, long_factor  "longrope": what each wave is stretched by, in contexts up to the original one and beyond
     query_beta                 turned queries are multiplied by 1 + query_beta * ln(1 + floor(position / original));
                                0: they are not
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope", "proportional"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -163,6 +164,16 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True)
+class Gemma4Layer:
+    """Heads of one of Gemma 4's layers; key_is_value: there is no projection to values, keys serve."""
+
+    num_kv_heads: int
+    head_dim: int
+    windowed: bool
+    key_is_value: bool
+
+
+@dataclass(frozen=True)
 class NASLayer:
     """What a search left of one Llama layer.
 
@@ -196,6 +207,8 @@ class ModelConfig:
     gate              of the plain feed-forward
     zero_centred      the files hold norms' weights less 1
     delta             gated delta nets in some layers
+    gemma4[i]         heads of layer i where layers differ in them (Gemma 4)
+    final_softcap     logits are pulled into plus or minus this; 0: they are not
     qk_norm           each head of queries and keys is normed
     whole_qk_norm     all of a token's queries are normed as one, and all its keys
     root, head        where decoder and head lie in the files
@@ -237,6 +250,8 @@ class ModelConfig:
     gate: Gate = SILU
     zero_centred: bool = False
     delta: DeltaConfig | None = None
+    gemma4: tuple[Gemma4Layer, ...] = ()
+    final_softcap: float = 0.0
     root: str = "model"
     head: str = "lm_head"
     vision_class: str = ""

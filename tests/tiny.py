@@ -391,7 +391,7 @@ def pack_tensors(
     """The tensors of `write_modelopt`."""
     packed = {name: t for name, t in tensors.items() if not _is_packed(name, exclude)}
     for name in [name for name in packed if name.endswith(STACKS)]:
-        _pack_stack(packed, name, input_scale)
+        _pack_stack(packed, name, input_scale, turned=f"{name}_bias" in tensors)  # gpt-oss alone has biases
     amax: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if _is_packed(name, exclude):
@@ -413,13 +413,15 @@ def pack_tensors(
     return packed
 
 
-def _pack_stack(tensors: Tensors, name: str, input_scale: float | None) -> None:
-    """A stack of experts [E, K, N], packed and scaled along K in that order of axes, as ModelOpt leaves it."""
+def _pack_stack(tensors: Tensors, name: str, input_scale: float | None, turned: bool) -> None:
+    """A stack of experts [E, N, K], or [E, K, N] if `turned`, packed and scaled along K, axes in the order they had."""
     parts: list[list[Tensor]] = [[], [], []]
     for expert in tensors.pop(name):
         scale_2 = codec.weight_scale_2(expert.abs().max().float())
-        codes, scale = codec.quantize(expert.t().contiguous(), scale_2)
-        for part, value in zip(parts, (codes.t(), scale.view(torch.uint8).t(), scale_2), strict=True):
+        codes, scale = codec.quantize(expert.t().contiguous() if turned else expert, scale_2)
+        scale = scale.view(torch.uint8)
+        pair = (codes.t(), scale.t()) if turned else (codes, scale)
+        for part, value in zip(parts, (*pair, scale_2), strict=True):
             part.append(value)
     codes, scales, scale_2 = (torch.stack(part).contiguous() for part in parts)
     tensors |= {
@@ -429,6 +431,10 @@ def _pack_stack(tensors: Tensors, name: str, input_scale: float | None) -> None:
     }
     if input_scale is not None:
         tensors[f"{name}_input_scale"] = torch.full((len(codes),), input_scale)
+
+
+def _unpacked(codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    return codec.dequantize(codes.contiguous(), scale.contiguous().view(torch.float8_e4m3fn), scale_2)
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -441,8 +447,9 @@ def unpack(tensors: Mapping[str, Tensor]) -> Tensors:
             plain[name] = codec.dequantize(tensor, *scales)
         elif f"{name}_weight_scale_2" in tensors:
             stacks = (tensor, tensors[f"{name}_weight_scale"].view(torch.uint8), tensors[f"{name}_weight_scale_2"])
+            turned = stacks[0].shape[2] == stacks[1].shape[2]
             experts = [
-                codec.dequantize(codes.t().contiguous(), scale.t().contiguous().view(torch.float8_e4m3fn), scale_2).t()
+                _unpacked(codes.t(), scale.t(), scale_2).t() if turned else _unpacked(codes, scale, scale_2)
                 for codes, scale, scale_2 in zip(*stacks, strict=True)
             ]
             plain[name] = torch.stack(experts).contiguous()

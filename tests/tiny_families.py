@@ -52,6 +52,16 @@ def gemma3_config(**overrides: Any) -> Config:
     return {**config, **ropes, **act, **overrides}
 
 
+def gemma4_config(**overrides: Any) -> Config:
+    """Gemma 4: a layer with a window, one of fewer and wider heads whose keys are its values, experts beside both."""
+    config = {**base_config("Gemma4ForCausalLM", "gemma4_text"), "sliding_window": 16, "pad_token_id": 257}
+    experts = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
+    shape = {"global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    config |= {**experts, **shape, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    config |= {"layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True}
+    return {**config, "hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": 30.0, **overrides}
+
+
 def phi3_config(**overrides: Any) -> Config:
     """Phi-3: q, k and v in one matrix, gate and up in another, half of a head turns, each wave is stretched."""
     rope = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "factor": 4.0}
@@ -189,6 +199,28 @@ def _delta_net(config: Config) -> Shapes:
     }
 
 
+def _gemma4_layer(config: Config, layer: int) -> Shapes:
+    windowed = config["layer_types"][layer] == "sliding_attention"
+    wide = {"head_dim": config["global_head_dim"], "num_key_value_heads": config["num_global_key_value_heads"]}
+    own = config if windowed else {**config, **wide}
+    count, hidden, inner = config["num_experts"], config["hidden_size"], config["moe_intermediate_size"]
+    names = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    further = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")
+    shapes = {
+        **_attention(own, bias=False),
+        **{f"self_attn.{name}_norm.weight": (own["head_dim"],) for name in "qk"},
+        **_norms(config, *(f"{name}_layernorm" for name in names), *further),
+        **_feed_forward(config),
+        "layer_scalar": (1,),
+        "router.proj.weight": (count, hidden),
+        "router.scale": (hidden,),
+        "router.per_expert_scale": (count,),
+        "experts.gate_up_proj": (count, 2 * inner, hidden),
+        "experts.down_proj": (count, hidden, inner),
+    }
+    return shapes if windowed else {name: shape for name, shape in shapes.items() if "v_proj" not in name}
+
+
 def _minimax_m2_layer(config: Config, _: int) -> Shapes:
     hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     count, block = config["num_local_experts"], "block_sparse_moe"
@@ -225,6 +257,7 @@ def _phi3_layer(config: Config, _: int) -> Shapes:
 
 LAYERS: Mapping[str, Callable[[Config, int], Shapes]] = {
     "gemma3_text": _gemma3_layer,
+    "gemma4_text": _gemma4_layer,
     "gpt_oss": _gpt_oss_layer,
     "minimax_m2": _minimax_m2_layer,
     "ministral3": _ministral3_layer,
@@ -241,7 +274,7 @@ def random_tensors(config: Config, seed: int, dtype: torch.dtype) -> Tensors:
     kind, hidden, vocab = config["model_type"], config["hidden_size"], config["vocab_size"]
 
     def make(name: str, shape: tuple[int, ...]) -> Tensor:
-        fan_in = shape[-2] if len(shape) == 3 and ".experts." in name else shape[-1]
+        fan_in = shape[-2] if kind == "gpt_oss" and len(shape) == 3 else shape[-1]
         std = fan_in**-0.5 if len(shape) > 1 and not name.endswith("_bias") else 0.3
         values = (torch.randn(shape, generator=generator) * (0.1 if "norm" in name else std)).to(dtype)
         plain = "norm" in name and (kind not in ZERO_CENTRED or "linear_attn" in name)  # a delta net's own is plain

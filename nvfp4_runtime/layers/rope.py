@@ -60,6 +60,9 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
     wavelengths = rope.theta**exponents  # in positions, over 2 pi
     if rope.kind == "linear":
         return 1.0 / wavelengths / rope.factor, 1.0
+    if rope.kind == "proportional":
+        turning = torch.arange(rotary_dim // 2) < int(rope.partial_rotary_factor * rotary_dim // 2)
+        return torch.where(turning, 1.0 / wavelengths, torch.zeros(())) / rope.factor, 1.0
     if rope.kind == "longrope":
         assert rope.attention_factor is not None
         stretched = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)

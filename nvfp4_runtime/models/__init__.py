@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "Ministral3ForCausalLM": "llama",
     "Phi3ForCausalLM": "llama",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma4ForCausalLM": "gemma4",
     "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3_5ForCausalLM": "qwen3_next",
     "Qwen3_5MoeForCausalLM": "qwen3_next",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvfp4_runtime.config import ModelConfig
-from nvfp4_runtime.models import hf_decilm, hf_gemma3, hf_gpt_oss, hf_nemotron_h, hf_qwen3_next
+from nvfp4_runtime.models import hf_decilm, hf_gemma3, hf_gemma4, hf_gpt_oss, hf_nemotron_h, hf_qwen3_next
 from nvfp4_runtime.models.config_values import Raw, count, declared_dtype, flag, number, token_ids, unsupported
 from nvfp4_runtime.models.hf_mla import LATENT, parse_mla
 from nvfp4_runtime.models.hf_moe import ROUTERS, parse_moe
@@ -50,6 +50,9 @@ FAMILIES = {
     hf_gemma3.ARCHITECTURE: Family(
         qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="pattern", full_every=6
     ),
+    hf_gemma4.ARCHITECTURE: Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="pattern", window=512
+    ),
     "Qwen2ForCausalLM": Family(qkv_bias=True, windows="layer_types"),
     "Qwen3ForCausalLM": Family(
         qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windows="layer_types", head_dim=128
@@ -90,12 +93,14 @@ _NEUTRAL: dict[str, Any] = {
 _FIRST: dict[str, Callable[[Raw], Raw]] = {
     "MiniMaxM2ForCausalLM": rotary_dim_as_share,
     hf_gemma3.ARCHITECTURE: hf_gemma3.as_the_others,
+    hf_gemma4.ARCHITECTURE: hf_gemma4.as_the_others,
     **dict.fromkeys(hf_qwen3_next.ARCHITECTURES, hf_qwen3_next.as_the_others),
 }
 _FURTHER: dict[str, Callable[[Raw, ModelConfig], ModelConfig]] = {
     **dict.fromkeys(hf_qwen3_next.ARCHITECTURES, hf_qwen3_next.parse_delta),
     hf_decilm.ARCHITECTURE: hf_decilm.parse_nas_layers,
     hf_gemma3.ARCHITECTURE: hf_gemma3.parse_gemma3,
+    hf_gemma4.ARCHITECTURE: hf_gemma4.parse_gemma4,
     hf_gpt_oss.ARCHITECTURE: hf_gpt_oss.parse_experts,
 }
 

@@ -37,6 +37,7 @@ _LLAVA = tuple(
     for prefix in ("", "model.")
     for name in ("vision_tower.*", "multi_modal_projector.*", "vision_model.*")
 )
+_GEMMA4 = ("model.embed_vision.*", "model.embed_audio.*", "model.audio_tower.*")
 _NEMOTRON = Vision(
     "NemotronHForCausalLM",
     (*_LLAVA, "vision_final_layernorm.*", "mlp1.*", "sound_*", "audio_*"),
@@ -50,6 +51,7 @@ CLASSES = {
     "Qwen3_5ForConditionalGeneration": Vision("Qwen3_5ForCausalLM", _QWEN),
     "Qwen3_5MoeForConditionalGeneration": Vision("Qwen3_5MoeForCausalLM", _QWEN),
     "Gemma3ForConditionalGeneration": Vision("Gemma3ForCausalLM", _LLAVA),
+    "Gemma4ForConditionalGeneration": Vision("Gemma4ForCausalLM", (*_LLAVA, *_GEMMA4)),
     "Mistral3ForConditionalGeneration": Vision(
         "MistralForCausalLM", _LLAVA, texts={"ministral3": "Ministral3ForCausalLM"}
     ),

@@ -18,10 +18,8 @@ FAMILIES = {
     "glm4_moe": tiny.glm4_moe_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
     "gpt_oss": tiny_families.gpt_oss_config(),
-    "minimax_m2": tiny_families.minimax_m2_config(),
+    "gemma4": tiny_families.gemma4_config(),
     "qwen3_next": tiny_families.qwen3_next_config(),
-    "gemma3": tiny_families.gemma3_config(),
-    "ministral3": tiny_families.ministral3_config(),
     "nemotron_h": tiny.nemotron_h_config(),
 }
 PROMPTS = [[7] * 3, list(range(10, 50)), [300, 5, 9], list(range(10, 45)), [1], list(range(200, 263))]

@@ -114,13 +114,23 @@ GEMMA3 = {
     },
 }
 DELTA = {
-    "num_hidden_layers": 4,
     "head_dim": 16,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
+    "layer_types": ["linear_attention", "full_attention"],
 }
+GEMMA4 = {
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 4.0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
 GPT_OSS = {"head_dim": 16, "intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
@@ -178,15 +188,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", GEMMA3),
     "qwen3 next": ("Qwen3Next", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32, "norm_topk_prob": True}),
     "qwen3.5": ("Qwen3_5", {**DELTA, "linear_num_key_heads": 4, "attention_bias": True}),
-    "qwen3.5 moe": ("Qwen3_5Moe", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32}),
     "minimax m2": ("MiniMaxM2", {**GPT_OSS, "rotary_dim": 8}),
+    "gemma4": ("Gemma4", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4 moe": ("Gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "tie_word_embeddings": False}),
     "gpt oss": (
         "GptOss",
         {**GPT_OSS, "sliding_window": 16, "num_hidden_layers": 3, "rope_parameters": {**YARN, "truncate": False}},
     ),
     "glm4 moe in groups": ("Glm4Moe", {**GLM_MOE, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
 }
-TEXT_CONFIGS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
+TEXT_CONFIGS = ("Gemma3", "Gemma4", "Qwen3_5")
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]
 
 

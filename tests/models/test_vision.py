@@ -18,7 +18,7 @@ from nvfp4_runtime.models.vision import CLASSES
 from tests import tiny
 from tests.models.paged import PagedRunner, load_or_skip
 from tests.models.test_logits_match_transformers import DELTA
-from tests.tiny_families import gemma3_config, ministral3_config, qwen3_5_config
+from tests.tiny_families import gemma3_config, gemma4_config, ministral3_config, qwen3_5_config
 
 PROMPT = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -117,7 +117,12 @@ def test_the_language_model_gives_the_same_logits_wherever_the_files_keep_it(
 
 
 def test_every_class_is_known_by_its_text_model_and_leaves_no_other_tensor_unread(tmp_path: Path) -> None:
-    makers = {"Nemotron": tiny.nemotron_h_config, "Gemma3": gemma3_config, "Qwen3_5": qwen3_5_config}
+    makers = {
+        "Nemotron": tiny.nemotron_h_config,
+        "Gemma3": gemma3_config,
+        "Gemma4": gemma4_config,
+        "Qwen3_5": qwen3_5_config,
+    }
     for name, vision in CLASSES.items():
         make = next((makers[start] for start in makers if vision.text.startswith(start)), tiny.llama_config)
         inner = make()
@@ -150,6 +155,12 @@ TEXT = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 SIGLIP = {
     "hidden_size": 32,
@@ -161,8 +172,8 @@ SIGLIP = {
 THEIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Qwen2_5_VL": ({**TEXT, "rope_parameters": MROPE}, QWEN_TOWER),
     "Qwen3VL": ({**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}}, QWEN_TOWER),
-    "Qwen3_5": (
-        {**TEXT, **DELTA, "num_hidden_layers": 4, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}},
+    "Qwen3_5Moe": (
+        {**TEXT, **DELTA, **EXPERTS, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}},
         QWEN_TOWER,
     ),
     "Gemma3": ({**TEXT, "sliding_window": 16, "num_hidden_layers": 6}, SIGLIP),
