@@ -69,6 +69,9 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 _native: Any
 try:
     from nvfp4_runtime.kernels.cpu import _native  # type: ignore[attr-defined, no-redef]  # compiled, has no stub
+
+    if not hasattr(_native, "MixtureBody"):
+        raise ImportError("the extension that is here is older than this package")
 except ImportError as e:
     _native = None
     _missing = str(e)
