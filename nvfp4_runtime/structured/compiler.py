@@ -22,8 +22,8 @@ CACHE_BYTES = 128 << 20
 # many bytes there is no room for them; longer grammars are tried in a process of their own first.
 DIRECT_BYTES = 2048
 DIRECT_CHOICE_BYTES = 64 << 10  # a list of words chains nothing; so many take 0.2 s
-# What a compiled grammar is taken to need in memory. Single ones by `python -m nvfp4_runtime.structured.bench`: a quarter;
-# 200 of those that `loadtest.storms grammars` makes, with the lexer states they have grown: 1 MiB each, on average.
+# What a compiled grammar is taken to need in memory. Single ones by `python -m nvfp4_runtime.structured.bench`: a
+# quarter; 200 of those that `loadtest.storms grammars` makes, with the lexer states they have grown: 1 MiB on average.
 GRAMMAR_BYTES = 1 << 20
 BYTES_PER_SOURCE_BYTE = 32
 # Bounds of the library's work. States: each holds 0.5 to 1.1 kB in a request's own lexer, and a JSON string with a
