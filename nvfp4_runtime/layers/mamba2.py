@@ -14,6 +14,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Mamba2Config
 from nvfp4_runtime.kernels.ops import Mamba2Spec, Mamba2Weights
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import MambaOps
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.parallel import Team, scaled, share, shifted
 
@@ -38,9 +39,16 @@ class Mamba2:
     ) -> None:
         whole, own = config, _Own(config, kernels.team)
         self.config = config = own.config
-        self.eps, self.cache_index = eps, cache_index
-        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
-        self.widths = [config.inner, config.conv_dim, config.num_heads]
+        self.cache_index = cache_index
+        spec = Mamba2Spec(
+            config.num_heads,
+            config.head_dim,
+            config.state_size,
+            config.num_groups,
+            config.conv_width,
+            kernels.stream,
+            kernels.dtype,
+        )
         outputs = whole.inner + whole.conv_dim + whole.num_heads
         self.in_proj = Linear.single(ckpt, kernels, f"{prefix}.in_proj", outputs, hidden, rows=own.outputs)
         self.out_proj = Linear.single(ckpt, kernels, f"{prefix}.out_proj", hidden, whole.inner, columns=own.inner)
@@ -57,19 +65,11 @@ class Mamba2:
             a=-plain("A_log", [own.heads], heads).exp(),
             dt_bias=plain("dt_bias", [own.heads], heads),
             d=plain("D", [own.heads], heads),
+            norm=plain("norm.weight", [own.inner], whole.inner),
             min_step=whole.min_step,
+            eps=eps,
         )
-        self.norm = plain("norm.weight", [own.inner], whole.inner)
-        self.scan = kernels.mamba2(
-            Mamba2Spec(
-                config.num_heads,
-                config.head_dim,
-                config.state_size,
-                config.num_groups,
-                config.conv_width,
-                kernels.stream,
-            )
-        )
+        self.mix = kernels.mamba2(spec)
 
     @property
     def spec(self) -> StateSpec:
@@ -80,15 +80,12 @@ class Mamba2:
         """x [T, hidden] -> [T, hidden]; the sequences' states are afterwards as their last tokens leave them."""
         state = batch.kv[self.cache_index]
         assert isinstance(state, StateLayer)
-        gate, xbc, dt = torch.split(self.in_proj(x, batch.adapters), self.widths, dim=-1)
-        y = self.scan(xbc.contiguous(), dt.contiguous(), self.weights, state, batch)
-        return self.out_proj(self._gated_norm(y, gate), batch.adapters)
+        y = self.mix(self.in_proj(x, batch.adapters), self.weights, state, batch)
+        return self.out_proj(y, batch.adapters)
 
-    def _gated_norm(self, y: Tensor, gate: Tensor) -> Tensor:
-        """RMSNorm of y * silu(gate) over each group, FP32 inside; [T, inner] of the activations' type."""
-        gated = (y * torch.nn.functional.silu(gate.to(torch.float32))).view(len(y), self.config.num_groups, -1)
-        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
-        return (normed.flatten(1) * self.norm).to(self.dtype)
+    def ops(self) -> MambaOps:
+        """The same for a backend that runs a decoder as one call."""
+        return MambaOps(self.in_proj.only_kernel, self.mix, self.weights, self.out_proj.only_kernel, self.cache_index)
 
 
 class _Own:
