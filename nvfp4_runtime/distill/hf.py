@@ -1,0 +1,59 @@
+"""Plain model folders as transformers' modules: the teacher as it is, and what the student is built in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+
+INSTALL = "pip install 'nvfp4-runtime[train]'"
+# What some families do between the head and the answer; our chunked loss multiplies hidden states with the head itself
+_BETWEEN_HEAD_AND_ANSWER = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+def load_plain(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The causal language model in `folder`, without dropout, nothing trainable.
+
+    Raises ConfigError without transformers, UnsupportedFormatError for a model that it does not know or whose answers
+    are not its head's.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise ConfigError(f"distillation needs transformers, which is not installed: {INSTALL}") from error
+    transformers_logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedFormatError(
+            f"transformers cannot load {folder} as a causal language model: {error}"
+        ) from error
+    for name in _BETWEEN_HEAD_AND_ANSWER:
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise UnsupportedFormatError(
+                f"{folder} sets {name}, which changes logits after the head; distillation does not do that yet"
+            )
+    model.requires_grad_(False)
+    module: nn.Module = model.eval().to(device)
+    return module
+
+
+def hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """What enters the head for rows of token ids [B, T]; [B * T, H]."""
+    out: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
+
+
+def head_weight(model: Any) -> Tensor:
+    """The head [V, H]; UnsupportedFormatError where it is more than a matrix."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise UnsupportedFormatError(f"expected a head without bias, found {head}")
+    return head.weight
