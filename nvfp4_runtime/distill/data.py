@@ -73,7 +73,7 @@ def to_rows(ids: list[int], length: int, source: str, flag: str = FLAG) -> Rows:
     count = len(ids) // length
     if count < 2:
         raise ConfigError(
-            f"{source} has {len(ids)} tokens, too few for two rows of {length}; give more text, or shorter rows (--seq)",
+            f"{source} has {len(ids)} tokens, too few for two rows of {length}; give more text or shorter rows (--seq)",
             flag,
         )
     return Rows(np.asarray(ids[: count * length], dtype=np.int32).reshape(count, length))

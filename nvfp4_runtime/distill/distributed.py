@@ -36,3 +36,9 @@ def add_up(gradients: Sequence[Tensor]) -> None:
     if dist.is_initialized():
         for gradient in gradients:
             dist.all_reduce(gradient)
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,22 +1,15 @@
 """NVFP4 rounding as arithmetic on whole tensors: the reference quantiser's values, bit for bit, at training's speed.
 
-`nvfp4.codec` defines correct; it makes codes and looks them up. Here values are rounded where they lie, which is several
-times faster and can run on any device. tests/distill/test_fake_quant.py holds the two equal.
+`nvfp4.codec` defines correct; it makes codes and looks them up. Here values are rounded where they lie, which is
+several times faster and runs on any device. tests/distill/test_fake_quant.py holds the two equal.
 """
 
 from __future__ import annotations
-
-import functools
-import logging
-import shutil
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nvfp4_runtime.nvfp4 import codec
-
-logger = logging.getLogger(__name__)
 
 
 def round_e2m1(y: Tensor) -> Tensor:
@@ -58,19 +51,3 @@ def max_block_scales(w: Tensor, scale_2: Tensor) -> Tensor:
     scale = amax / (codec.E2M1_MAX * scale_2)
     scale = torch.where((scale == 0) | (scale_2 == 0), torch.ones_like(scale), scale)
     return scale.clamp(codec.E4M3_MIN_SUBNORMAL, codec.E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-@functools.cache
-def compiled_operands() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """`activation_operand` and `weight_operand` as one pass over memory each, where the machine has a C++ compiler.
-
-    The same arithmetic in the same order, so the same bits; without a compiler, the functions as they are, slower.
-    """
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        logger.warning("no C++ compiler: rounding activations will take several times longer")
-        return activation_operand, weight_operand
-    options = {"emulate_precision_casts": True}
-    return (
-        torch.compile(activation_operand, dynamic=True, options=options),
-        torch.compile(weight_operand, dynamic=True, options=options),
-    )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from nvfp4_runtime.distill.fake_quant import compiled_operands
+from nvfp4_runtime.distill.compilation import compiled
+from nvfp4_runtime.distill.fake_quant import activation_operand
 
 
 class Site:
@@ -30,7 +31,7 @@ class Site:
         if self.input_scale is None:
             return x
         if self._operand is None or self._seen is None or self._seen() is not x:
-            self._operand = compiled_operands()[0](x.detach(), self.input_scale).to(x.dtype)
+            self._operand = compiled(activation_operand)(x.detach(), self.input_scale).to(x.dtype)
             self._seen = weakref.ref(x)
             self._left = self.readers
         operand = self._operand

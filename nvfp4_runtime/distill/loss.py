@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from nvfp4_runtime.distill.compilation import compiled
+
 Loss = Literal["kl", "ce", "mse"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 CHUNK = 256
@@ -83,14 +85,13 @@ class _Chunked(Function):
         total = torch.zeros((), dtype=torch.float64)
         for start in range(0, hidden.shape[0], chunk):
             span = slice(start, start + chunk)
-            z = (hidden[span] @ head.t()).to(torch.float32)
+            z = hidden[span] @ head.t()
             z_teacher = None
             if teacher_hidden is not None and teacher_head is not None:
-                z_teacher = (teacher_hidden[span] @ teacher_head.t()).to(torch.float32)
+                z_teacher = teacher_hidden[span] @ teacher_head.t()
             value, dz = _one_chunk(kind, z, z_teacher, labels[span], sums, wants_hidden or wants_head)
             total += value
             if dz is not None:
-                dz = dz.to(hidden.dtype)
                 if d_hidden is not None:
                     torch.mm(dz, head, out=d_hidden[span])
                 if d_head is not None:
@@ -112,40 +113,70 @@ class _Chunked(Function):
 def _one_chunk(
     kind: Loss, z: Tensor, z_teacher: Tensor | None, labels: Tensor, sums: Sums, wants_grad: bool
 ) -> tuple[float, Tensor | None]:
-    """Value and gradient by the student's logits `z` [t, V]; `z` and `z_teacher` are used up."""
-    labelled = labels >= 0
+    """Value, and gradient by the student's logits `z` [t, V]."""
+    labelled = (labels >= 0).to(torch.float32)
     index = labels.clamp(min=0).unsqueeze(1)
-    lse = torch.logsumexp(z, dim=1)
-    ce = float((lse - z.gather(1, index).squeeze(1))[labelled].sum(dtype=torch.float64))
-    kl, teacher_p, best = 0.0, None, None
-    squares, difference = 0.0, None
-    if z_teacher is not None:
-        best = z_teacher.argmax(dim=1)
-        lse_teacher = torch.logsumexp(z_teacher, dim=1)
-        teacher_ce = lse_teacher - z_teacher.gather(1, index).squeeze(1)
-        sums.teacher_ce += float(teacher_ce[labelled].sum(dtype=torch.float64))
-        sums.agree += int((z.argmax(dim=1) == best).sum())
-        teacher_p = torch.exp(z_teacher - lse_teacher.unsqueeze(1))
-        # sum p (log p - log q) = sum p (z_t - z) - lse_t + lse
-        difference = z_teacher.sub_(z)
-        each = torch.linalg.vecdot(teacher_p, difference) - lse_teacher + lse
-        kl = float(each.sum(dtype=torch.float64))
-        if kind == "mse":
-            squares = float(difference.square().mean(dim=1).sum(dtype=torch.float64))
+    if z_teacher is None:
+        assert kind == "ce"  # the trainer gives a teacher for every other loss
+        ce, dz = compiled(_alone, False)(z, index, labelled)
+        kl, value = 0.0, _total(ce)
+    else:
+        each, ce, teacher_ce, agree, dz = compiled(_against, False)(kind, z, z_teacher, index, labelled)
+        kl = _total(each["kl"])
+        value = _total(ce) if kind == "ce" else _total(each[kind])
+        sums.teacher_ce += _total(teacher_ce)
+        sums.agree += int(agree.sum())
     sums.kl += kl
-    sums.ce += ce
+    sums.ce += _total(ce)
     sums.positions += z.shape[0]
     sums.labels += int(labelled.sum())
-    value = {"kl": kl, "ce": ce, "mse": squares}[kind]
-    if not wants_grad:
-        return value, None
-    if kind == "mse":
-        assert difference is not None  # the trainer gives a teacher for every loss but "ce"
-        return value, difference.mul_(-2.0 / z.shape[1])
-    dz = z.sub_(lse.unsqueeze(1)).exp_()
+    return value, dz if wants_grad else None
+
+
+def _total(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [t, V] and log sum exp [t, 1] of float32 logits."""
+    largest = z.amax(dim=1, keepdim=True)
+    e = torch.exp(z - largest)
+    total = e.sum(dim=1, keepdim=True)
+    return e / total, largest + total.log()
+
+
+def _alone(z: Tensor, index: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels' negative log-likelihood [t], and its gradient [t, V] in z's dtype."""
+    logits = z.to(torch.float32)
+    p, lse = _softmax(logits)
+    ce = (lse - logits.gather(1, index)).squeeze(1) * labelled
+    return ce, _minus_label(p, index, labelled).to(z.dtype)
+
+
+def _against(
+    kind: Loss, z: Tensor, z_teacher: Tensor, index: Tensor, labelled: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """({"kl", "mse"} [t], both models' label losses [t], same top token [t], gradient of `kind`'s loss [t, V])."""
+    ours, theirs = z.to(torch.float32), z_teacher.to(torch.float32)
+    q, lse = _softmax(ours)
+    p, lse_teacher = _softmax(theirs)
+    difference = theirs - ours
+    # sum p (log p - log q), the two sums of exponentials taken out
+    each = {"kl": (p * difference).sum(dim=1) + (lse - lse_teacher).squeeze(1)}
+    ce = (lse - ours.gather(1, index)).squeeze(1) * labelled
+    teacher_ce = (lse_teacher - theirs.gather(1, index)).squeeze(1) * labelled
+    agree = ours.argmax(dim=1) == theirs.argmax(dim=1)
     if kind == "kl":
-        assert teacher_p is not None
-        return value, dz.sub_(teacher_p)
-    dz.mul_(labelled.unsqueeze(1))
-    dz.scatter_add_(1, index, -labelled.to(dz.dtype).unsqueeze(1))
-    return value, dz
+        dz = q - p
+    elif kind == "ce":
+        dz = _minus_label(q, index, labelled)
+    else:
+        each["mse"] = difference.square().mean(dim=1)
+        dz = difference * (-2.0 / z.shape[1])
+    return each, ce, teacher_ce, agree, dz.to(z.dtype)
+
+
+def _minus_label(p: Tensor, index: Tensor, labelled: Tensor) -> Tensor:
+    """(p - onehot) where there is a label, else 0."""
+    words = torch.arange(p.shape[1], device=p.device)
+    return (p - (words == index).to(p.dtype)) * labelled.unsqueeze(1)

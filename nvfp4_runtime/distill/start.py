@@ -100,5 +100,3 @@ def _per_input(factor: Tensor, k: int, heads: int | None) -> Tensor:
         return factor
     head_dim = k // heads
     return factor.reshape(-1, head_dim).repeat_interleave(k // factor.numel(), dim=0).flatten()
-
-

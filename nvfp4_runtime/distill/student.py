@@ -1,7 +1,7 @@
 """The student: a transformers module whose NVFP4 layers round as they are served, and the float32 weights behind it.
 
-What computes is in the working dtype and holds rounded values; what learns is a float32 master of each. After every
-backward pass a parameter's gradient moves to its master in float32; after every optimizer step masters are rounded anew.
+What computes is in the working dtype and holds rounded values; what learns is a float32 master of each. Gradients are
+gathered with the masters, in float32; after every optimizer step masters are rounded anew.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.checkpoint.shards import Shards
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.distill import fake_quant
+from nvfp4_runtime.distill.compilation import compiled
 from nvfp4_runtime.distill.hf import load_plain
 from nvfp4_runtime.distill.linear import FakeQuantLinear, Site
 from nvfp4_runtime.distill.start import starting_weights
@@ -51,7 +52,7 @@ class Layer:
     def refresh(self) -> None:
         if self.policy == "max":
             self.block_scale = fake_quant.max_block_scales(self.master, self.scale_2)
-        operand = fake_quant.compiled_operands()[1](self.master, self.block_scale, self.scale_2)
+        operand = compiled(fake_quant.weight_operand)(self.master, self.block_scale, self.scale_2)
         self.linear.weight.copy_(operand)
 
 
@@ -192,13 +193,14 @@ def _swap(
         assert isinstance(old, nn.Linear)  # _nvfp4_weights looked
         bias = None if weight.bias is None else weight.bias.to(dtype=dtype, device=device)
         linear = FakeQuantLinear(
-            torch.empty(weight.n, weight.k, dtype=dtype, device=device), bias, float(weight.weight_scale_2[0]), sites[key]
+            torch.empty(weight.n, weight.k, dtype=dtype, device=device),
+            bias,
+            float(weight.weight_scale_2[0]),
+            sites[key],
         )
         model.set_submodule(name, linear)
         master = masters[name].to(device=device, dtype=torch.float32).clone()
-        layers[name] = Layer(
-            linear, master, weight.block_scale.to(device), weight.weight_scale_2[0].to(device), policy
-        )
+        layers[name] = Layer(linear, master, weight.block_scale.to(device), weight.weight_scale_2[0].to(device), policy)
     return layers
 
 
@@ -237,7 +239,8 @@ def _gather(parameter: Tensor, master: Tensor) -> None:
     master.grad = torch.zeros_like(master)
 
     def move(_: Tensor) -> None:
-        assert parameter.grad is not None and master.grad is not None
+        assert parameter.grad is not None
+        assert master.grad is not None
         master.grad.add_(parameter.grad)
         parameter.grad = None
 

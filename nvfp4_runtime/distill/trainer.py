@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,12 +35,14 @@ class Schedule:
     """How to learn.
 
     steps       optimizer steps, of `batch_rows` rows each, `micro_rows` at a time
+    stop        the step to end after, on the way of a schedule for all `steps`; None: the last
     lr          reached after `warmup` steps, then a cosine down to lr * `final`
     eval_every  steps between measurements on the held-out rows; save_minutes between checkpoints
     """
 
     loss: Loss = "kl"
     steps: int = 100
+    stop: int | None = None
     batch_rows: int = 4
     micro_rows: int = 2
     lr: float = 1e-5
@@ -104,7 +106,7 @@ class Trainer:
             masters, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay, fused=True
         )
         self.identity = {
-            "schedule": asdict(schedule) | {"betas": list(schedule.betas)},
+            "schedule": asdict(replace(schedule, stop=None)),
             "rows": rows.sha256,
             **(identity or {}),
         }
@@ -117,24 +119,30 @@ class Trainer:
             student.model.train()
 
     def run(self) -> Result:
-        """Train to the end, from where an earlier run of the same identity was. Raises Interrupted on SIGTERM, SIGINT."""
+        """Train to the end, from where an earlier run of the same identity was. Interrupted on SIGTERM, SIGINT."""
         self.work.mkdir(parents=True, exist_ok=True)
         self._resume()
         started, before = time.perf_counter(), self.seconds
         saved = started
         if not self.history:
             self._evaluate()
+        end = min(self.schedule.stop or self.schedule.steps, self.schedule.steps)
         bar = tqdm(
-            total=self.schedule.steps, initial=self.step, desc="distil", unit="step", disable=not self._speaks, smoothing=0.1
+            total=end,
+            initial=self.step,
+            desc="distil",
+            unit="step",
+            disable=not self._speaks,
+            smoothing=0.1,
         )
         with bar, _signals() as asked:
-            while self.step < self.schedule.steps:
+            while self.step < end:
                 row = self._one_step()
                 self.seconds = before + time.perf_counter() - started
                 self._log(row)
                 bar.set_postfix(kl=f"{row['kl']:.4f}", ce=f"{row['ce']:.3f}", tps=f"{row['tokens_per_second']:.0f}")
                 bar.update(1)
-                last = self.step == self.schedule.steps
+                last = self.step == end
                 if last or self.step % self.schedule.eval_every == 0:
                     self._evaluate()
                 late = time.perf_counter() - saved > 60 * self.schedule.save_minutes
@@ -142,11 +150,11 @@ class Trainer:
                     self._save()
                     saved = time.perf_counter()
                 if asked and not last:
-                    raise Interrupted(f"stopped after step {self.step} of {self.schedule.steps}; the same command goes on")
+                    raise Interrupted(
+                        f"stopped after step {self.step} of {self.schedule.steps}; the same command goes on"
+                    )
         best = min(self.history, key=lambda each: each[self._criterion])
-        return Result(
-            self.history[0], best, self.history[-1], int(best["step"]), self.step, self._tokens, self.seconds
-        )
+        return Result(self.history[0], best, self.history[-1], int(best["step"]), self.step, self._tokens, self.seconds)
 
     @property
     def _speaks(self) -> bool:

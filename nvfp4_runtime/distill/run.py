@@ -1,0 +1,215 @@
+"""`nvfp4 distill` in one call: teacher, text and a start become a trained NVFP4 folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors.torch import load_file
+
+from nvfp4_runtime.checkpoint.writer import check_place
+from nvfp4_runtime.config import Numerics
+from nvfp4_runtime.distill import distributed, state
+from nvfp4_runtime.distill.data import Rows, load_rows
+from nvfp4_runtime.distill.export import export_student
+from nvfp4_runtime.distill.hf import load_plain
+from nvfp4_runtime.distill.loss import LOSSES
+from nvfp4_runtime.distill.student import BLOCK_SCALES, TRAIN, BlockScales, Student, Train, build_student
+from nvfp4_runtime.distill.trainer import Result, Schedule, Trainer
+from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.quantize.pipeline import quantize_folder
+from nvfp4_runtime.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["full"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+DEFAULT_TEACHERS = ("default", "default-bf16")
+START_WINDOWS = 96  # of 512 tokens: what the start is calibrated on
+
+QAT_WARNING = (
+    "--loss ce trains on the labels alone. On a model that was post-trained (instruction tuning, RL) this undoes "
+    "post-training: its answers drift to the text's, and away from the model's own (docs/qad.md measures how far). Use "
+    "--loss kl to keep the model"
+)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What to make, as the flags of `nvfp4 distill` say it.
+
+    data, held      sources as data.py takes them; held None: a part of data
+    student         an NVFP4 folder in ModelOpt's layout; None: AWQ on the beginning of data
+    tokens          to train on, rounded up to whole steps of batch_tokens
+    """
+
+    data: str
+    held: str | None = None
+    student: Path | None = None
+    act: Numerics = "w4a4"
+    mode: Mode = "full"
+    train: Train = "all"
+    block_scales: BlockScales = "frozen"
+    seq: int = 512
+    tokens: int = 1_000_000
+    batch_tokens: int = 4096
+    micro_tokens: int = 2048
+    held_rows: int = 16
+    schedule: Schedule = field(default_factory=Schedule)
+    device: str = "auto"
+    threads: int | None = None
+    work: Path | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it; `work` holds log.csv, eval.csv and their plot."""
+
+    out: Path
+    work: Path
+    result: Result
+
+
+def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
+    """Train an NVFP4 student of the plain model `teacher` on text, and write the best step as the folder `out`.
+
+    Interrupted, it leaves `OUT.training`, from which the same call goes on. Raises ConfigError, CheckpointError,
+    Interrupted.
+    """
+    _check(wishes)
+    device = distributed.start() or _device(wishes.device)
+    if wishes.threads is not None:
+        torch.set_num_threads(wishes.threads)
+    out = check_place(Path(out), None if str(teacher) in DEFAULT_TEACHERS else Path(teacher))
+    work = wishes.work or out.with_name(f"{out.name}.training")
+    folder = teacher_folder(teacher, wishes.progress)
+    rows, held = _rows(wishes, folder)
+    schedule = _schedule(wishes)
+    if schedule.loss == "ce":
+        logger.warning(QAT_WARNING)
+    start = wishes.student or _start(folder, work, wishes, rows)
+    logger.info(
+        "training on %d rows of %d tokens for %d steps of %d tokens, held out: %d rows",
+        len(rows), rows.length, schedule.steps, schedule.batch_rows * rows.length, len(held),
+    )  # fmt: skip
+    student = build_student(
+        folder, start, wishes.act, device=device, block_scales=wishes.block_scales, train=wishes.train
+    )
+    plain = load_plain(folder, torch.bfloat16, device)
+    trainer = Trainer(plain, student, rows, held, schedule, work, identity=_identity(wishes), progress=wishes.progress)
+    result = trainer.run()
+    if distributed.rank() == 0:
+        load_best(student, work)
+        export_student(student, out)
+        shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    return Distilled(out, work, result)
+
+
+def load_best(student: Student, work: Path) -> None:
+    """The masters of the best step into the student."""
+    best = load_file(work / state.BEST)
+    with torch.no_grad():
+        for name, master in student.masters.items():
+            master.copy_(best[name])
+
+
+def teacher_folder(teacher: str | Path, progress: bool) -> Path:
+    """The plain model's folder; "default" is the embedded default model's parent."""
+    if str(teacher) in DEFAULT_TEACHERS:
+        from nvfp4_runtime.quantize.default_model import default_bf16
+
+        return default_bf16(progress)
+    folder = Path(teacher)
+    if not folder.is_dir():
+        raise ConfigError(f"{teacher} is no folder; expected a plain Hugging Face model, or `default`", "TEACHER")
+    return folder
+
+
+def _check(wishes: Wishes) -> None:
+    for flag, value, known in (
+        ("--loss", wishes.schedule.loss, LOSSES),
+        ("--mode", wishes.mode, MODES),
+        ("--train", wishes.train, TRAIN),
+        ("--block-scales", wishes.block_scales, BLOCK_SCALES),
+        ("--act", wishes.act, ("w4a4", "w4a16")),
+    ):
+        if value not in known:
+            raise ConfigError(f"unknown value {value!r}; expected one of {', '.join(known)}", flag)
+    for flag, number, least in (
+        ("--seq", wishes.seq, 2),
+        ("--tokens", wishes.tokens, 1),
+        ("--held-rows", wishes.held_rows, 1),
+        ("--batch-tokens", wishes.batch_tokens, wishes.seq),
+        ("--micro-tokens", wishes.micro_tokens, wishes.seq),
+    ):
+        if number < least:
+            raise ConfigError(f"expected at least {least}, found {number}", flag)
+    if wishes.schedule.lr <= 0:
+        raise ConfigError(f"expected a positive learning rate, found {wishes.schedule.lr}", "--lr")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("this torch sees no CUDA device; leave --device out to train on the CPU", "--device")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}: {error}", "--device") from error
+
+
+def _rows(wishes: Wishes, folder: Path) -> tuple[Rows, Rows]:
+    rows = load_rows(wishes.data, folder, wishes.seq)
+    if wishes.held is not None:
+        return rows, load_rows(wishes.held, folder, wishes.seq, "--held").first(wishes.held_rows)
+    if len(rows) < 2 * wishes.held_rows:
+        raise ConfigError(
+            f"the text has {len(rows)} rows of {wishes.seq} tokens, too few to hold {wishes.held_rows} out; give more "
+            "text, a text of its own (--held), or fewer --held-rows",
+            "--data",
+        )
+    return rows.split(wishes.held_rows)
+
+
+def _schedule(wishes: Wishes) -> Schedule:
+    batch_rows = max(1, wishes.batch_tokens // wishes.seq)
+    world = distributed.world()
+    if batch_rows % world:
+        raise ConfigError(
+            f"a step has {batch_rows} rows, which {world} processes cannot share evenly", "--batch-tokens"
+        )
+    steps = -(-wishes.tokens // (batch_rows * wishes.seq))
+    micro_rows = min(batch_rows, max(1, wishes.micro_tokens // wishes.seq))
+    return replace(wishes.schedule, steps=steps, batch_rows=batch_rows, micro_rows=micro_rows)
+
+
+def _start(folder: Path, work: Path, wishes: Wishes, rows: Rows) -> Path:
+    """The student's beginning: AWQ for the arithmetic that is trained, made once."""
+    start = work / "start"
+    if not start.is_dir() and distributed.rank() == 0:
+        tokens = rows.ids[: START_WINDOWS * 512 // rows.length + 1].flatten().tolist()
+        text = Tokenizer.load(folder).decode(tokens)
+        work.mkdir(parents=True, exist_ok=True)
+        logger.info("no --student given: quantising the teacher by AWQ first")
+        quantize_folder(
+            folder, start, method="awq", calib_texts=[text], calib_windows=START_WINDOWS, numerics=wishes.act,
+            progress=wishes.progress,
+        )  # fmt: skip
+    distributed.wait()
+    return start
+
+
+def _identity(wishes: Wishes) -> dict[str, str]:
+    """What a run may not change when it goes on."""
+    return {
+        "student": "start" if wishes.student is None else str(wishes.student.resolve()),
+        "act": wishes.act,
+        "train": wishes.train,
+        "block_scales": wishes.block_scales,
+    }
