@@ -19,7 +19,8 @@ F = TypeVar("F", bound=Callable[..., object])
 def compiled(function: F, dynamic: bool = True) -> F:
     """`function` by torch.compile; without a C++ compiler the function itself, several times slower, and a warning.
 
-    dynamic  compile once for all shapes, not once for each. Intermediate values are rounded as written, so results are the same bits.
+    dynamic  compile once for all shapes, not once for each
+    Intermediate values are rounded as written, so results are the same bits.
     """
     if not _has_compiler():
         return function

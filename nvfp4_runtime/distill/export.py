@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from nvfp4_runtime.checkpoint.detect import CONFIG, HF_QUANT
 from nvfp4_runtime.checkpoint.shards import DTYPES, Shards
@@ -14,32 +15,44 @@ from nvfp4_runtime.distill.student import Student
 from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.quantize.export import copy_companions
 
+Rounding = tuple[Tensor, Tensor, Tensor]  # weights fp32 [N, K], block_scale e4m3 [N, K/16], scale_2 fp32 []
+
 
 def export_student(student: Student, out: Path) -> None:
     """Write `student` as its masters are now. `out` appears whole or not at all."""
     student.refresh()  # block scales may be recomputed
-    shards = Shards(student.folder)
-    with new_folder(out) as folder:
+    parts = {name: (layer.weights.detach(), layer.block_scale, layer.scale_2) for name, layer in student.layers.items()}
+    export(student.folder, parts, {name: student.masters[name].detach() for name in student.plain}, out)
+
+
+def export(folder: Path, layers: Mapping[str, Rounding], plain: Mapping[str, Tensor], out: Path) -> None:
+    """`folder` with other values: `layers` by module, rounded under their scales; `plain` tensors by name.
+
+    Names, types, tensor scales, configs and companions stay. Both mappings are read a tensor at a time.
+    """
+    shards = Shards(folder)
+    with new_folder(out) as temporary:
         specs = [TensorSpec(info.name, info.dtype, info.shape) for info in shards]
-        with ShardWriter(folder, specs) as writer:
+        with ShardWriter(temporary, specs) as writer:
             for spec in specs:
-                writer.write(spec.name, _value(student, shards, spec))
+                writer.write(spec.name, _value(layers, plain, shards, spec))
         for name in (CONFIG, HF_QUANT):
-            if (student.folder / name).is_file():
-                with naming(folder / name):
-                    shutil.copyfile(student.folder / name, folder / name)
-        copy_companions(student.folder, folder)
+            if (folder / name).is_file():
+                with naming(temporary / name):
+                    shutil.copyfile(folder / name, temporary / name)
+        copy_companions(folder, temporary)
     shards.close()
 
 
-def _value(student: Student, shards: Shards, spec: TensorSpec) -> torch.Tensor:
+def _value(layers: Mapping[str, Rounding], plain: Mapping[str, Tensor], shards: Shards, spec: TensorSpec) -> Tensor:
     module, _, kind = spec.name.rpartition(".")
-    if (layer := student.layers.get(module)) is not None:
+    if module in layers:
+        weights, block_scale, scale_2 = layers[module]
         if kind == "weight":
-            blocks = layer.master.detach().reshape(layer.master.shape[0], -1, codec.BLOCK)
-            return codec.encode_blocks(blocks, layer.block_scale, layer.scale_2).cpu()
+            blocks = weights.reshape(weights.shape[0], -1, codec.BLOCK)
+            return codec.encode_blocks(blocks, block_scale, scale_2).cpu()
         if kind == "weight_scale":
-            return layer.block_scale.cpu()
-    if spec.name in student.plain:
-        return student.masters[spec.name].detach().to(DTYPES[spec.dtype]).cpu()
+            return block_scale.cpu()
+    if spec.name in plain:
+        return plain[spec.name].to(DTYPES[spec.dtype]).cpu()
     return shards.read(spec.name, dtypes=tuple(DTYPES))

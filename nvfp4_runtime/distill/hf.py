@@ -21,14 +21,9 @@ def load_plain(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     Raises ConfigError without transformers, UnsupportedFormatError for a model that it does not know or whose answers
     are not its head's.
     """
+    transformers = _transformers()
     try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise ConfigError(f"distillation needs transformers, which is not installed: {INSTALL}") from error
-    transformers_logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         )
     except (ValueError, KeyError, OSError) as error:
@@ -45,6 +40,15 @@ def load_plain(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     return module
 
 
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"distillation needs transformers, which is not installed: {INSTALL}") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What enters the head for rows of token ids [B, T]; [B * T, H]."""
     out: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -57,3 +61,14 @@ def head_weight(model: Any) -> Tensor:
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UnsupportedFormatError(f"expected a head without bias, found {head}")
     return head.weight
+
+
+def empty_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model's modules without weights, on the meta device: layers can be filled one at a time."""
+    transformers = _transformers()
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval()

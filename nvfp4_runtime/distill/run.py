@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from nvfp4_runtime.checkpoint.writer import check_place
 from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.distill import distributed, state
+from nvfp4_runtime.distill.blockwise import BlockResult, Blockwise
 from nvfp4_runtime.distill.data import Rows, load_rows
 from nvfp4_runtime.distill.export import export_student
 from nvfp4_runtime.distill.hf import load_plain
 from nvfp4_runtime.distill.loss import LOSSES
-from nvfp4_runtime.distill.student import BLOCK_SCALES, TRAIN, BlockScales, Student, Train, build_student
+from nvfp4_runtime.distill.plot import plot
+from nvfp4_runtime.distill.student import BLOCK_SCALES, BlockScales, Student, Train, build_student
 from nvfp4_runtime.distill.trainer import Result, Schedule, Trainer
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.quantize.pipeline import quantize_folder
@@ -26,10 +29,10 @@ from nvfp4_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["full"]
+Mode = Literal["full", "blockwise", "scales"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_TEACHERS = ("default", "default-bf16")
-START_WINDOWS = 96  # of 512 tokens: what the start is calibrated on
+START_WINDOWS = 16  # of 512 tokens: what the start is calibrated on
 
 QAT_WARNING = (
     "--loss ce trains on the labels alone. On a model that was post-trained (instruction tuning, RL) this undoes "
@@ -43,11 +46,13 @@ class Wishes:
     """What to make, as the flags of `nvfp4 distill` say it.
 
     data, held      sources as data.py takes them; held None: a part of data
+    synthesize      completions to sample from the teacher and train on; data, if given, are then the prompts
     student         an NVFP4 folder in ModelOpt's layout; None: AWQ on the beginning of data
     tokens          to train on, rounded up to whole steps of batch_tokens
     """
 
-    data: str
+    data: str | None = None
+    synthesize: int | None = None
     held: str | None = None
     student: Path | None = None
     act: Numerics = "w4a4"
@@ -68,11 +73,12 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What came of it; `work` holds log.csv, eval.csv and their plot."""
+    """What came of it; `work` holds log.csv, eval.csv and their plot, or blocks.csv where there are `blocks`."""
 
     out: Path
     work: Path
-    result: Result
+    result: Result | None
+    blocks: Sequence[BlockResult] = ()
 
 
 def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
@@ -88,7 +94,7 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
     out = check_place(Path(out), None if str(teacher) in DEFAULT_TEACHERS else Path(teacher))
     work = wishes.work or out.with_name(f"{out.name}.training")
     folder = teacher_folder(teacher, wishes.progress)
-    rows, held = _rows(wishes, folder)
+    rows, held = _rows(wishes, folder, work)
     schedule = _schedule(wishes)
     if schedule.loss == "ce":
         logger.warning(QAT_WARNING)
@@ -97,9 +103,10 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
         "training on %d rows of %d tokens for %d steps of %d tokens, held out: %d rows",
         len(rows), rows.length, schedule.steps, schedule.batch_rows * rows.length, len(held),
     )  # fmt: skip
-    student = build_student(
-        folder, start, wishes.act, device=device, block_scales=wishes.block_scales, train=wishes.train
-    )
+    if wishes.mode == "blockwise":
+        return _blockwise(folder, start, out, work, rows, held, schedule, wishes, device)
+    train: Train = "scales" if wishes.mode == "scales" else wishes.train
+    student = build_student(folder, start, wishes.act, device=device, block_scales=wishes.block_scales, train=train)
     plain = load_plain(folder, torch.bfloat16, device)
     trainer = Trainer(plain, student, rows, held, schedule, work, identity=_identity(wishes), progress=wishes.progress)
     result = trainer.run()
@@ -107,7 +114,32 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
         load_best(student, work)
         export_student(student, out)
         shutil.rmtree(work / "checkpoint", ignore_errors=True)
+        plot(work)
     return Distilled(out, work, result)
+
+
+def _blockwise(
+    folder: Path,
+    start: Path,
+    out: Path,
+    work: Path,
+    rows: Rows,
+    held: Rows,
+    schedule: Schedule,
+    wishes: Wishes,
+    device: torch.device,
+) -> Distilled:
+    """Every block on the same rows: as many as one pass of the schedule sees, at most."""
+    if schedule.loss != "kl" or distributed.world() > 1:
+        raise ConfigError("--mode blockwise has a loss of its own, and runs in one process; leave --loss out", "--mode")
+    rows = rows.first(schedule.steps * schedule.batch_rows)
+    run = Blockwise(
+        folder, start, wishes.act, rows, held, schedule, work,
+        device=device, block_scales=wishes.block_scales, identity=_identity(wishes), progress=wishes.progress,
+    )  # fmt: skip
+    results = run.run()
+    run.export(out)
+    return Distilled(out, work, None, results)
 
 
 def load_best(student: Student, work: Path) -> None:
@@ -134,7 +166,7 @@ def _check(wishes: Wishes) -> None:
     for flag, value, known in (
         ("--loss", wishes.schedule.loss, LOSSES),
         ("--mode", wishes.mode, MODES),
-        ("--train", wishes.train, TRAIN),
+        ("--train", wishes.train, ("all", "layers")),
         ("--block-scales", wishes.block_scales, BLOCK_SCALES),
         ("--act", wishes.act, ("w4a4", "w4a16")),
     ):
@@ -164,8 +196,20 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"unknown device {name!r}: {error}", "--device") from error
 
 
-def _rows(wishes: Wishes, folder: Path) -> tuple[Rows, Rows]:
-    rows = load_rows(wishes.data, folder, wishes.seq)
+def _rows(wishes: Wishes, folder: Path, work: Path) -> tuple[Rows, Rows]:
+    source = wishes.data
+    if wishes.synthesize is not None:
+        source = str(work / "synthesized.jsonl")
+        if distributed.rank() == 0:
+            from nvfp4_runtime.distill.synthesize import read_prompts, synthesize
+
+            work.mkdir(parents=True, exist_ok=True)
+            prompts = [] if wishes.data is None else read_prompts(wishes.data)
+            synthesize(folder, wishes.synthesize, Path(source), prompts=prompts, seed=wishes.schedule.seed)
+        distributed.wait()
+    if source is None:
+        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
+    rows = load_rows(source, folder, wishes.seq)
     if wishes.held is not None:
         return rows, load_rows(wishes.held, folder, wishes.seq, "--held").first(wishes.held_rows)
     if len(rows) < 2 * wishes.held_rows:
@@ -210,6 +254,7 @@ def _identity(wishes: Wishes) -> dict[str, str]:
     return {
         "student": "start" if wishes.student is None else str(wishes.student.resolve()),
         "act": wishes.act,
+        "mode": wishes.mode,
         "train": wishes.train,
         "block_scales": wishes.block_scales,
     }

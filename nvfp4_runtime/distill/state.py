@@ -56,13 +56,30 @@ def load(work: Path, identity: Mapping[str, Any]) -> Loaded | None:
     if folder is None:
         return None
     record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    found = record["identity"]
-    if found != json.loads(json.dumps(identity)):
-        differing = sorted(
-            key for key in {*found, *identity} if found.get(key) != json.loads(json.dumps(identity.get(key)))
-        )
+    _same(work, record["identity"], identity)
+    return Loaded(load_file(folder / _TENSORS), record)
+
+
+def _same(work: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    expected = json.loads(json.dumps(identity))
+    if differing := sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key)):
         raise ConfigError(
             f"{work} holds a run with other {', '.join(differing)}; give the flags it was started with, choose another "
             "OUT, or remove the folder to start anew"
         )
-    return Loaded(load_file(folder / _TENSORS), record)
+
+
+def claim(work: Path, identity: Mapping[str, Any]) -> None:
+    """Note what run `work` belongs to. Raises ConfigError when it is another's."""
+    path = work / "run.json"
+    if path.exists():
+        _same(work, json.loads(path.read_text(encoding="utf-8")), identity)
+    else:
+        write_text(path, json.dumps(identity, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that appears whole."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

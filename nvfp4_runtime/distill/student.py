@@ -7,7 +7,7 @@ gathered with the masters, in float32; after every optimizer step masters are ro
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +24,7 @@ from nvfp4_runtime.distill.hf import load_plain
 from nvfp4_runtime.distill.linear import FakeQuantLinear, Site
 from nvfp4_runtime.distill.start import starting_weights
 from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight
 from nvfp4_runtime.quantize.layerwise import SITE_MODULES
 
@@ -39,21 +40,47 @@ TRAIN: tuple[Train, ...] = get_args(Train)
 class Layer:
     """One NVFP4 layer: the module that computes, and what it is rounded with.
 
-    master       fp32 [N, K]
-    block_scale  e4m3 [N, K/16];  scale_2  fp32 []
+    weights      fp32 [N, K]
+    block_scale  e4m3 [N, K/16];  scale_2  fp32 [], frozen
+    steps        fp32 [N, K/16] block_scale * scale_2 before it is rounded, where they are what learns; else None
     """
 
     linear: FakeQuantLinear
-    master: Tensor
+    weights: Tensor
     block_scale: Tensor
     scale_2: Tensor
     policy: BlockScales
+    steps: Tensor | None = None
+
+    @property
+    def master(self) -> Tensor:
+        """What learns."""
+        return self.weights if self.steps is None else self.steps
 
     def refresh(self) -> None:
-        if self.policy == "max":
-            self.block_scale = fake_quant.max_block_scales(self.master, self.scale_2)
-        operand = compiled(fake_quant.weight_operand)(self.master, self.block_scale, self.scale_2)
+        """Round the master into the module."""
+        if self.steps is not None:
+            scale = (self.steps / self.scale_2).clamp(codec.E4M3_MIN_SUBNORMAL, codec.E4M3_MAX)
+            self.block_scale = scale.to(torch.float8_e4m3fn)
+        elif self.policy == "max":
+            self.block_scale = fake_quant.max_block_scales(self.weights, self.scale_2)
+        operand = compiled(fake_quant.weight_operand)(self.weights, self.block_scale, self.scale_2)
         self.linear.weight.copy_(operand)
+
+    def to_master(self, gradient: Tensor) -> Tensor:
+        """The master's gradient by that of the dequantised weight.
+
+        Straight through for weights. A step moves a value by its code, and by what rounding left out: as in learned
+        step size quantisation (Esser et al., 2020), code - w / step inside the range, the code where it saturates.
+        """
+        if self.steps is None:
+            return gradient
+        blocks = self.weights.reshape(self.weights.shape[0], -1, codec.BLOCK)
+        scale = self.block_scale.to(torch.float32).unsqueeze(-1)
+        exact = blocks / (scale * self.scale_2)
+        codes = fake_quant.round_e2m1(exact)
+        moved = torch.where(exact.abs() <= codec.E2M1_MAX, codes - exact, codes)
+        return (gradient.to(torch.float32).reshape(blocks.shape) * moved).sum(dim=-1)
 
 
 @dataclass
@@ -62,6 +89,7 @@ class Student:
     layers   NVFP4 layers by module name, as in the checkpoint
     plain    other trained parameters by tensor name
     masters  trained float32 tensors by tensor name; their .grad is where gradients gather
+    dtypes   what the other parameters are stored in, and so rounded to
     """
 
     model: nn.Module
@@ -69,6 +97,7 @@ class Student:
     layers: dict[str, Layer]
     plain: dict[str, nn.Parameter] = field(default_factory=dict)
     masters: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -76,7 +105,7 @@ class Student:
         for layer in self.layers.values():
             layer.refresh()
         for name, parameter in self.plain.items():
-            parameter.copy_(self.masters[name])
+            parameter.copy_(self.masters[name].to(self.dtypes[name]))
 
     def trainable(self) -> Iterator[Tensor]:
         return iter(self.masters.values())
@@ -99,7 +128,7 @@ def build_student(
 ) -> Student:
     """The NVFP4 checkpoint `folder` (ModelOpt's layout) as a trainable module.
 
-    train  "all"; "layers": neither embedding nor head; "scales": see scales.py
+    train  "all"; "layers": neither embedding nor head; "scales": block scales alone, every weight stays
 
     Raises ConfigError where W4A4 is asked of a checkpoint without input scales, UnsupportedFormatError for layouts,
     formats and modules that cannot be trained here.
@@ -111,8 +140,8 @@ def build_student(
             f"the student {folder} is {ckpt.quant.method}; expected ModelOpt's layout, as `nvfp4 quantize` writes it"
         )
     model = load_plain(teacher_folder, dtype, device)
-    weights = _nvfp4_weights(model, ckpt)
-    plain = dict(_plain_tensors(folder, weights))
+    weights = nvfp4_weights(model, ckpt)
+    plain = dict(plain_tensors(folder, weights))
     teacher = {name.removesuffix(".weight"): p.detach() for name, p in model.named_parameters()}
     norms = {name.removesuffix(".weight"): t for name, t in plain.items() if t.dim() == 1}
     heads = int(ckpt.raw_config.get("num_attention_heads", 1))
@@ -123,22 +152,23 @@ def build_student(
         start.recovered,
         len(weights) - start.recovered,
     )
-    layers = _swap(model, weights, start.weights, numerics, dtype, block_scales, device)
+    layers = swap(model, weights, start.weights, numerics, dtype, block_scales, device, scales=train == "scales")
     student = Student(model, folder, layers)
     _load_plain_parameters(student, plain, train)
     for name, layer in layers.items():
-        student.masters[f"{name}.weight"] = layer.master
-        _gather(layer.linear.weight, layer.master)
+        student.masters[f"{name}.{'weight' if layer.steps is None else 'steps'}"] = layer.master
+        gather(layer.linear.weight, layer.master, layer.to_master)
     for name, parameter in student.plain.items():
-        _gather(parameter, student.masters[name])
+        gather(parameter, student.masters[name])
     student.refresh()
     return student
 
 
-def _nvfp4_weights(model: nn.Module, ckpt: Checkpoint) -> dict[str, NVFP4Weight]:
+def nvfp4_weights(model: nn.Module, ckpt: Checkpoint, prefix: str = "") -> dict[str, NVFP4Weight]:
+    """The NVFP4 layers whose names begin with `prefix`, each an nn.Linear of `model`."""
     found = dict[str, NVFP4Weight]()
     stored = {name.removesuffix(".weight_scale_2") for name in ckpt.names() if name.endswith(".weight_scale_2")}
-    for name in sorted(stored):
+    for name in sorted(name for name in stored if name.startswith(prefix)):
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -157,14 +187,14 @@ def _nvfp4_weights(model: nn.Module, ckpt: Checkpoint) -> dict[str, NVFP4Weight]
     return found
 
 
-def _plain_tensors(folder: Path, layers: dict[str, NVFP4Weight]) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(folder: Path, layers: dict[str, NVFP4Weight]) -> Iterator[tuple[str, Tensor]]:
     shards = Shards(folder)
     for info in shards:
         if info.name.rsplit(".", 1)[0] not in layers and info.dtype in ("BF16", "F16", "F32"):
             yield info.name, shards.read(info.name)
 
 
-def _swap(
+def swap(
     model: nn.Module,
     weights: dict[str, NVFP4Weight],
     masters: dict[str, Tensor],
@@ -172,7 +202,9 @@ def _swap(
     dtype: torch.dtype,
     policy: BlockScales,
     device: torch.device,
+    scales: bool = False,
 ) -> dict[str, Layer]:
+    """Put a FakeQuantLinear in the place of each nn.Linear in `weights`; `scales`: their block scales learn."""
     layers, sites = dict[str, Layer](), dict[str, Site]()
     if numerics == "w4a4" and (missing := [name for name, w in weights.items() if w.input_scale is None]):
         raise ConfigError(
@@ -190,7 +222,7 @@ def _swap(
                 scale = torch.tensor(largest, dtype=torch.float32, device=device)
             sites[key] = Site(scale, len(readers))
         old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)  # _nvfp4_weights looked
+        assert isinstance(old, nn.Linear)  # nvfp4_weights looked
         bias = None if weight.bias is None else weight.bias.to(dtype=dtype, device=device)
         linear = FakeQuantLinear(
             torch.empty(weight.n, weight.k, dtype=dtype, device=device),
@@ -199,8 +231,10 @@ def _swap(
             sites[key],
         )
         model.set_submodule(name, linear)
-        master = masters[name].to(device=device, dtype=torch.float32).clone()
-        layers[name] = Layer(linear, master, weight.block_scale.to(device), weight.weight_scale_2[0].to(device), policy)
+        start = masters[name].to(device=device, dtype=torch.float32).clone()
+        block_scale, scale_2 = weight.block_scale.to(device), weight.weight_scale_2[0].to(device)
+        steps = block_scale.to(torch.float32) * scale_2 if scales else None
+        layers[name] = Layer(linear, start, block_scale, scale_2, policy, steps)
     return layers
 
 
@@ -225,7 +259,7 @@ def _load_plain_parameters(student: Student, stored: dict[str, Tensor], train: T
             parameter.copy_(tensor)
         if train == "scales" or (train == "layers" and id(parameter) in outside):
             continue
-        student.plain[name] = parameter
+        student.plain[name], student.dtypes[name] = parameter, tensor.dtype
         student.masters[name] = tensor.to(device=parameter.device, dtype=torch.float32).clone()
 
 
@@ -234,14 +268,14 @@ def _embeddings(model: Any) -> list[Any]:
     return [module for module in found if module is not None]
 
 
-def _gather(parameter: Tensor, master: Tensor) -> None:
+def gather(parameter: Tensor, master: Tensor, to_master: Callable[[Tensor], Tensor] | None = None) -> None:
     """Let gradients of `parameter` be added to the master's in float32, and vanish."""
     master.grad = torch.zeros_like(master)
 
     def move(_: Tensor) -> None:
         assert parameter.grad is not None
         assert master.grad is not None
-        master.grad.add_(parameter.grad)
+        master.grad.add_(parameter.grad if to_master is None else to_master(parameter.grad))
         parameter.grad = None
 
     parameter.requires_grad_(True)

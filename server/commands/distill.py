@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvfp4_runtime.errors import ConfigError
 from server.commands import flags
 
+if TYPE_CHECKING:
+    from nvfp4_runtime.distill.run import Distilled
+
 # distill/'s own lists; a test compares
 LOSSES = ("kl", "ce", "mse")
-MODES = ("full",)
+MODES = ("full", "blockwise", "scales")
 TRAIN = ("all", "layers")
 BLOCK_SCALES = ("frozen", "max")
 _ABOUT = """\
@@ -31,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("teacher", type=flags.path, metavar="TEACHER", help="plain Hugging Face folder, or `default`")
     add("out", type=flags.path, metavar="OUT", help="folder to make; must not exist, or be empty")
     add("--data", type=flags.path, metavar="TEXT", help=".jsonl, plain text, or hf:NAME[:SPLIT[:COLUMN]]")
+    add("--synthesize", type=flags.whole, metavar="N", help="train on N completions of the teacher; --data: prompts")
     add("--held", type=flags.path, metavar="TEXT", help="text to choose the best step by (default: a part of --data)")
     add("--held-rows", type=flags.whole, default=16, metavar="N", help="rows of it (default: %(default)s)")
     add("--student", type=flags.path, metavar="DIR", help="NVFP4 folder to start from, in ModelOpt's layout")
@@ -57,8 +61,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.data is None:
-        raise ConfigError("there is nothing to train on: give a text", "--data")
+    if args.data is None and args.synthesize is None:
+        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
     from nvfp4_runtime.distill.run import Wishes, distill
     from nvfp4_runtime.distill.trainer import Interrupted, Schedule
 
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     )
     wishes = Wishes(
         data=args.data,
+        synthesize=args.synthesize,
         held=args.held,
         student=None if args.student is None else Path(args.student),
         act=args.act,
@@ -95,10 +100,19 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stopped:
         print(f"nvfp4: {stopped}")
         return 130
-    first, best = done.result.first, done.result.best
-    closed = 1 - best["kl"] / first["kl"] if first["kl"] > 0 else 0.0
-    print(f"{done.out}: best at step {done.result.best_step} of {done.result.steps}, {done.result.tokens:,} tokens")
-    print(f"  held-out KL {first['kl']:.4f} -> {best['kl']:.4f} ({closed:.1%} of the start's closed)")
-    print(f"  same top token {first['top1']:.4f} -> {best['top1']:.4f}, CE {first['ce']:.4f} -> {best['ce']:.4f}")
+    print(f"{done.out}: {_summary(done)}")
     print(f"  log and held-out figures: {done.work}")
     return 0
+
+
+def _summary(done: Distilled) -> str:
+    if done.result is None:
+        before, after = (sum(getattr(b, name) for b in done.blocks) / len(done.blocks) for name in ("before", "after"))
+        return f"{len(done.blocks)} blocks; mean held-out error of a block {before:.4f} -> {after:.4f}"
+    first, best = done.result.first, done.result.best
+    closed = 1 - best["kl"] / first["kl"] if first["kl"] > 0 else 0.0
+    return (
+        f"best at step {done.result.best_step} of {done.result.steps}, {done.result.tokens:,} tokens\n"
+        f"  held-out KL {first['kl']:.4f} -> {best['kl']:.4f} ({closed:.1%} of the start's closed)\n"
+        f"  same top token {first['top1']:.4f} -> {best['top1']:.4f}, CE {first['ce']:.4f} -> {best['ce']:.4f}"
+    )
