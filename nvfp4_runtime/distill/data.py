@@ -102,7 +102,7 @@ def _documents(source: str, flag: str) -> Iterator[tuple[str, Any]]:
 
 def _dataset(source: str, flag: str) -> Iterator[tuple[str, Any]]:
     try:
-        import datasets  # type: ignore[import-not-found,unused-ignore]  # extra `train`
+        import datasets
     except ImportError as error:
         raise ConfigError(
             f"{source} needs the package datasets: pip install 'nvfp4-runtime[train]', or give a .jsonl file", flag

@@ -72,3 +72,12 @@ def empty_model(folder: Path, dtype: torch.dtype) -> nn.Module:
             config, dtype=dtype, attn_implementation="sdpa"
         )
     return model.eval()
+
+
+def new_model(config: dict[str, Any]) -> nn.Module:
+    """A model of this config.json with fresh random weights, float32."""
+    transformers = _transformers()
+    kind = dict(config)
+    parsed = transformers.AutoConfig.for_model(kind.pop("model_type"), **kind)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa")
+    return model

@@ -57,7 +57,9 @@ def synthesize(
         numbers = range(len(done), min(count, len(done) + BATCH))
         texts = [asked[n % len(asked)] for n in numbers]
         rendered = [_render(text, tokenizer, template) for text in texts]
-        params = [SamplingParams(temperature=1.0, max_tokens=max_tokens, seed=seed * 1_000_003 + n) for n in numbers]
+        room = llm.info.max_model_len - max(len(ids) for _, ids in rendered)
+        length = min(max_tokens, room)
+        params = [SamplingParams(temperature=1.0, max_tokens=length, seed=seed * 1_000_003 + n) for n in numbers]
         answers = llm.generate([ids for _, ids in rendered], params)
         done += [
             json.dumps({"prompt": text, "completion": answer.text}, ensure_ascii=False)

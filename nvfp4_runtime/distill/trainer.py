@@ -208,13 +208,12 @@ class Trainer:
 
     def _loss(self, ids: Tensor, sums: Sums, teacher_hidden: Tensor | None = None) -> Tensor:
         """The summed loss over rows [B, T]."""
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
         if teacher_hidden is None and self.teacher is not None:
             with torch.no_grad():
                 teacher_hidden = hidden_states(self.teacher, ids)
         hidden = hidden_states(self.student.model, ids)
         return chunked_loss(
-            self.schedule.loss, hidden, self.student_head, teacher_hidden, self.teacher_head, labels, sums
+            self.schedule.loss, hidden, self.student_head, teacher_hidden, self.teacher_head, labels_of(ids), sums
         )
 
     def _evaluate(self) -> None:
@@ -272,6 +271,22 @@ class Trainer:
         for name in ("log.csv", "eval.csv"):
             _cut(self.work / name, self.step)
         logger.info("going on after step %d", self.step)
+
+
+@torch.no_grad()
+def measure(student: nn.Module, teacher: nn.Module, rows: Rows) -> dict[str, float]:
+    """KL to the teacher, label losses and same top tokens over all rows."""
+    sums, device = Sums(), next(student.parameters()).device
+    for i in range(len(rows)):
+        ids = rows.batch([i], device)
+        hidden, teacher_hidden = hidden_states(student, ids), hidden_states(teacher, ids)
+        chunked_loss("kl", hidden, head_weight(student), teacher_hidden, head_weight(teacher), labels_of(ids), sums)
+    return sums.means()
+
+
+def labels_of(ids: Tensor) -> Tensor:
+    """The next token of each position of rows [B, T], flat; -1 for the last."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
 
 
 def _append(path: Path, fields: tuple[str, ...], row: dict[str, float]) -> None:
