@@ -17,6 +17,20 @@ LOSSES = ("kl", "ce", "mse")
 MODES = ("full", "blockwise", "scales")
 TRAIN = ("all", "layers")
 BLOCK_SCALES = ("frozen", "max")
+# What recovers the default model without a text at hand: docs/qad.md says what it costs and gains
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "synthesize": 256,
+        "act": "w4a4",
+        "train": "layers",
+        "tokens": 81_920,
+        "batch_tokens": 2048,
+        "lr": 3e-4,
+        "warmup": 4,
+        "held_rows": 6,
+        "eval_every": 8,
+    }
+}
 _ABOUT = """\
 The student starts from --student, or from AWQ on the beginning of the text, and learns the teacher's distribution
 (forward KL over the whole vocabulary, every token) with its weights and activations rounded as they will be served.
@@ -31,8 +45,9 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("teacher", type=flags.path, metavar="TEACHER", help="plain Hugging Face folder, or `default`")
-    add("out", type=flags.path, metavar="OUT", help="folder to make; must not exist, or be empty")
+    add("teacher", type=flags.path, nargs="?", metavar="TEACHER", help="plain Hugging Face folder, or `default`")
+    add("out", type=flags.path, nargs="?", metavar="OUT", help="folder to make; must not exist, or be empty")
+    add("--preset", choices=sorted(PRESETS), action=_Preset, help="TEACHER, OUT and flags; flags after it replace them")
     add("--data", type=flags.path, metavar="TEXT", help=".jsonl, plain text, or hf:NAME[:SPLIT[:COLUMN]]")
     add("--synthesize", type=flags.whole, metavar="N", help="train on N completions of the teacher; --data: prompts")
     add("--held", type=flags.path, metavar="TEXT", help="text to choose the best step by (default: a part of --data)")
@@ -60,7 +75,22 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run, log_level="info")
 
 
+class _Preset(argparse.Action):
+    """Sets the flags that the default model was recovered with; what is given after it replaces them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        namespace.preset = values
+        for name, value in PRESETS[values].items():
+            setattr(namespace, name, value)
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.preset == "default":
+        from nvfp4_runtime.quantize.default_model import distilled_folder
+
+        args.teacher, args.out = args.teacher or "default", args.out or str(distilled_folder())
+    if args.teacher is None or args.out is None:
+        raise ConfigError("expected TEACHER and OUT, or --preset default (see nvfp4 distill --help)")
     if args.data is None and args.synthesize is None:
         raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
     from nvfp4_runtime.distill.run import Wishes, distill

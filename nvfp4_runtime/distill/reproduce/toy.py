@@ -1,7 +1,7 @@
 """A post-trained toy: how far distillation and training on labels each leave the model they start from.
 
-A byte-level Llama of half a million parameters, three layers, trained from scratch on Python source (A) and English prose
-about Python (E), both of the standard library; then "post-trained": sharpened towards the square of its own
+A byte-level Llama of half a million parameters, three layers, trained from scratch on Python source (A) and English
+prose about Python (E), both of the standard library; then "post-trained": sharpened towards the square of its own
 distribution, as the entropy losses of reinforcement learning do. That is the teacher. Its NVFP4 students (max, W4A4 on
 every block linear, frozen tensor scales) learn by the product's own trainer. Toy scale: directions, not sizes.
 """
@@ -68,7 +68,7 @@ def run(claims: Sequence[str], *, seeds: int, steps: int) -> list[Row]:
                 found.setdefault(kind, []).append(figures)
                 logger.info("seed %d, %s: %s", seed, kind, figures)
     protocol = (
-        f"toy of {seeds} seeds, {steps} steps of {BATCH} rows of {CONTEXT} bytes, LR {LR:g}, same start, order and steps; "
+        f"toy of {seeds} seeds, {steps} steps of {BATCH} rows of {CONTEXT} bytes, LR {LR:g}, same start, order, steps; "
         "held-out source (A) and prose (E), mean and standard deviation over seeds"
     )
     rows = []
@@ -97,8 +97,8 @@ def run(claims: Sequence[str], *, seeds: int, steps: int) -> list[Row]:
                 Row(
                     claim,
                     protocol,
-                    f"{_cell(found[kind])}; PTQ {_cell(found['ptq'])}; full data {_cell(found['qad'])}. Better than PTQ "
-                    f"on E in {sum(better)} of {len(better)} seeds",
+                    f"{_cell(found[kind])}; PTQ {_cell(found['ptq'])}; full data {_cell(found['qad'])}. Better than "
+                    f"PTQ on E in {sum(better)} of {len(better)} seeds",
                     "reproduces" if good else "in part" if any(better) else "does not reproduce",
                 )
             )
