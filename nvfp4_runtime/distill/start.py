@@ -48,9 +48,7 @@ def starting_weights(
             plain = plain * columns[module]
         if module in rows:
             plain = plain / rows[module].unsqueeze(1)
-        operand = weight_operand(plain, weight.block_scale, weight.weight_scale_2[0])
-        same = float((operand == weight.operand().to(torch.float32)).to(torch.float32).mean())
-        if same >= SAME_CODES:
+        if (same := _same_codes(plain, weight)) >= SAME_CODES:
             weights[module] = plain
             recovered += 1
         else:
@@ -83,15 +81,19 @@ def _factors(
 
 
 def _row_factor(plain: Tensor, weight: NVFP4Weight) -> Tensor:
-    """For each row, what `plain` was divided by before it was rounded to `weight`: the least squares' answer.
-
-    An answer near 1 for all rows is 1: such a layer was not folded.
-    """
-    rounded = weight.dequantize()
+    """For each row, what `plain` was divided by before it was rounded to `weight`; ones where it was not folded."""
+    ones = torch.ones(plain.shape[0])
+    if _same_codes(plain, weight) >= SAME_CODES:
+        return ones
+    rounded = weight.dequantize()  # the least squares' answer
     factor = plain.square().sum(dim=1) / (plain * rounded).sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    usable = torch.isfinite(factor) & (factor > 0)
-    factor = torch.where(usable, factor, torch.ones_like(factor))
-    return torch.ones_like(factor) if float((factor.log()).abs().median()) < 0.01 else factor
+    return torch.where(torch.isfinite(factor) & (factor > 0), factor, ones)
+
+
+def _same_codes(plain: Tensor, weight: NVFP4Weight) -> float:
+    """The share of `weight`'s codes that `plain` rounds to under its scales."""
+    operand = weight_operand(plain, weight.block_scale, weight.weight_scale_2[0])
+    return float((operand == weight.operand().to(torch.float32)).to(torch.float32).mean())
 
 
 def _per_input(factor: Tensor, k: int, heads: int | None) -> Tensor:
