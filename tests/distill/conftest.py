@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from nvfp4_runtime.quantize.pipeline import quantize_folder
 from tests import tiny
 
 TEXT = "".join(f"The {i}th sentence of a text that nobody wrote, {i * i} words, {i % 7} lines.\n" for i in range(90))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, and on a busy machine wait for each other's turn at every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

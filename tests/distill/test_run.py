@@ -27,6 +27,7 @@ from nvfp4_runtime.evaluate.windows import cut
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from server import cli
 from server.commands import distill as command
+from tests.distill.conftest import TEXT
 
 SCHEDULE = Schedule(lr=3e-3, warmup=2, eval_every=6, seed=1)
 
