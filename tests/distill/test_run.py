@@ -41,13 +41,10 @@ def wishes(text: Path, plainly: Path) -> Wishes:
     )  # fmt: skip
 
 
-NEW_TEXT = "A new text, of which no word was seen in training. " * 8
-
-
-def engine_kl(teacher: Path, folder: Path, numerics: str, text: str = NEW_TEXT) -> float:
-    """KL to the teacher as `nvfp4 eval` measures it."""
-    windows = cut(Tokenizer.load(teacher), text, 100, 3)
-    report = evaluate([Side(folder, numerics=numerics)], windows, Tokenizer.load(teacher), Side(teacher))
+def engine_kl(teacher: Path, folder: Path) -> float:
+    """KL to the teacher in W4A4 as `nvfp4 eval` measures it."""
+    windows = cut(Tokenizer.load(teacher), TEXT, 100, 3)
+    report = evaluate([Side(folder, numerics="w4a4")], windows, Tokenizer.load(teacher), Side(teacher))
     divergence = report.students[0].divergence
     assert divergence is not None
     return divergence.kl.mean
@@ -57,7 +54,7 @@ def test_distillation_brings_the_engine_nearer_to_the_teacher(teacher, wishes, t
     done = distill(teacher, tmp_path / "out", wishes)
     assert done.result is not None
     assert done.result.best["kl"] < 0.8 * done.result.first["kl"]
-    assert engine_kl(teacher, tmp_path / "out", "w4a4") < engine_kl(teacher, wishes.student, "w4a4")
+    assert engine_kl(teacher, tmp_path / "out") < engine_kl(teacher, wishes.student)
     with (done.work / "log.csv").open() as file:
         log = list(csv.DictReader(file))
     assert [int(row["step"]) for row in log] == list(range(1, 25))
@@ -115,7 +112,7 @@ def test_other_modes_close_some_of_the_distance_too(teacher, wishes, tmp_path, m
         assert all(block.after < block.before for block in done.blocks)
     else:
         assert done.result.best["kl"] < done.result.first["kl"]
-    before, after = (engine_kl(teacher, folder, "w4a4", TEXT) for folder in (wishes.student, tmp_path / "out"))
+    before, after = (engine_kl(teacher, folder) for folder in (wishes.student, tmp_path / "out"))
     assert after < before
 
 
@@ -151,7 +148,8 @@ def test_text_sampled_from_the_teacher_is_trained_on(teacher, wishes, tmp_path, 
     small = replace(wishes, data=str(prompts), synthesize=6, held_rows=2, tokens=192, act="w4a16")
     done = distill(teacher, tmp_path / "out", small)
     lines = [json.loads(line) for line in (done.work / "synthesized.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == ["Say something.", "Say more."] * 3
+    asked = [line["prompt"].splitlines()[1].removesuffix("<|im_end|>") for line in lines]  # as the template puts it
+    assert asked == ["Say something.", "Say more."] * 3
     assert len({line["completion"] for line in lines}) == 6
 
 
