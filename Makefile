@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install serve test test-gpu test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
-	bench-quality bench-http bench-structured
+.PHONY: install serve test test-gpu test-image test-asan check check-neon clean bench-engine bench-cpu bench-gpu bench-load \
+	bench-quality bench-http bench-structured storms bench-compare bench-truth bench-plan
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -31,6 +31,10 @@ test: install
 # The tests that need a GPU, on this machine's. A skip for want of one is a failure. On Blackwell: PYTEST="--require-backend blackwell".
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu --require-backend triton $(PYTEST)
+
+# The CPU image, built by buildah on a base of Debian's packages and run with a read-only root. Root, buildah, debootstrap.
+test-image: install
+	$(BIN)/python -m pytest -s tests/deploy/test_image.py --build-image --require-model $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .
@@ -103,6 +107,32 @@ bench-structured: install
 	$(BIN)/python -m nvfp4_runtime.structured.bench \
 		"$$($(BIN)/nvfp4 prepare)/tokenizer.json" $(BENCH)
 	$(BIN)/python -m nvfp4_runtime.engine.bench_structured "$$($(BIN)/nvfp4 prepare)"
+
+# BF16, W4A16 and W4A4 of the default model under the same load: speed, memory, quality, one report (docs/loadtest.md). Takes
+# some minutes. BENCH: more flags.
+bench-compare: install
+	$(BIN)/python -m loadtest compare --model bf16=default-bf16 --model "w4a16=default --numerics w4a16" \
+		--model "w4a4=default --numerics w4a4" --limits "--max-num-seqs 16 --max-num-batched-tokens 1024" \
+		--workload chat --scale 0.5 --concurrency 1,4,8 --rate 1,2 --seconds 10 --per-user 2 \
+		--quality-text $(TEXT) --quality-windows 4 --quality-window 512 --output docs/benchmarks/compare-2-core-epyc $(BENCH)
+
+# The load generator's own errors, beside servers that know better. Let nothing else run beside it.
+bench-truth: install
+	$(BIN)/python -m loadtest truth --json docs/benchmarks/truth-2-core-epyc.json $(BENCH)
+
+# The planner's simulation beside the real server: calibrates, then runs each load on both.
+bench-plan: install
+	$(BIN)/python -m loadtest calibrate --model default --output docs/benchmarks/steps-2-core-epyc.json
+	$(BIN)/python -m loadtest validate --model default --measured docs/benchmarks/steps-2-core-epyc.json \
+		--workload chat --scale 0.5 --concurrency 1,4,8,16 --rate 1,2,3 --seconds 12 --per-user 3 \
+		--json docs/benchmarks/plan-2-core-epyc.json $(BENCH)
+
+# What a server must outlast, each storm with its verdict (docs/reliability.md): about 45 minutes. STORMS: their names.
+# BENCH: more flags, such as --short or --json 'build/{}.json'. Let nothing else run beside it.
+STORMS ?= all
+
+storms: install
+	$(BIN)/python -m loadtest.storms $(STORMS) $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-cross $(VENV)-asan build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,6 +31,11 @@ class Server:
     started: float
 
 
+def nvfp4_program() -> str:
+    """The `nvfp4` command of the environment that runs us."""
+    return str(Path(sys.executable).with_name("nvfp4"))
+
+
 @contextmanager
 def serving(arguments: Sequence[str], environment: dict[str, str], ready_seconds: float, log: Path) -> Iterator[str]:
     """Start `nvfp4 serve ARGUMENTS` on a free port, wait until /health answers 200, yield its base URL, stop it.
@@ -43,11 +48,11 @@ def serving(arguments: Sequence[str], environment: dict[str, str], ready_seconds
 
 @contextmanager
 def nvfp4_server(
-    arguments: Sequence[str], environment: dict[str, str], ready_seconds: float, log: Path
+    arguments: Sequence[str], environment: dict[str, str], ready_seconds: float, log: Path, port: int | None = None
 ) -> Iterator[Server]:
-    """As `serving`, with what is known of the process."""
-    command = [str(Path(sys.executable).with_name("nvfp4")), "serve", *arguments]
-    with running(lambda port: [*command, "--port", str(port)], environment, ready_seconds, log) as server:
+    """As `serving`, with what is known of the process. `port` None: a free one."""
+    command = [nvfp4_program(), "serve", *arguments]
+    with running(lambda port: [*command, "--port", str(port)], environment, ready_seconds, log, port=port) as server:
         yield server
 
 
@@ -56,7 +61,7 @@ def listening_server(
     arguments: Sequence[str], environment: dict[str, str], ready_seconds: float, log: Path
 ) -> Iterator[Server]:
     """As `nvfp4_server`, but there as soon as its port listens: what it is asked waits until the model is loaded."""
-    command = [str(Path(sys.executable).with_name("nvfp4")), "serve", *arguments]
+    command = [nvfp4_program(), "serve", *arguments]
     with running(lambda port: [*command, "--port", str(port)], environment, ready_seconds, log, _listens) as server:
         yield server
 
@@ -68,12 +73,15 @@ def running(
     ready_seconds: float,
     log: Path,
     is_ready: Callable[[httpx.Client], bool] | None = None,
+    port: int | None = None,
 ) -> Iterator[Server]:
-    """Start `command(free port)` and wait until `is_ready(client)`; stop it afterwards. Errors as `serving`.
+    """Start `command(port)` and wait until `is_ready(client)`; stop it afterwards. Errors as `serving`.
 
     is_ready  None: its /health answers 200
+    port      None: a free one
     """
-    url = f"http://127.0.0.1:{(port := _free_port())}"
+    port = port or free_port()
+    url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         started = time.monotonic()
         process = subprocess.Popen(
@@ -90,7 +98,7 @@ def running(
         _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

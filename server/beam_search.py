@@ -196,7 +196,7 @@ class BeamGeneration:
         )
         self._num_submitted += 1
         self._running[request_id] = stream
-        self._metrics.start(request_id, len(token_ids), 1)
+        self._metrics.start(request_id, len(token_ids), 1, self._terms.tenant)
         return stream
 
     async def _resubmit(self, token_ids: list[int]) -> TokenStream:

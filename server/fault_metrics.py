@@ -1,4 +1,5 @@
-"""Prometheus metrics of what goes wrong: faults inside steps, answers that degenerate, engines that are replaced."""
+"""Prometheus metrics of what goes wrong: faults inside steps, answers that degenerate, engines that are replaced, and
+how near the queue is to refusing."""
 
 from __future__ import annotations
 
@@ -34,6 +35,12 @@ class FaultMetrics(Collector):
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             counter.add_metric(self._labels, count)
             yield counter
-        up = GaugeMetricFamily("nvfp4_engine_up", "1 while the engine takes requests.", labels=_LABELS)
-        up.add_metric(self._labels, float(engine.alive))
-        yield up
+        queued = engine.admission.num_queued_tokens
+        for name, text, value in (
+            ("nvfp4_engine_up", "1 while the engine takes requests.", float(engine.alive)),
+            ("nvfp4_queued_prompt_tokens", "Prompt tokens of requests that have not begun to answer.", queued),
+            ("nvfp4_max_queued_prompt_tokens", "The bound of these.", engine.info.max_queued_tokens),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge

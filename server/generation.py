@@ -144,7 +144,7 @@ class Generation:
                 self._streams.append(stream)
                 if request.stream:
                     stream.bound(terms.max_unread_bytes, partial(engine.abort, stream.request_id))
-                metrics.start(stream.request_id, len(job.prompt_token_ids), job.params.max_tokens or 0)
+                metrics.start(stream.request_id, len(job.prompt_token_ids), job.params.max_tokens or 0, terms.tenant)
         except BaseException:  # whatever it was: none of them may run without somebody to take its tokens
             self.close()
             raise

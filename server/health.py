@@ -28,4 +28,7 @@ def why_not_ready(server: ServerState) -> str | None:
     if (reason := why_not_healthy(server)) is not None:
         return reason
     waiting, bound = server.engine.stats.num_waiting, max(1, server.engine.info.max_queued_requests)
-    return f"the queue is full: {waiting} requests wait, {bound} may" if waiting >= bound else None
+    if waiting >= bound:
+        return f"the queue is full: {waiting} requests wait, {bound} may"
+    tokens, bound = server.engine.admission.num_queued_tokens, server.engine.info.max_queued_tokens
+    return f"the queue is full: {tokens} prompt tokens wait, {bound} may" if tokens >= bound else None

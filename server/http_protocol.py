@@ -19,6 +19,7 @@ from server.errors import status_body
 
 BODY_GRACE_SECONDS = 5.0  # for the middleware's 408 to come first
 LINGER_SECONDS = 1.0  # a connection closed while its client still writes is reset, and the answer lost with it
+_VERSIONS = ("1.0", "1.1")  # the parser also takes 0.9 and 2.0, whose answers look otherwise
 _FIELD_OVERHEAD = 4  # ": " and the line's end
 
 
@@ -90,6 +91,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self._refused:
+            return
+        if (version := self.parser.get_http_version()) not in _VERSIONS:
+            self._refuse(400, f"HTTP/{version} is not spoken here; send HTTP/1.1")
             return
         self._phase, self._parsed = Phase.BODY, True
         self._arm(self.body_seconds + BODY_GRACE_SECONDS)

@@ -71,6 +71,7 @@ class _Request:
     prompt_tokens: int
     max_tokens: int
     arrival: float
+    tenant: str
     cached_tokens: int = 0
     num_tokens: int = 0
     last_token: float = 0.0
@@ -278,9 +279,9 @@ class Metrics:
         """An HTTP request whose choices have all been submitted."""
         self.params_n.observe(n)
 
-    def start(self, request_id: str, prompt_tokens: int, max_tokens: int) -> None:
-        """A choice has been submitted."""
-        self._requests[request_id] = _Request(prompt_tokens, max_tokens, time.monotonic())
+    def start(self, request_id: str, prompt_tokens: int, max_tokens: int, tenant: str = "") -> None:
+        """A choice has been submitted, with the API key of `tenant`."""
+        self._requests[request_id] = _Request(prompt_tokens, max_tokens, time.monotonic(), tenant)
 
     def on_output(self, output: TokenOutput) -> None:
         """Tokens of a request have arrived from the engine, whoever reads them and however slowly."""
@@ -306,7 +307,7 @@ class Metrics:
         if (request := self._requests.pop(request_id, None)) is not None:
             self.request_success.labels(*self._labels, "error").inc()
             self.recent_requests.add(
-                request_id, "error", request.prompt_tokens, request.cached_tokens, request.num_tokens
+                request.tenant, request_id, "error", request.prompt_tokens, request.cached_tokens, request.num_tokens
             )
 
     def released(self, request_id: str) -> None:
@@ -341,7 +342,9 @@ class Metrics:
         self.request_generation_tokens.observe(taken)
         self.params_max_tokens.observe(request.max_tokens)
         times = output.times
-        self.recent_requests.add(request_id, reason, request.prompt_tokens, request.cached_tokens, taken, times)
+        self.recent_requests.add(
+            request.tenant, request_id, reason, request.prompt_tokens, request.cached_tokens, taken, times
+        )
         if times is None:
             return
         self.e2e.observe(times.finished - times.arrival)

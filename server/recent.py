@@ -12,13 +12,14 @@ MAX_RECENT = 100
 
 
 class RecentRequests:
-    """A bounded list, newest first when read."""
+    """A bounded list for each API key, newest first when read."""
 
     def __init__(self) -> None:
-        self._ended: deque[dict[str, Any]] = deque(maxlen=MAX_RECENT)
+        self._ended: dict[str, deque[dict[str, Any]]] = {}
 
     def add(
         self,
+        tenant: str,
         request_id: str,
         finish_reason: str,
         prompt_tokens: int,
@@ -27,7 +28,7 @@ class RecentRequests:
         times: RequestTimes | None = None,
     ) -> None:
         """A choice of a request has ended. Without `times`, or where it did not get so far, its durations are null."""
-        self._ended.append(
+        self._ended.setdefault(tenant, deque(maxlen=MAX_RECENT)).append(
             {
                 "id": request_id,
                 "ended": time.time(),
@@ -39,8 +40,9 @@ class RecentRequests:
             }
         )
 
-    def newest_first(self) -> list[dict[str, Any]]:
-        return list(reversed(self._ended))
+    def newest_first(self, tenant: str) -> list[dict[str, Any]]:
+        """Those of `tenant`: what others ask, and when, is not its business."""
+        return list(reversed(self._ended.get(tenant, ())))
 
 
 def _durations(times: RequestTimes | None) -> dict[str, float | None]:

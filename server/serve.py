@@ -31,6 +31,7 @@ from nvfp4_runtime.text.tokenizer import read_json
 from server.commands import limits, security
 from server.commands.reliability import simulated_faults, supervision
 from server.config import ServerConfig, environment_flags, traces_wanted
+from server.loading import LoadingGate
 from server.reasoning.parsers import reasoning_style
 from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
@@ -279,7 +280,7 @@ def _unusable_default(name: str, why: str) -> ConfigError:
 
 
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
-    """A socket that listens already, which makes the port ours; who connects before we are ready waits until we are.
+    """A socket that listens already, which makes the port ours; LoadingGate takes who comes early.
 
     Being bound alone would not do: two processes may bind one port with SO_REUSEADDR, and the second to listen fails.
     """
@@ -323,6 +324,7 @@ async def _serve(
     tracer: Tracer | None,
 ) -> int:
     stop = _StopSignal()
+    gate = LoadingGate(socks)
     progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
     launch = asyncio.create_task(SupervisedEngine.launch(engine_config, policy, progress))
     try:
@@ -338,6 +340,8 @@ async def _serve(
         if not launch.done():
             launch.cancel()
             await asyncio.gather(launch, return_exceptions=True)
+        if stop.received is not None or launch.cancelled() or launch.exception() is not None:
+            gate.close()
     if stop.received is not None:
         if not launch.cancelled() and launch.exception() is None:
             await launch.result().close()
@@ -348,7 +352,7 @@ async def _serve(
     engine.info.startup_seconds["ready"] = time.monotonic() - started
     try:
         announce = print_ready if args.log_format == "text" else log_ready
-        return await _run_http(engine, text, config, socks, stop, tracer, announce)
+        return await _run_http(engine, text, config, socks, gate, stop, tracer, announce)
     finally:
         await engine.close()
 
@@ -358,6 +362,7 @@ async def _run_http(
     text: TextProcessor,
     config: ServerConfig,
     socks: list[socket.socket],
+    gate: LoadingGate,
     stop: _StopSignal,
     tracer: Tracer | None,
     announce: Callable[[EngineInfo, ServerConfig, str], None],
@@ -366,10 +371,12 @@ async def _run_http(
 
     app = create_app(engine, text, config, tracer)
     server = _make_server(app, config)
+    gate.stop()
     serving = asyncio.create_task(server.serve(sockets=socks))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     if server.started:
+        await gate.hand_over(server)
         _spare_the_collector()
         announce(engine.info, config, url_of(socks[0]))
     shutdown = Shutdown(server, app.state.server)

@@ -1,6 +1,6 @@
 """Fixtures and flags that every test directory shares.
 
-A skip is honest only where somebody looks at it. Six flags turn skips into failures, so that a run which is meant to
+A skip is honest only where somebody looks at it. Seven flags turn skips into failures, so that a run which is meant to
 test something cannot pass by testing nothing:
 
 --require-backend NAME   backend NAME refused, or its extension is not built
@@ -9,6 +9,9 @@ test something cannot pass by testing nothing:
 --require-model          the default model's package is not installed
 --require-browser        no Chromium, or no playwright to drive it
 --require-sanitizer      the process runs without AddressSanitizer (see `make test-asan`)
+--require-deploy-tools   kubectl, helm, hadolint or kubernetes-validate is not installed
+
+One adds a test instead: --build-image, minutes of building a container image (see `make test-image`).
 """
 
 from __future__ import annotations
@@ -62,6 +65,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-sanitizer", action="store_true", help="fail where a test would skip for lack of a sanitizer"
     )
     group.addoption("--require-browser", action="store_true", help="fail where a test would skip for lack of a browser")
+    group.addoption(
+        "--require-deploy-tools", action="store_true", help="fail where a test would skip for lack of a deploy tool"
+    )
+    group.addoption(
+        "--build-image", action="store_true", help="build and run the container image; fail where that cannot be done"
+    )
     group.addoption("--require-model", action="store_true", help="fail where a test would skip for lack of the model")
 
 
@@ -79,6 +88,10 @@ def forbidden_skip(reason: str, config: pytest.Config) -> str | None:
         return "--require-model"
     if config.getoption("--require-browser") and "browser" in reason:
         return "--require-browser"
+    if config.getoption("--require-deploy-tools") and "deploy tool" in reason:
+        return "--require-deploy-tools"
+    if config.getoption("--build-image") and "image builder" in reason:
+        return "--build-image"
     if config.getoption("--require-sanitizer") and "sanitizer" in reason:
         return "--require-sanitizer"
     return None

@@ -4,6 +4,8 @@
         <- engine <- server
 
 A module imports from its own package and from those to its left; names of one group do not import each other.
+`loadtest` speaks HTTP and imports none of it, but for loadtest/plan: a planner that simulates the scheduler has to
+simulate ours.
 """
 
 from __future__ import annotations
@@ -48,6 +50,12 @@ SERVER_MAY_IMPORT = (
     "engine.client", "engine.token_stream",
 )  # fmt: skip
 SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "quantize.default_model")
+STARTERS = ("server.serve", "server.embedded")  # these launch an engine; nobody else does
+# The scheduler and what it stands on, for simulating it: all without torch.
+PLAN_MAY_IMPORT = (
+    "config", "cache.block_pool", "sampling.params", "engine.messages", "engine.request", "engine.scheduler",
+    "engine.cost",
+)  # fmt: skip
 TORCH_FREE = (
     RUNTIME,
     f"{RUNTIME}.errors",
@@ -71,6 +79,7 @@ TORCH_FREE = (
     "server.serve",
     "server.cli",
     "loadtest",
+    "loadtest.plan.command",
 )
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
@@ -163,13 +172,17 @@ def server_violations(module: str, imported: str) -> str | None:
         return f"the server does not know {top}" if not computes or top != "torch" else None
     if top != RUNTIME or rest == "" or computes:
         return None
-    names = SERVE_MAY_IMPORT if module == "server.serve" else SERVER_MAY_IMPORT
+    names = SERVE_MAY_IMPORT if module in STARTERS else SERVER_MAY_IMPORT
     allowed = any(rest == name or rest.startswith(f"{name}.") for name in names)
     return None if allowed else f"only cli.py and commands/ reach beyond {names}"
 
 
 def loadtest_violations(module: str, imported: str) -> str | None:
-    return "loadtest speaks HTTP" if imported.split(".")[0] in (RUNTIME, "server") else None
+    top, _, rest = imported.partition(".")
+    if top not in (RUNTIME, "server"):
+        return None
+    plans = module.startswith("loadtest.plan.") and top == RUNTIME
+    return None if plans and rest in PLAN_MAY_IMPORT else f"loadtest speaks HTTP; loadtest/plan has {PLAN_MAY_IMPORT}"
 
 
 RULES = {
@@ -233,6 +246,10 @@ def test_every_part_of_the_runtime_has_its_place():
         ("server.serve", "nvfp4_runtime.quantize.pipeline", False),
         ("server.app", "nvfp4_runtime.quantize.default_model", False),
         ("loadtest.bench_engine", "nvfp4_runtime", False),
+        ("loadtest.plan.simulate", "nvfp4_runtime.engine.scheduler", True),
+        ("loadtest.plan.simulate", "nvfp4_runtime.engine.engine", False),
+        ("loadtest.compare.measure", "nvfp4_runtime.engine.scheduler", False),
+        ("loadtest.plan.simulate", "server.app", False),
     ],
 )
 def test_the_rules_tell_right_from_wrong(module, imported, allowed):

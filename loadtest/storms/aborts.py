@@ -23,6 +23,7 @@ FLAGS = (
     "--num-kv-blocks", str(NUM_BLOCKS), "--log-level", "warning",
 )  # fmt: skip
 CLIENTS = 48  # at once: four times what runs
+COUNT, SHORT_COUNT = 100_000, 600
 ROUNDS, SHORT_ROUNDS = 40, 6
 PATIENCE_SECONDS = 0.3  # of a client that waits for a first byte before it leaves
 MIB = 1 << 20
@@ -206,19 +207,17 @@ async def storm(server: Target, count: int, short: bool) -> Verdict:
 
 def _judge(verdict: Verdict, before: Metrics, after: Metrics, peaks: _Peaks) -> None:
     """That the storm was one: every state was met. And what the server says went wrong."""
-
-    def grown(name: str, labels: str = "") -> float:
-        return after.total(name, labels) - before.total(name, labels)
-
-    verdict.at_least("requests the engine ended as aborted", grown("vllm:request_success_total", '"abort"'), 1)
-    verdict.at_least("requests preempted", grown("vllm:num_preemptions_total"), 1)
+    verdict.at_least(
+        "requests the engine ended as aborted", after.since(before, "vllm:request_success_total", '"abort"'), 1
+    )
+    verdict.at_least("requests preempted", after.since(before, "vllm:num_preemptions_total"), 1)
     verdict.at_least("requests waiting, most", peaks.waiting, 1)
     verdict.at_least("requests running, most", peaks.running, 2)
-    verdict.equal("answers of 5xx", grown("nvfp4_http_responses_total", '"5xx"'), 0)
-    verdict.equal("engines restarted", grown("nvfp4_engine_restarts_total"), 0)
+    verdict.equal("answers of 5xx", after.since(before, "nvfp4_http_responses_total", '"5xx"'), 0)
+    verdict.equal("engines restarted", after.since(before, "nvfp4_engine_restarts_total"), 0)
 
 
 def run(count: int | None, seconds: float | None, short: bool) -> Verdict:
     """count: of clients that leave (100,000; short: 600)."""
     with target(FLAGS) as server:
-        return asyncio.run(storm(server, count or (600 if short else 100_000), short))
+        return asyncio.run(storm(server, count or (SHORT_COUNT if short else COUNT), short))

@@ -38,6 +38,10 @@ class Metrics:
         """Sum over the samples of `name` whose labels contain `labels`. KeyError where the metric is not there."""
         return sum(value for found, value in self.samples[name] if labels in found)
 
+    def since(self, before: Metrics, name: str, labels: str = "") -> float:
+        """By how much `total` grew."""
+        return self.total(name, labels) - before.total(name, labels)
+
     def buckets(self, name: str) -> dict[float, float]:
         """Cumulative counts by upper bound."""
         found: dict[float, float] = {}

@@ -6,35 +6,41 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 
 from nvfp4_runtime.engine.messages import Submit
+from nvfp4_runtime.engine.shortest_first import ShortestFirst
 from nvfp4_runtime.errors import RequestError
 from nvfp4_runtime.structured.compiler import GrammarCompiler
+from nvfp4_runtime.structured.spec import StructuredSpec
 
 COMPILE_SECONDS = 10.0
-NUM_THREADS = 2
 
 
 @dataclass
 class _Waiting:
+    """`started`: when its compile began; None while it waits for its turn."""
+
     submit: Submit
-    done: Future[object]
-    deadline: float
+    started: float | None = None
+    done: Future[object] = field(default_factory=Future)
 
 
 class GrammarQueue:
     """Compiles in threads of its own (the library drops the interpreter lock). Used from the engine's thread.
 
-    The library's own limits end a compile; `COMPILE_SECONDS` says how long a request waits for that, and for its turn.
+    The library's own limits end a compile; `COMPILE_SECONDS` says how long a request waits for that, from when its turn
+    has come: what others took is not held against it. Grammars that need a trial may take seconds and have a thread of
+    their own; the others do not wait for them, and among them short ones need not wait for many long ones.
     `fileno` becomes readable when a request has become ready, so that an idle engine can sleep until then.
     """
 
     def __init__(self, grammars: GrammarCompiler, clock: Callable[[], float] = time.monotonic) -> None:
         self._grammars = grammars
         self._clock = clock
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+        self._quick, self._tried = ShortestFirst("grammar"), ShortestFirst("grammar-trial")
         self._waiting: dict[str, _Waiting] = {}
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
@@ -51,9 +57,10 @@ class GrammarQueue:
         spec = submit.params.structured
         if spec is None or self._grammars.knows(spec):
             return False
-        future: Future[object] = self._pool.submit(self._grammars.compile, spec)
-        self._waiting[submit.request_id] = _Waiting(submit, future, self._clock() + COMPILE_SECONDS)
-        future.add_done_callback(self._wake)
+        waiting = self._waiting[submit.request_id] = _Waiting(submit)
+        line = self._tried if self._grammars.needs_trial(spec) else self._quick
+        waiting.done = line.submit(len(spec.value), partial(self._compile, spec, waiting))
+        waiting.done.add_done_callback(self._wake)
         return True
 
     def drop(self, request_id: str) -> bool:
@@ -67,7 +74,11 @@ class GrammarQueue:
         """Until somebody's patience ends; None when nobody waits."""
         if not self._waiting:
             return None
-        return max(0.0, min(one.deadline for one in self._waiting.values()) - self._clock())
+        now = self._clock()  # one whose turn has not come has all its time left, whenever it comes
+        return max(
+            0.0,
+            min(now if one.started is None else one.started for one in self._waiting.values()) + COMPILE_SECONDS - now,
+        )
 
     def ready(self) -> list[tuple[Submit, RequestError | None]]:
         """Requests whose wait is over, each with what came of it: None for a grammar, or why there is none."""
@@ -81,7 +92,7 @@ class GrammarQueue:
                 if failure is not None and not isinstance(failure, RequestError):
                     raise failure  # a bug of ours, not the grammar's
                 error = failure
-            elif self._clock() >= one.deadline:
+            elif one.started is not None and self._clock() >= one.started + COMPILE_SECONDS:
                 spec = one.submit.params.structured
                 assert spec is not None
                 error = spec.refused(f"took longer than {COMPILE_SECONDS:.0f} s to compile; simplify it")
@@ -92,9 +103,14 @@ class GrammarQueue:
         return over
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._quick.close()
+        self._tried.close()
         os.close(self._reader)
         os.close(self._writer)
+
+    def _compile(self, spec: StructuredSpec, waiting: _Waiting) -> object:
+        waiting.started = self._clock()
+        return self._grammars.compile(spec)
 
     def _wake(self, future: Future[object]) -> None:
         with contextlib.suppress(BlockingIOError):  # so full of wake-ups that one more changes nothing

@@ -17,12 +17,14 @@ from nvfp4_runtime.structured.spec import StructuredSpec
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 128 << 20
 # The library bounds time and memory but recurses over chained rules: some thousand of them overflow the stack. In so
 # many bytes there is no room for them; longer grammars are tried in a process of their own first.
 DIRECT_BYTES = 2048
-# What a compiled grammar is taken to need in memory: measured by `python -m nvfp4_runtime.structured.bench`.
-GRAMMAR_BYTES = 256 << 10
+DIRECT_CHOICE_BYTES = 64 << 10  # a list of words chains nothing; so many take 0.2 s
+# What a compiled grammar is taken to need in memory. Single ones by `python -m nvfp4_runtime.structured.bench`: a
+# quarter; 200 of those that `loadtest.storms grammars` makes, with the lexer states they have grown: 1 MiB on average.
+GRAMMAR_BYTES = 1 << 20
 BYTES_PER_SOURCE_BYTE = 32
 # Bounds of the library's work. States: each holds 0.5 to 1.1 kB in a request's own lexer, and a JSON string with a
 # maxLength takes nine per character.
@@ -78,7 +80,7 @@ class GrammarCompiler:
         trial: Callable[[StructuredSpec], str | None] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """`trial` says beforehand why a grammar of more than DIRECT_BYTES cannot be used, None if it can."""
+        """`trial` says why a grammar that `needs_trial` cannot be used, None if it can."""
         self._vocabulary = vocabulary
         self._trial = trial
         self._lock = threading.Lock()
@@ -97,6 +99,11 @@ class GrammarCompiler:
         """Whether `state` will answer at once."""
         with self._lock:
             return spec.grammar_key in self._cache
+
+    def needs_trial(self, spec: StructuredSpec) -> bool:
+        """Whether `spec` is compiled in a process of its own first, where it may take longer than others."""
+        bound = DIRECT_CHOICE_BYTES if spec.kind == "choice" else DIRECT_BYTES
+        return self._trial is not None and len(spec.value) > bound
 
     def state(self, spec: StructuredSpec) -> GrammarState:
         """A fresh state for one request, compiling if need be."""
@@ -140,7 +147,7 @@ class GrammarCompiler:
         tokenizer = self._load()
         import llguidance
 
-        if self._trial is not None and len(spec.value) > DIRECT_BYTES and (reason := self._trial(spec)) is not None:
+        if self._trial is not None and self.needs_trial(spec) and (reason := self._trial(spec)) is not None:
             return reason
         try:
             grammar = grammar_text(spec, self._special_tokens)

@@ -13,6 +13,9 @@ Kind = Literal["json_object", "json", "regex", "choice", "grammar", "structural_
 MAX_SPEC_BYTES = 1 << 20
 MAX_DEPTH = 64  # of brackets: parsers of grammars recurse
 MAX_CHOICES = 10_000
+MAX_BRACKETS = 1 << 17  # looked at one by one, some 5 ms for so many
+_IS_OPEN = bytes.maketrans(b"([{)]}", b"\1\1\1\0\0\0")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"([{)]}"))
 
 
 class ReasoningSpan(msgspec.Struct, frozen=True, array_like=True):
@@ -52,7 +55,9 @@ class StructuredSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         size = len(self.value.encode("utf-8", "surrogatepass"))
         if size > MAX_SPEC_BYTES:
             raise self.refused(f"has {size} bytes; expected at most {MAX_SPEC_BYTES}")
-        if (depth := nesting(self.value)) > MAX_DEPTH:
+        if (depth := nesting(self.value)) > MAX_BRACKETS:
+            raise self.refused(f"has {depth} brackets; expected at most {MAX_BRACKETS}")
+        if depth > MAX_DEPTH:
             raise self.refused(f"is nested {depth} brackets deep; expected at most {MAX_DEPTH}")
         if self.kind == "choice":
             choices = self.json_value()
@@ -82,12 +87,19 @@ class StructuredSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def nesting(text: str) -> int:
-    """The most brackets open at once, of any kind; brackets in strings count, which errs on the safe side."""
+    """The most brackets open at once, of any kind; brackets in strings count, which errs on the safe side.
+
+    Of a text with more than MAX_BRACKETS brackets their number: the event loop waits while they are looked at.
+    """
+    brackets = text.encode("utf-8", "surrogatepass").translate(_IS_OPEN, _NO_BRACKETS)
+    if len(brackets) > MAX_BRACKETS:
+        return len(brackets)
     depth = deepest = 0
-    for char in text:
-        if char in "([{":
+    for is_open in brackets:
+        if is_open:
             depth += 1
-            deepest = max(deepest, depth)
-        elif char in ")]}" and depth:
+            if depth > deepest:
+                deepest = depth
+        elif depth:
             depth -= 1
     return deepest

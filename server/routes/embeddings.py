@@ -52,7 +52,7 @@ class _Embedding:
                 )
                 self._streams.append(stream)
                 self._running.add(stream.request_id)
-                server.metrics.start(stream.request_id, len(token_ids), 0)
+                server.metrics.start(stream.request_id, len(token_ids), 0, answer.terms.tenant)
         except BaseException:  # whatever it was: none of them may run without somebody to take its vector
             self.close()
             raise

@@ -12,6 +12,7 @@ from server.health import why_not_healthy, why_not_live, why_not_ready
 from server.metrics_port import metrics_response
 from server.openapi import HEALTH_RESPONSES, TEXT_RESPONSES, json_responses
 from server.state import ServerState
+from server.terms import tenant_of
 
 router = APIRouter()
 
@@ -56,8 +57,9 @@ async def load(request: Request) -> Response:
 
 @router.get("/requests", responses=json_responses("The last requests."), response_class=Response)
 async def requests(request: Request) -> Response:
-    """The last 100 choices that ended, newest first: tokens and times, in seconds, without text."""
-    return json_response({"object": "list", "data": ServerState.of(request).metrics.recent_requests.newest_first()})
+    """The last 100 choices of this API key that ended, newest first: tokens and times, in seconds, without text."""
+    recent = ServerState.of(request).metrics.recent_requests
+    return json_response({"object": "list", "data": recent.newest_first(tenant_of(request.scope))})
 
 
 @router.get("/version", responses=json_responses("The version."), response_class=Response)

@@ -25,10 +25,10 @@ const ask = startKeyDialog(() => { described = refused = false; void tick(); });
 const chat = new Chat({ settings, measured: (ttft, itl) => live.measured(ttft, itl), unauthorized: ask });
 
 async function describe() {
-  const [{ data }, version] = await Promise.all([getJson("/v1/models"), getJson("/version")]);
+  const [{ data }, version, precision] = await Promise.all(["/v1/models", "/version", "/v1/precision"].map((path) => getJson(path)));
   const [card] = data;
   showModels(data);
-  showPrecision(card);
+  showPrecision(precision);
   const kernels = [...new Set(card.quantization.map(({ kernel }) => kernel))].join(" + ");
   const runs = kernels ? `${kernels} kernels on ${version.device}` : version.device;
   const facts = [card.numerics.toUpperCase(), runs, `context ${card.max_model_len}`];

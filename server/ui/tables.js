@@ -29,15 +29,18 @@ function requestRow(request, own) {
 /** chatcmpl-ui-0123-unique-0 -> ui-0123 */
 const ownId = (id) => /^chatcmpl-(ui-[0-9a-f]+)-/.exec(id)?.[1];
 
-/** The precision of each group of layers, as /v1/models tells it. */
-export function showPrecision(card) {
-  const groups = card.quantization;
+/** GET /v1/precision: how each group of layers is stored and run, the head among them, and what the rest runs in. */
+export function showPrecision(report) {
+  const groups = report.head ? [...report.layers, report.head] : report.layers;
   $("precision").replaceChildren(...groups.flatMap((group) => [
     el("tr", { class: group.reason ? "explained" : null },
-      el("th", { scope: "row" }, `${group.count} × ${group.layers}`),
-      ...[group.stored, group.bits_per_weight.toFixed(2), group.kernel, group.numerics].map((text) => el("td", {}, text))),
-    group.reason ? el("tr", { class: "reason" }, el("td", { colspan: "5" }, group.reason)) : null,
+      el("th", { scope: "row" }, `${group.count} × ${group.name}`),
+      ...[group.stored, group.bits_per_weight.toFixed(2), format.bytes(group.bytes), group.backend, group.numerics]
+        .map((text) => el("td", {}, text))),
+    group.reason ? el("tr", { class: "reason" }, el("td", { colspan: "6" }, group.reason)) : null,
   ]).filter((row) => row !== null));
-  setText("precision-total", `activations ${card.dtype}`);
-  setText("precision-note", `${card.numerics.toUpperCase()}: ${card.numerics_reason}. KV cache ${card.kv_cache_dtype}.`);
+  const { totals, kv_cache: cache } = report;
+  setText("precision-total", `weights ${format.bytes(totals.weight_bytes)}, ${totals.bits_per_weight.toFixed(2)} bits each`);
+  setText("precision-note", `${report.numerics.toUpperCase()}: ${report.numerics_reason}. Activations ${report.activation_dtype}. `
+    + `KV cache ${cache.dtype}, ${format.bytes(cache.bytes)} for ${format.count(cache.tokens)} tokens.`);
 }

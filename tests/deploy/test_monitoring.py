@@ -14,6 +14,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from nvfp4_runtime.engine.messages import MachineLimits
+from tests.deploy.manifests import RELEASES, helm_template, of_kind
 from tests.fakes import FakeEngine, fake_info
 from tests.server.conftest import Serve, serve  # noqa: F401 - a fixture
 
@@ -21,7 +22,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "nvfp4.json").read_text())
 NAME = re.compile(r"\b(?:vllm:|nvfp4_|http_|process_)[a-z0-9_]+(?:\{[^}]*\})?")
-ADDED_BY_PROMETHEUS = {"instance", "job"}
+ADDED_BY_PROMETHEUS = {"instance", "job", "namespace", "pod"}
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -35,6 +36,8 @@ def panels() -> list[dict[str, Any]]:
 EXPRESSIONS = {rule["alert"]: [rule["expr"]] for rule in alerts()} | {
     panel["title"]: [target["expr"] for target in panel["targets"]] for panel in panels()
 }
+SCALING = yaml.safe_load((DEPLOY / "kubernetes" / "components" / "keda" / "scaledobject.yaml").read_text())
+EXPRESSIONS |= {f"scaling by {one['name']}": [one["metadata"]["query"]] for one in SCALING["spec"]["triggers"]}
 
 
 @pytest.fixture
@@ -67,6 +70,19 @@ def test_every_metric_and_label_is_in_a_scrape(used_in: str, scraped: dict[str, 
                 assert label in scraped[name] | ADDED_BY_PROMETHEUS, f"{name} has no label {label}"
         for group in re.findall(r"by \(([^)]*)\)", expression):
             assert set(re.split(r",\s*", group)) <= labels | ADDED_BY_PROMETHEUS, expression
+
+
+def test_the_chart_scales_by_the_metrics_that_kustomize_scales_by() -> None:
+    (scaled,) = of_kind(helm_template(RELEASES["everything"]), "ScaledObject")
+    queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
+    ours = [trigger["metadata"]["query"] for trigger in SCALING["spec"]["triggers"]]
+    assert [re.sub(r', pod=~"nvfp4-\.\*"', "", query) for query in queries] == ours
+
+
+async def test_an_endpoint_picker_finds_its_gauges_by_their_default_names(scraped: dict[str, set[str]]) -> None:
+    """The model server protocol of the Gateway API Inference Extension, under vLLM's names."""
+    assert {"vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"} <= scraped.keys()
+    assert {"block_size", "num_gpu_blocks"} <= scraped["vllm:cache_config_info"]
 
 
 def test_every_alert_says_how_bad_it_is_and_what_it_means() -> None:

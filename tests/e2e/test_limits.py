@@ -166,8 +166,11 @@ def test_a_body_that_goes_on_after_its_refusal_is_cut_off(connection: Connection
     assert sent < 1 << 26
 
 
-def test_what_is_no_http_gets_openais_error_object(connection: Connection) -> None:
-    connection.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n")
+@pytest.mark.parametrize(
+    "data", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", b"GET /health\r\n\r\n", b"GET /health HTTP/2.0\r\n\r\n"]
+)
+def test_what_is_no_http_we_speak_gets_openais_error_object(connection: Connection, data: bytes) -> None:
+    connection.send(data)
     answer = connection.rest()
     assert status(answer) == 400
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 400

@@ -249,9 +249,9 @@ def test_live_figures_and_the_tables_follow_what_happens(page: Page, server: Liv
     assert "→ 250" in cells[1]
     assert cells[-1] == "length limit"
     page.click("#tab-precision")
-    card = httpx.get(f"{server.url}/v1/models").json()["data"][0]
-    assert page.locator("#precision tr:not(.reason)").count() == len(card["quantization"])
-    assert card["numerics_reason"] in page.inner_text("#precision-note")
+    report = httpx.get(f"{server.url}/v1/precision").json()
+    assert page.locator("#precision tr:not(.reason)").count() == len(report["layers"]) + (report["head"] is not None)
+    assert report["numerics_reason"] in page.inner_text("#precision-note")
 
 
 def test_thinking_is_folded_and_not_sent_back(visit: Visit, launch: Launch) -> None:

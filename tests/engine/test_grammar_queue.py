@@ -15,6 +15,7 @@ from nvfp4_runtime.errors import InvalidParameterError
 from nvfp4_runtime.structured.spec import StructuredSpec
 from tests.engine.helpers import make_config, run_to_end, submit, tokens_of
 
+LONG = StructuredSpec(kind="regex", value="a" * 5000)
 GOOD, BAD = StructuredSpec(kind="regex", value="[ab]{3}"), StructuredSpec(kind="regex", value="(")
 
 
@@ -22,13 +23,17 @@ class SlowCompiler:
     """Compiles when told to."""
 
     def __init__(self) -> None:
-        self.go = threading.Event()
+        self.go, self.begun = threading.Event(), threading.Event()
         self.known: set[str] = set()
 
     def knows(self, spec: StructuredSpec) -> bool:
         return spec.value in self.known
 
+    def needs_trial(self, spec: StructuredSpec) -> bool:
+        return spec == LONG
+
     def compile(self, spec: StructuredSpec) -> None:
+        self.begun.set()
         assert self.go.wait(30)
         self.known.add(spec.value)
         if spec == BAD:
@@ -91,6 +96,7 @@ def test_compile_that_takes_too_long_is_that_requests_error(compiler: Any) -> No
     clock = Clock()
     queue = GrammarQueue(compiler, clock)
     queue.takes(submit("slow", [1], structured=GOOD))
+    assert compiler.begun.wait(30)
     clock.now = COMPILE_SECONDS - 1
     assert queue.ready() == []
     assert queue.seconds_left() == 1
@@ -100,6 +106,36 @@ def test_compile_that_takes_too_long_is_that_requests_error(compiler: Any) -> No
     assert error is not None
     assert "took longer" in str(error)
     assert error.param == "structured_outputs"
+
+
+def test_a_request_whose_turn_has_not_come_does_not_pay_for_the_one_before_it(compiler: Any) -> None:
+    clock = Clock()
+    queue = GrammarQueue(compiler, clock)
+    queue.takes(submit("slow", [1], structured=GOOD))
+    assert compiler.begun.wait(30)
+    queue.takes(submit("behind", [1], structured=BAD))
+    clock.now = COMPILE_SECONDS
+    ((request, _),) = queue.ready()
+    assert request.request_id == "slow"
+    clock.now = COMPILE_SECONDS * 5
+    assert queue.ready() == []
+    assert queue.seconds_left() == COMPILE_SECONDS
+
+
+def test_grammars_that_need_a_trial_hold_up_only_each_other(compiler: Any) -> None:
+    queue = GrammarQueue(compiler)
+    go = compiler.go
+    compiler.go = threading.Event()  # what the long one waits for
+    queue.takes(submit("long", [1], structured=LONG))
+    assert compiler.begun.wait(30)
+    long_go, compiler.go = compiler.go, go
+    queue.takes(submit("short", [1], structured=GOOD))
+    go.set()
+    ((request, error),) = ready_soon(queue)
+    assert (request.request_id, error) == ("short", None)
+    long_go.set()
+    ((request, error),) = ready_soon(queue)
+    assert (request.request_id, error) == ("long", None)
 
 
 def test_engine_follows_grammars_under_preemption_and_stops_when_they_are_complete() -> None:

@@ -50,6 +50,15 @@ async def test_a_full_queue_costs_readiness_only(serve: Serve) -> None:
     assert await statuses(server) == (200, 200, 200)
 
 
+async def test_as_many_prompt_tokens_waiting_as_may_cost_readiness_only(serve: Serve) -> None:
+    server = await serve()
+    server.engine.admission.admit("long", "", server.engine.info.max_queued_tokens)
+    assert await statuses(server) == (200, 503, 200)
+    assert_error(await server.http.get("/health/ready"), 503, None, "prompt tokens wait")
+    server.engine.admission.started("long")
+    assert await statuses(server) == (200, 200, 200)
+
+
 async def test_a_server_told_to_stop_takes_requests_until_it_refuses_and_answers_probes_to_the_end(
     serve: Serve,
 ) -> None:

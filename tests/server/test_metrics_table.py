@@ -7,9 +7,10 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from nvfp4_runtime.engine.messages import MachineLimits, StepStats
+from server.fault_metrics import FaultMetrics
 from server.metrics import Metrics
 from server.request_record import RequestRecord
-from tests.fakes import fake_info
+from tests.fakes import FakeEngine, fake_info
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "observability.md"
 START, END = "<!-- metrics -->\n", "<!-- end -->"
@@ -18,8 +19,10 @@ IMPLIED = {"model_name", "engine", "le"}
 
 def table() -> str:
     """Every metric of a server whose every metric has samples."""
+    engine = FakeEngine()
     info = fake_info(limits=MachineLimits(1e9, 1e9, "configured"), scratch_bytes={"step": 1})
     metrics = Metrics("tiny", info, StepStats(0, 0, 64, 0, 64))
+    FaultMetrics(metrics.registry, ("tiny", "0"), engine)
     metrics.engine.on_step(StepStats(0, 0, 64, 0, 64, num_steps=1, phase_seconds={"model": 1.0}))
     metrics.http.ended(RequestRecord("r", "GET", "/v1/models", 0.0, handler="/v1/models", status=200))
     rows = ["| name | type | labels | |", "| --- | --- | --- | --- |"]

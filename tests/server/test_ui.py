@@ -162,6 +162,15 @@ async def test_a_request_that_failed_is_listed_as_an_error_without_times(serve: 
     assert len((await server.http.get("/requests")).json()["data"]) == 1, "the second was never accepted"
 
 
+async def test_a_key_sees_its_own_requests_only(serve: Serve) -> None:
+    server = await serve(api_key_hashes=(hash_key("one"), hash_key("two")))
+    one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+    body = {"model": "tiny", "prompt": "Hi", "max_tokens": 2}
+    assert (await server.http.post("/v1/completions", json=body, headers=one)).status_code == 200
+    assert len((await server.http.get("/requests", headers=one)).json()["data"]) == 1
+    assert (await server.http.get("/requests", headers=two)).json()["data"] == []
+
+
 async def test_no_more_than_a_hundred_requests_are_kept(serve: Serve) -> None:
     server = await serve()
     await server.complete(prompt=["Hi"] * 101, max_tokens=1)

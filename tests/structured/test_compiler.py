@@ -187,6 +187,15 @@ def test_trial_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     trial.close()
 
 
+def test_grammar_that_needs_too_much_of_a_core_is_refused_and_the_next_one_works() -> None:
+    trial = GrammarTrial(VOCABULARY)
+    words = json.dumps([f"word {i * 7919}" for i in range(300_000)])
+    reason = trial(spec("choice", words)) or ""
+    assert "of a core to compile" in reason
+    assert trial(spec("regex", "a")) is None
+    trial.close()
+
+
 def test_cache_holds_to_its_bound_and_drops_what_was_used_longest_ago() -> None:
     compiler = GrammarCompiler(VOCABULARY, cache_bytes=4 << 20)
     specs = [spec("regex", f"a{i}") for i in range(40)]

@@ -19,6 +19,7 @@ from nvfp4_runtime.structured.spec import MAX_SPEC_BYTES, ReasoningSpan, Structu
         (StructuredSpec(kind="regex", value="a" * (MAX_SPEC_BYTES + 1)), "bytes"),
         (StructuredSpec(kind="regex", value="(" * 65 + ")" * 65), "nested 65"),
         (StructuredSpec(kind="json", value="[" * 100_000), "nested"),
+        (StructuredSpec(kind="regex", value="()" * 70_000), "140000 brackets"),
         (StructuredSpec(kind="choice", value="[]"), "list of 1"),
         (StructuredSpec(kind="choice", value='["a", ""]'), "none of them empty"),
         (StructuredSpec(kind="choice", value='{"a": 1}'), "list of 1"),

@@ -1,0 +1,101 @@
+"""How long a step takes: as it was measured on a machine, or as the arithmetic of a GPU's data sheet has it."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+
+from loadtest.plan.gpus import Gpu
+from nvfp4_runtime.engine.cost import ModelCost
+from nvfp4_runtime.engine.scheduler import Schedule
+
+Knots = list[tuple[float, float]]  # (count, seconds), counts rising
+
+
+class StepTimes(Protocol):
+    """`source` says whether its times were measured."""
+
+    source: str
+
+    def seconds(self, schedule: Schedule) -> float: ...
+
+
+class Measured(msgspec.Struct, forbid_unknown_fields=True):
+    """What a calibration run found: measured.json.
+
+    front_seconds     before the engine has a request, and after it has given a token away: HTTP and tokenizer
+    decode            step with so many rows of one token each, at a short context
+    prefill           what so many prompt tokens, from position 0 on, add to a step
+    context_seconds   what each token of context adds to a decode step
+    pair_seconds      what each (prompt token, earlier token of former steps) pair adds
+    template_tokens   of the chat template, around an empty message
+    tokens_per_word   of the workloads' words
+    """
+
+    format: Literal["nvfp4-step-times-1"]
+    made_at: str
+    machine: dict[str, str]
+    model: str
+    flags: list[str]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_tokens: int
+    front_seconds: float
+    decode: Knots
+    prefill: Knots
+    context_seconds: float
+    pair_seconds: float
+    template_tokens: int
+    tokens_per_word: float
+
+
+class MeasuredTimes:
+    """Straight lines between what was measured; beyond the last count, on as between the last two."""
+
+    def __init__(self, measured: Measured) -> None:
+        self.source = f"measured {measured.made_at} on {measured.machine.get('cpu', 'this machine')}"
+        self._measured = measured
+        self._decode, self._prefill = _line(measured.decode), _line([(0.0, 0.0), *measured.prefill])
+
+    def seconds(self, schedule: Schedule) -> float:
+        rows = prompt = context = pairs = 0
+        for entry in schedule.entries:
+            if entry.count == 1:
+                rows += 1
+                context += entry.stop
+            else:
+                prompt += entry.count
+                pairs += entry.count * entry.start
+        extra = self._measured.context_seconds * context + self._measured.pair_seconds * pairs
+        return _at(self._decode, max(rows, 1)) + _at(self._prefill, prompt) + extra
+
+
+class Modelled:
+    """The larger of arithmetic and memory traffic, each at a share of the data sheet that good kernels reach."""
+
+    def __init__(self, gpu: Gpu, cost: ModelCost, numerics: str) -> None:
+        self.source = f"MODELLED from the data sheet of {gpu.name}, not measured"
+        self._gpu, self._cost = gpu, cost
+        self._flops = gpu.peak_flops(numerics) * gpu.flops_share
+        self._bytes = gpu.bytes_per_second * gpu.bytes_share
+
+    def seconds(self, schedule: Schedule) -> float:
+        work = self._cost.of_step(schedule)
+        moved = (work.bytes_read + work.bytes_written) / self._bytes
+        return self._gpu.step_overhead_seconds + max(work.flops / self._flops, moved)
+
+
+def _line(knots: Knots) -> tuple[list[float], list[float]]:
+    ordered = sorted(knots)
+    return [at for at, _ in ordered], [seconds for _, seconds in ordered]
+
+
+def _at(line: tuple[list[float], list[float]], at: float) -> float:
+    counts, seconds = line
+    if at > counts[-1] and len(counts) > 1:
+        slope = (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2])
+        return seconds[-1] + max(slope, 0.0) * (at - counts[-1])
+    return float(np.interp(at, counts, seconds))
