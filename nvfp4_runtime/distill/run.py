@@ -47,7 +47,8 @@ class Wishes:
 
     data, held      sources as data.py takes them; held None: a part of data
     synthesize      completions to sample from the teacher and train on; data, if given, are then the prompts
-    student         an NVFP4 folder in ModelOpt's layout; None: AWQ on the beginning of data
+    student         an NVFP4 folder in ModelOpt's layout; None: AWQ on the beginning of data. One that `distill` made is
+                    gone on with from its float32 weights, where its `.training` folder still stands beside it
     tokens          to train on, rounded up to whole steps of batch_tokens
     """
 
@@ -107,11 +108,14 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
         return _blockwise(folder, start, out, work, rows, held, schedule, wishes, device)
     train: Train = "scales" if wishes.mode == "scales" else wishes.train
     student = build_student(folder, start, wishes.act, device=device, block_scales=wishes.block_scales, train=train)
+    if (before := _masters_before(wishes)) is not None:
+        load_masters(student, before)
+        logger.info("going on from the float32 weights in %s", before)
     plain = load_plain(folder, torch.bfloat16, device)
     trainer = Trainer(plain, student, rows, held, schedule, work, identity=_identity(wishes), progress=wishes.progress)
     result = trainer.run()
     if distributed.rank() == 0:
-        load_best(student, work)
+        load_masters(student, work / state.BEST)
         export_student(student, out)
         shutil.rmtree(work / "checkpoint", ignore_errors=True)
         plot(work)
@@ -142,12 +146,27 @@ def _blockwise(
     return Distilled(out, work, None, results)
 
 
-def load_best(student: Student, work: Path) -> None:
-    """The masters of the best step into the student."""
-    best = load_file(work / state.BEST)
+def load_masters(student: Student, path: Path) -> None:
+    """Float32 masters that a run wrote. Raises ConfigError where they are another student's."""
+    found = load_file(path)
+    if missing := sorted(name for name in student.masters if name not in found):
+        raise ConfigError(
+            f"{path} lacks {len(missing)} tensor(s) that are to be trained, e.g. {missing[0]}: it was "
+            "made with another --train or --mode; use that, or move the file away to start from the rounded weights",
+            "--student",
+        )
     with torch.no_grad():
         for name, master in student.masters.items():
-            master.copy_(best[name])
+            master.copy_(found[name])
+    student.refresh()
+
+
+def _masters_before(wishes: Wishes) -> Path | None:
+    """What an earlier distillation left beside the student that it made."""
+    if wishes.student is None or wishes.mode == "blockwise":
+        return None
+    path = wishes.student.with_name(f"{wishes.student.name}.training") / state.BEST
+    return path if path.is_file() else None
 
 
 def teacher_folder(teacher: str | Path, progress: bool) -> Path:

@@ -199,3 +199,14 @@ def test_the_flags_list_what_there_is():
     assert command.LOSSES == LOSSES
     assert command.MODES == MODES
     assert command.BLOCK_SCALES == BLOCK_SCALES
+
+
+def test_a_finished_distillation_is_gone_on_with_from_its_float32_weights(teacher, wishes, tmp_path, monkeypatch):
+    first = distill(teacher, tmp_path / "first", wishes)
+    more = replace(wishes, student=first.out, tokens=192)
+    second = distill(teacher, tmp_path / "second", more)
+    assert second.result.first["kl"] == pytest.approx(first.result.best["kl"], rel=1e-6)
+    masters, resumed = (load_file(run.work / "best.safetensors") for run in (first, second))
+    assert max(float((masters[n] - resumed[n]).abs().max()) for n in masters) <= 2 * SCHEDULE.lr
+    with pytest.raises(ConfigError, match="made with another --train or --mode"):
+        distill(teacher, tmp_path / "third", replace(more, mode="scales"))
