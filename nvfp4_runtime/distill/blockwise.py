@@ -74,8 +74,8 @@ class Blockwise:
         self.model: Any = empty_model(teacher, dtype)
         self.numerics, self.schedule, self.work, self.device = numerics, schedule, work, device
         self.policy, self.dtype, self.progress = block_scales, dtype, progress
-        config = self.model.config
-        self.layers = self.model.base_model.layers if hasattr(self.model.base_model, "layers") else None
+        config: Any = self.model.config
+        self.layers: Any = getattr(self.model.base_model, "layers", None)
         if self.layers is None or not hasattr(self.model.base_model, "rotary_emb"):
             raise UnsupportedFormatError(
                 f"{type(self.model).__name__} is not a stack of decoder layers behind one rotary embedding; distil it "
@@ -88,11 +88,12 @@ class Blockwise:
                 "--seq",
             )
         self.heads = int(config.num_attention_heads)
-        rotary = type(self.model.base_model.rotary_emb)(config).to(device)
+        base: Any = self.model.base_model
+        rotary: Any = type(base.rotary_emb)(config).to(device)
         self.positions = torch.arange(rows.length, device=device).unsqueeze(0)
         self.rope = rotary(torch.empty(1, 1, 1, dtype=dtype, device=device), self.positions)
         embedding = self.shards.read("model.embed_tokens.weight").to(device=device, dtype=dtype)
-        scale = float(getattr(self.model.base_model.embed_tokens, "embed_scale", 1.0))
+        scale = float(getattr(base.embed_tokens, "embed_scale", 1.0))
         ids = torch.cat([rows.batch(list(range(len(rows))), device), held.batch(list(range(len(held))), device)])
         self.states = nn.functional.embedding(ids, embedding) * scale  # [R + held, T, H], the student's
         self.num_rows = len(rows)
@@ -171,7 +172,8 @@ class Blockwise:
 
     def _through(self, block: nn.Module, x: Tensor) -> Tensor:
         out = block(x, attention_mask=None, position_ids=self.positions, position_embeddings=self.rope)
-        return out[0] if isinstance(out, tuple) else out
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
 
     def _train(
         self, layer_id: int, plain: nn.Module, block: nn.Module, parts: Sequence[Layer], masters: dict[str, Tensor]
@@ -189,7 +191,7 @@ class Blockwise:
             chosen = indices(step * schedule.batch_rows, schedule.batch_rows, self.num_rows, schedule.seed)
             for micro in _pieces(chosen, schedule.micro_rows):
                 error = (self._through(block, self.states[micro]).float() - wanted[micro].float()).square().mean()
-                (error * (len(micro) / len(chosen)) / change).backward()
+                (error * (len(micro) / len(chosen)) / change).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(list(masters.values()), schedule.clip)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr_at(step)

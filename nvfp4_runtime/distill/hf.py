@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load_plain(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 def _transformers() -> Any:
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigError(f"distillation needs transformers, which is not installed: {INSTALL}") from error
     transformers.utils.logging.disable_progress_bar()
@@ -58,7 +59,7 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
 def head_weight(model: Any) -> Tensor:
     """The head [V, H]; UnsupportedFormatError where it is more than a matrix."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         raise UnsupportedFormatError(f"expected a head without bias, found {head}")
     return head.weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         input_scale = 1.0 if self.site.input_scale is None else float(self.site.input_scale)
         operand = self.site.operand(x)
-        y: Tensor = _StraightThrough.apply(x, operand, self.weight, input_scale, self.scale_2)
+        apply: Callable[..., Tensor] = _StraightThrough.apply  # torch leaves it untyped
+        y = apply(x, operand, self.weight, input_scale, self.scale_2)
         return y if self.bias is None else y + self.bias
 
 

@@ -5,6 +5,7 @@ The gradient of every chunk is made with its value, so the backward pass has not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -62,8 +63,8 @@ def chunked_loss(
     "kl" is D(teacher || student) at temperature 1 over the whole vocabulary, "ce" the labels' negative log-likelihood,
     "mse" the mean squared difference of logits. A teacher may be left out for "ce".
     """
-    loss: Tensor = _Chunked.apply(hidden, head, kind, teacher_hidden, teacher_head, labels, sums, chunk)
-    return loss
+    apply: Callable[..., Tensor] = _Chunked.apply  # torch leaves it untyped
+    return apply(hidden, head, kind, teacher_hidden, teacher_head, labels, sums, chunk)
 
 
 class _Chunked(Function):

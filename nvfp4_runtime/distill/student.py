@@ -279,4 +279,4 @@ def gather(parameter: Tensor, master: Tensor, to_master: Callable[[Tensor], Tens
         parameter.grad = None
 
     parameter.requires_grad_(True)
-    parameter.register_post_accumulate_grad_hook(move)
+    parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]

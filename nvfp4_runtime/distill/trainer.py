@@ -310,7 +310,7 @@ def _cut(path: Path, step: int) -> None:
 def _signals() -> Iterator[list[int]]:
     """The first SIGTERM or SIGINT is noted, so that the step in hand ends and is saved; a second one acts at once."""
     asked = list[int]()
-    old = {}
+    old = dict[int, Any]()
 
     def note(number: int, _: FrameType | None) -> None:
         asked.append(number)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from nvfp4_runtime.distill.reproduce.blocks import encoded_scale, errors, gaussian, ideal_scale
+from nvfp4_runtime.distill.reproduce.blocks import ScaleKind, encoded_scale, errors, gaussian, ideal_scale
 from nvfp4_runtime.distill.reproduce.table import Row
 
-_E8M0 = ("ocp", "nearest", "ceil", "floor")
+_E8M0: tuple[ScaleKind, ...] = ("ocp", "nearest", "ceil", "floor")
+_STORED: tuple[ScaleKind, ...] = ("e4m3", *_E8M0)
 
 
 def run() -> list[Row]:
     x = gaussian()
     ideal = ideal_scale(x, 16)
-    relative = {k: float((encoded_scale(ideal, k) / ideal - 1).square().mean().sqrt()) for k in ("e4m3", *_E8M0)}
-    steps = {}
-    for kind in ("exact", "e4m3", *_E8M0):
+    relative = {k: float((encoded_scale(ideal, k) / ideal - 1).square().mean().sqrt()) for k in _STORED}
+    steps = dict[str, float]()
+    kinds: tuple[ScaleKind, ...] = ("exact", *_STORED)
+    for kind in kinds:
         error, scale = errors(x, 16, kind)
         steps[kind] = float((error / scale).square().mean())
     others = ", ".join(f"{kind} {steps[kind]:.3f}" for kind in _E8M0)
