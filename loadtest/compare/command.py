@@ -251,6 +251,8 @@ def _report(args: argparse.Namespace, course: Course, sides: list[Side], runs: l
     ]
     if course.passes < MIN_REPEATS:
         notes.append(f"Fewer than {MIN_REPEATS} repeats: no winners.")
+    if course.engine == "aiperf":
+        notes.append("aiperf does not tell how its client fared: that it was no bottleneck is not shown.")
     if why := Energy().why_not:
         notes.append(why[0].upper() + why[1:] + ".")
     machine = describe(REPOSITORY)

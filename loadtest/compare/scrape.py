@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -31,7 +32,7 @@ def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> F
             listed, version, scraped = (client.get(path) for path in ("/v1/models", "/version", "/metrics"))
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise RuntimeError(f"{url} cannot be reached: {error}") from error
-    models = listed.json().get("data", []) if listed.status_code == 200 else []
+    models = _json(listed).get("data") or []
     if not model and not models:
         raise RuntimeError(
             f"{url}/v1/models answered {listed.status_code} and names no model; give its name with --server-model"
@@ -42,14 +43,22 @@ def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> F
         f"{each['layers']}: {each['stored']} {each['bits_per_weight']:.2f} bit, {each['kernel']} {each['numerics']}"
         for each in first.get("quantization", ())
     ]
-    said = version.json() if version.status_code == 200 else {}
     return Facts(
         model or first["id"],
-        str(said.get("version", "")),
+        str(_json(version).get("version", "")),
         str(first.get("numerics", "")),
         kernels,
         memory(found),
     )
+
+
+def _json(response: httpx.Response) -> dict[str, Any]:
+    """What it holds; nothing where it is no answer of 200 with an object of JSON: others answer as they like."""
+    try:
+        found = response.json() if response.status_code == 200 else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def memory(found: Metrics) -> Memory:

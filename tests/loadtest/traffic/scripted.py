@@ -35,6 +35,13 @@ def whole(*payloads: object) -> bytes:
     return HEAD + b"".join(chunk(event(each)) for each in payloads) + chunk(event(b"[DONE]")) + b"0\r\n\r\n"
 
 
+async def _end_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @contextmanager
 def scripted(answer: Answer) -> Iterator[Endpoint]:
     loop = asyncio.new_event_loop()
@@ -63,3 +70,6 @@ def scripted(answer: Answer) -> Iterator[Endpoint]:
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        server.close()
+        loop.run_until_complete(_end_all())
+        loop.close()
