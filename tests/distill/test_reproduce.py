@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nvfp4_runtime.distill.reproduce import __main__ as command
-from nvfp4_runtime.distill.reproduce import blocks, memory, scales, toy, values
+from nvfp4_runtime.distill.reproduce import blocks, corpus, memory, scales, toy, values
 from nvfp4_runtime.distill.reproduce.table import render
 from nvfp4_runtime.nvfp4 import codec, mx
 
@@ -71,3 +71,20 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 3
     with pytest.raises(SystemExit):
         command.main(["perpetual-motion"])
+
+
+def test_a_corpus_leaves_out_what_is_measured(tmp_path, capsys):
+    pages = tmp_path / "packages" / "anarchism" / "html"
+    pages.mkdir(parents=True)
+    for i in range(6):
+        page = "abcdef"[i]
+        text = " ".join(f"Sentence {j} of page {page} speaks of nothing much, at some length." for j in range(90))
+        (pages / f"sec{i}.html").write_text(f"<html><head>no</head><p>{text}</p><pre>code</pre></html>")
+    measured = tmp_path / "measured.txt"
+    measured.write_text("Sentence 4 of page b speaks of nothing much, at some length. Sentence 5 of page b")
+    assert corpus.main([str(tmp_path / "packages"), str(tmp_path / "out"), "--leave-out", str(measured)]) == 0
+    written = [(tmp_path / "out" / f"{name}.jsonl").read_text().split("\n") for name in ("train", "held")]
+    lines = [json.loads(line)["text"] for part in written for line in part if line]
+    assert sorted({line.split(" of page ")[1][0] for line in lines}) == list("acdef")
+    assert not any("code" in line or "no<" in line for line in lines)
+    assert "1 piece(s) dropped" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown claim {claim!r}; expected some of {', '.join(CLAIMS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger(toy.__name__).setLevel(logging.INFO)  # each toy's figures as they come
     wanted = args.claims or list(CLAIMS)
     measured: dict[str, Callable[[], list[Row]]] = {
         "scale-error": scales.run,
