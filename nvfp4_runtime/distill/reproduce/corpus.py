@@ -2,8 +2,8 @@
 
 PACKAGES holds a folder for each package, unpacked (`dpkg -x`): anarchism, debian-handbook, debian-history, dict-foldoc,
 fortunes, stellarium-data, wesnoth-1.16-data. In OUT come train.jsonl and held.jsonl: paragraphs of at least 80
-characters, mostly letters, in pieces of about 4,000, shuffled by a seed, in fixed shares. A piece that shares 13 words in
-a row with a text named by --leave-out is dropped, so that nothing is trained on what it is measured by.
+characters, mostly letters, in pieces of about 4,000, shuffled by a seed, in fixed shares. A piece that shares 13 words
+in a row with a text named by --leave-out is dropped, so that nothing is trained on what it is measured by.
 """
 
 from __future__ import annotations
