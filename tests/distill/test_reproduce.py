@@ -57,6 +57,7 @@ def test_values_without_the_default_model_say_so(monkeypatch):
     assert [row.verdict for row in rows] == ["reproduces"] * 3 + ["cannot be measured here"]
 
 
+@pytest.mark.slow
 def test_a_toy_is_taught_quantised_and_distilled(monkeypatch):
     for name, value in {"PRETRAIN": 30, "POSTTRAIN": 5, "HELD": 16, "SAMPLED": 24, "BATCH": 4}.items():
         monkeypatch.setattr(toy, name, value)
