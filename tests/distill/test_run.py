@@ -210,3 +210,22 @@ def test_a_finished_distillation_is_gone_on_with_from_its_float32_weights(teache
     assert max(float((masters[n] - resumed[n]).abs().max()) for n in masters) <= 2 * SCHEDULE.lr
     with pytest.raises(ConfigError, match="made with another --train or --mode"):
         distill(teacher, tmp_path / "third", replace(more, mode="scales"))
+
+
+def test_the_preset_names_teacher_place_and_flags_and_flags_after_it_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def instead(teacher, out, wishes):
+        asked.append((teacher, out, wishes))
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(module, "distill", instead)
+    assert cli.main(["distill", "--preset", "default", "--tokens", "4096"]) == 1
+    ((teacher, out, wishes),) = asked
+    assert teacher == "default"
+    assert out.startswith(str(tmp_path))
+    assert out.endswith("NVFP4-QAD")
+    assert (wishes.synthesize, wishes.data, wishes.tokens, wishes.schedule.lr) == (256, None, 4096, 3e-4)
+    assert cli.main(["distill", "--data", "text.txt"]) == 1
+    assert "expected TEACHER and OUT, or --preset default" in capsys.readouterr().err
