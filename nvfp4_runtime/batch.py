@@ -59,7 +59,8 @@ class LatentLayer:
 
 @dataclass(frozen=True)
 class StateLayer:
-    """One Mamba-2 layer's states by slot: a running sequence has one, whatever its length. Slot 0 is nobody's.
+    """One Mamba-2 layer's or delta net's states by slot: a running sequence has one, of whatever length. Slot 0 is
+    nobody's.
 
     conv  float32 [num_slots, conv_width - 1, conv_dim]            the last inputs of the convolution, oldest first
     ssm   float32 [num_slots, num_heads, head_dim, state_size]

@@ -15,10 +15,16 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base, variant and the variant's numbers, as in transformers' `rope_parameters`."""
+    """Rotary embedding: base, variant and the variant's numbers, as in transformers' `rope_parameters`.
+
+    partial_rotary_factor      share of a head that turns; "proportional": of its pairs, and the others turn by nothing
+    short_factor, long_factor  "longrope": what each wave is stretched by, in contexts up to the original one and beyond
+    query_beta                 turned queries are multiplied by 1 + query_beta * ln(1 + floor(position / original));
+                               0: they are not
+    """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope", "proportional"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -30,6 +36,26 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    query_beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a gated feed-forward makes of its two projections.
+
+    silu       silu(gate) * up
+    gelu_tanh  gelu(gate) * up, by the approximation with tanh
+    clamped    gate at most `limit`, up between -limit and limit; gate * sigmoid(alpha * gate) * (up + 1)
+    """
+
+    form: Literal["silu", "gelu_tanh", "clamped"] = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+SILU = Gate()
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,8 @@ class MoEConfig:
     renormalise         chosen scores are divided by their sum; then all are multiplied by `scale`
     shared_size         intermediate size of the expert that every token passes, 0: none
     shared_gate         its result is multiplied by the sigmoid of one more projection of the input
-    gated               experts are silu(gate) * up, else relu(up)^2
+    gated               experts have gate and up, which `gate` joins; else relu(up)^2
+    biases              router and experts have them
     latent_size         width into which experts' input is projected before and from which after them, 0: none
     layers[i]           whether layer i has the mixture or a plain feed-forward
     """
@@ -62,6 +89,8 @@ class MoEConfig:
     shared_gate: bool = False
     gated: bool = True
     latent_size: int = 0
+    gate: Gate = SILU
+    biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +138,42 @@ class Mamba2Config:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """A gated delta net in place of a layer's attention: value heads share the keys and queries of fewer key heads.
+
+    layers[i]   whether layer i has it
+    conv_width  of the causal convolution over queries, keys and values
+    joined      the files hold two projections whose rows go key head by key head (Qwen3-Next); else four plain ones
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    layers: tuple[bool, ...]
+    joined: bool
+
+    @property
+    def keys(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
+class Gemma4Layer:
+    """Heads of one of Gemma 4's layers; key_is_value: there is no projection to values, keys serve."""
+
+    num_kv_heads: int
+    head_dim: int
+    windowed: bool
+    key_is_value: bool
+
+
+@dataclass(frozen=True)
 class NASLayer:
     """What a search left of one Llama layer.
 
@@ -135,6 +200,19 @@ class ModelConfig:
     num_draft_layers  follow the last layer in the files: they predict further tokens (multi-token prediction), unread
     nas[i]            what a search left of layer i; empty: all layers are alike
     blocks[i]         what layer i is where layers are one thing each; empty: attention and feed-forward in each
+    sinks             each head of attention has one more score, without a value
+    fused             the files hold q, k and v as one matrix, gate and up as another
+    local_rope        of layers with a window, where it differs from `rope`
+    attention_scale   of the scores; None: head_dim ** -0.5
+    gate              of the plain feed-forward
+    zero_centred      the files hold norms' weights less 1
+    delta             gated delta nets in some layers
+    gemma4[i]         heads of layer i where layers differ in them (Gemma 4)
+    final_softcap     logits are pulled into plus or minus this; 0: they are not
+    qk_norm           each head of queries and keys is normed
+    whole_qk_norm     all of a token's queries are normed as one, and all its keys
+    root, head        where decoder and head lie in the files
+    vision_class      the class whose language model this is; "": there is no more than the language model
     """
 
     architecture: str
@@ -154,6 +232,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    whole_qk_norm: bool = False
     layer_windows: tuple[int | None, ...] = ()
     dtype: Dtype = "bfloat16"
     bos_token_id: int | None = None
@@ -164,6 +243,18 @@ class ModelConfig:
     mamba: Mamba2Config | None = None
     blocks: tuple[Block, ...] = ()
     nas: tuple[NASLayer, ...] = ()
+    sinks: bool = False
+    fused: bool = False
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    gate: Gate = SILU
+    zero_centred: bool = False
+    delta: DeltaConfig | None = None
+    gemma4: tuple[Gemma4Layer, ...] = ()
+    final_softcap: float = 0.0
+    root: str = "model"
+    head: str = "lm_head"
+    vision_class: str = ""
 
     @property
     def rotary_dim(self) -> int:

@@ -231,8 +231,10 @@ def _flags_from_environment(parser: argparse.ArgumentParser, given: argparse.Nam
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from nvfp4_runtime.process import allow_all_files
     from server.serve import serve
 
+    allow_all_files()
     return serve(args)
 
 

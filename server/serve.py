@@ -390,6 +390,9 @@ async def _run_http(
         await serving
         raise EngineDeadError(f"the engine died: {engine.given_up.result()}")
     await serving
+    if server.force_exit:  # told twice: what the engine is at is not waited for, and uvicorn has left out the lifespan
+        await engine.kill()
+        await server.lifespan.shutdown()
     return 0
 
 

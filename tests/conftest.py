@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import resource
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -127,6 +128,20 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     from nvfp4_runtime.kernels.registry import available_backends
 
     return available_backends(request.param)[0]
+
+
+@pytest.fixture
+def many_open_files() -> Generator[None]:
+    """More files than select() takes are open: what is opened now gets a number beyond."""
+    from nvfp4_runtime.process import allow_all_files
+
+    allow_all_files()
+    if (most := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < 1400:
+        pytest.skip(f"this system allows {most} open files; more than the 1,024 that select takes are needed")
+    held = [os.dup(0) for _ in range(1024)]
+    yield
+    for file in held:
+        os.close(file)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nvfp4_runtime.nvfp4 import codec
+from tests import tiny_families
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -28,7 +29,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LATENT_LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-MAMBA_LINEARS = ("in_proj", "out_proj")
+MAMBA_LINEARS = ("in_proj", "out_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
 LINEARS = (
     "q_proj",
     "k_proj",
@@ -40,8 +41,11 @@ LINEARS = (
     "w1",
     "w2",
     "w3",
+    "qkv_proj",
+    "gate_up_proj",
     *LATENT_LINEARS,
 )
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
 _SIGMOID = ("glm4_moe", "glm4_moe_lite", "deepseek_v3")  # DeepSeek-V3's router
 _FUSED = {
     "q_proj": "qkv",
@@ -221,6 +225,8 @@ def random_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.flo
     """Weights for `config` in Hugging Face names; norms near 1, biases and matrices small normals."""
     if config["model_type"] == "nemotron_h":
         return _nemotron_h_tensors(config, seed, dtype)
+    if config["model_type"] in tiny_families.LAYERS:
+        return tiny_families.random_tensors(config, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -384,6 +390,8 @@ def pack_tensors(
 ) -> Tensors:
     """The tensors of `write_modelopt`."""
     packed = {name: t for name, t in tensors.items() if not _is_packed(name, exclude)}
+    for name in [name for name in packed if name.endswith(STACKS)]:
+        _pack_stack(packed, name, input_scale, turned=f"{name}_bias" in tensors)  # gpt-oss alone has biases
     amax: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if _is_packed(name, exclude):
@@ -403,6 +411,51 @@ def pack_tensors(
         if kv_scales is not None and module.endswith("v_proj"):
             packed[f"{module}.v_scale"] = torch.tensor(kv_scales[1])
     return packed
+
+
+def _pack_stack(tensors: Tensors, name: str, input_scale: float | None, turned: bool) -> None:
+    """A stack of experts [E, N, K], or [E, K, N] if `turned`, packed and scaled along K, axes in the order they had."""
+    parts: list[list[Tensor]] = [[], [], []]
+    for expert in tensors.pop(name):
+        scale_2 = codec.weight_scale_2(expert.abs().max().float())
+        codes, scale = codec.quantize(expert.t().contiguous() if turned else expert, scale_2)
+        scale = scale.view(torch.uint8)
+        pair = (codes.t(), scale.t()) if turned else (codes, scale)
+        for part, value in zip(parts, (*pair, scale_2), strict=True):
+            part.append(value)
+    codes, scales, scale_2 = (torch.stack(part).contiguous() for part in parts)
+    tensors |= {
+        name: codes,
+        f"{name}_weight_scale": scales.view(torch.float8_e4m3fn),
+        f"{name}_weight_scale_2": scale_2,
+    }
+    if input_scale is not None:
+        tensors[f"{name}_input_scale"] = torch.full((len(codes),), input_scale)
+
+
+def _unpacked(codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    return codec.dequantize(codes.contiguous(), scale.contiguous().view(torch.float8_e4m3fn), scale_2)
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Tensors:
+    """ModelOpt's tensors back to plain ones."""
+    plain = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and f"{module}.weight_scale_2" in tensors:
+            scales = tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"]
+            plain[name] = codec.dequantize(tensor, *scales)
+        elif f"{name}_weight_scale_2" in tensors:
+            stacks = (tensor, tensors[f"{name}_weight_scale"].view(torch.uint8), tensors[f"{name}_weight_scale_2"])
+            turned = stacks[0].shape[2] == stacks[1].shape[2]
+            experts = [
+                _unpacked(codes.t(), scale.t(), scale_2).t() if turned else _unpacked(codes, scale, scale_2)
+                for codes, scale, scale_2 in zip(*stacks, strict=True)
+            ]
+            plain[name] = torch.stack(experts).contiguous()
+        elif "weight_scale" not in leaf and not leaf.endswith("input_scale"):
+            plain[name] = tensor
+    return plain
 
 
 def save_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> None:

@@ -42,7 +42,10 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """The states of one Mamba-2 layer, per running sequence: float32, whatever the KV cache's type."""
+    """The states of one Mamba-2 layer or gated delta net, per running sequence: float32, whatever the KV cache's type.
+
+    A delta net's heads are its value heads, head_dim their width, state_size the width of a key.
+    """
 
     num_heads: int
     head_dim: int

@@ -74,7 +74,8 @@ def detect(folder: Path, config: dict[str, Any]) -> QuantConfig:
         notes.append(f"{HF_QUANT} is ModelOpt's and {CONFIG} declares quant_method {method!r}; took the latter")
     if method == "compressed-tensors":
         return detect_ct.quant_config(declared, name_list(declared.get("ignore")), notes)
-    exclude = name_list(declared.get("modules_to_not_convert"))
+    names = name_list(declared.get("modules_to_not_convert"))
+    exclude = (*names, *(f"{name}.*" for name in names))  # what is named stays plain with all that is in it
     algo = {"fp8": "FP8", "mxfp4": "MXFP4"}.get(method)
     layers = (("Linear", "FP8"), ("Linear", "NVFP4")) if text(declared.get("moe_quant_algo")).upper() == "NVFP4" else ()
     return QuantConfig(method=method, algo=algo, exclude=exclude, notes=tuple(notes), layers=layers)

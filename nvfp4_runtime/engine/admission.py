@@ -43,6 +43,25 @@ class Rate:
         return self._sum * math.exp((self._last - now) / RATE_SECONDS) / weight if weight > 0 else 0.0
 
 
+class _BusyClock:
+    """Seconds in which there was something to drain: an idle hour says nothing of how fast things end."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._before = 0.0
+        self._since: float | None = None
+
+    def __call__(self) -> float:
+        return self._before + (0.0 if self._since is None else self._clock() - self._since)
+
+    def run(self) -> None:
+        if self._since is None:
+            self._since = self._clock()
+
+    def rest(self) -> None:
+        self._before, self._since = self(), None
+
+
 class _Bound:
     """So many of something, shared by tenants; and how fast it becomes free."""
 
@@ -52,7 +71,8 @@ class _Bound:
         self._what = what
         self._clock = clock
         self._by_tenant: dict[str, int] = {}
-        self._drain = Rate(clock)
+        self._busy = _BusyClock(clock)
+        self._drain = Rate(self._busy)
         self._line_ends = 0.0
 
     def check(self, tenant: str, amount: int) -> None:
@@ -76,12 +96,16 @@ class _Bound:
         return self._line_ends - now
 
     def take(self, tenant: str, amount: int) -> None:
+        if self.used == 0:
+            self._busy.run()
         self.used += amount
         self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + amount
 
     def give_back(self, tenant: str, amount: int) -> None:
         self.used -= amount
         self._drain.add(amount)
+        if self.used == 0:
+            self._busy.rest()
         left = self._by_tenant[tenant] - amount
         if left:
             self._by_tenant[tenant] = left

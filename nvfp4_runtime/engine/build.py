@@ -62,7 +62,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
     torch.set_num_threads(config.threads or physical_cores())
     backends = available_backends(config.backend, config.threads, "cpu" if gpu is None else "cuda")
     with phases.phase("weights"):
-        dtype = _resolve_dtype(config, checkpoint.raw_config)
+        dtype = _resolve_dtype(config, described.dtype)
         stream: Dtype = "float32" if gpu is None else dtype  # on a GPU ops hand over 16 bits, as its other engines do
         samples: Samples | None = {} if config.self_test else None
         kernels = Kernels(backends, dtype, config.numerics, stream, device, samples=samples)
@@ -173,11 +173,10 @@ def _warn_of_missing_scales(model: Model) -> None:
         )
 
 
-def _resolve_dtype(config: EngineConfig, raw: dict[str, object]) -> Dtype:
+def _resolve_dtype(config: EngineConfig, declared: Dtype) -> Dtype:
     """Activations: the flag, else the checkpoint's dtype. FP16 checkpoints run in BF16, which every backend has."""
     if config.dtype != "auto":
         return config.dtype
-    declared = raw.get("dtype") or raw.get("torch_dtype")
     if declared == "float16":
         logger.warning("the checkpoint declares float16; activations run in bfloat16 (see --dtype float32)")
     return "float32" if declared == "float32" else "bfloat16"

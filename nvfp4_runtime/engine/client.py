@@ -35,12 +35,14 @@ from nvfp4_runtime.engine.messages import (
 from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_from_engine, frame
 from nvfp4_runtime.errors import EngineDeadError, NVFP4Error, QueueFullError
+from nvfp4_runtime.process import signals_held_back
 from nvfp4_runtime.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float], None]
 CLOSED = "the engine was closed"
+_ENDED_LOADING = "the engine process ended while loading; its log above says why"
 _SHUTDOWN_SECONDS = 5.0
 PATIENCE = 3.0  # times what the engine expects a long step to take, before its silence counts
 _DELIVERED_AT_ONCE = 64  # some 2 ms of writing: what a step of a thousand streams may delay everybody else by
@@ -128,7 +130,7 @@ class EngineClient:
     async def launch(cls, config: EngineConfig, on_progress: ProgressCallback | None = None) -> EngineClient:
         """Start the process and wait until it is ready. Raises what the engine raised while loading."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        with theirs, signals_held_back():
             process = subprocess.Popen(
                 # -P: modules of the working directory must not take the place of ours
                 [sys.executable, "-P", "-m", "nvfp4_runtime.engine.core", str(theirs.fileno())],
@@ -140,10 +142,12 @@ class EngineClient:
         try:
             writer.write(frame(Start(config, logging.getLogger().getEffectiveLevel())))
             info, rest = await _wait_ready(reader, frames, on_progress)
-        except BaseException:
+        except BaseException as error:
             writer.close()
             process.kill()
             process.wait()
+            if isinstance(error, ConnectionError):  # it ended with our first message unread
+                raise EngineDeadError(_ENDED_LOADING) from error
             raise
         client = cls(process, writer, info)
         for payload in rest:
@@ -334,7 +338,7 @@ async def _wait_ready(
                     raise _error_of(kind, message, flag)
                 case other:
                     raise AssertionError(f"unexpected {type(other).__name__} before Ready")
-    raise EngineDeadError("the engine process ended while loading; its log above says why")
+    raise EngineDeadError(_ENDED_LOADING)
 
 
 def _error_of(kind: str, message: str, detail: str | None) -> NVFP4Error:

@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import select
-import signal
 import socket
 import sys
 import time
@@ -37,7 +36,7 @@ from nvfp4_runtime.engine.recovery import ENGINE_FAULT
 from nvfp4_runtime.engine.torch_import import import_torch
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CapacityError, NVFP4Error, RequestError
-from nvfp4_runtime.process import die_with_parent
+from nvfp4_runtime.process import die_with_parent, ignore_held_back
 
 BEAT_SECONDS = 1.0
 
@@ -203,10 +202,11 @@ def main() -> int:
     # Ctrl-C and most supervisors signal the whole process group; the server decides when the engine stops, and the
     # engine ends on its own as soon as the server's end of the socket is closed.
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_held_back()
     configure_logs("text", logging.WARNING, LOG_TEXT)
-    sock = socket.socket(fileno=int(sys.argv[1]))
+    inherited = int(sys.argv[1])  # as high as the server has files open, and select takes none from 1024 on
+    sock = socket.socket(fileno=os.dup(inherited))
+    os.close(inherited)
     core = EngineCore(sock)
     try:
         return core.run()

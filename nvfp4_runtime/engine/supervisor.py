@@ -185,9 +185,17 @@ class SupervisedEngine:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def close(self, reason: str = CLOSED) -> None:
+        await self._stop_watching()
+        await self._client.close(reason)
+
+    async def kill(self, reason: str = CLOSED) -> None:
+        """As close, without waiting for the step that runs."""
+        await self._stop_watching()
+        await self._client.kill(reason)
+
+    async def _stop_watching(self) -> None:
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
-        await self._client.close(reason)
 
     async def _watch(self) -> None:
         try:
@@ -247,7 +255,7 @@ class SupervisedEngine:
             started = time.monotonic()
             try:
                 client = await _launch(self._config, policy, None)
-            except NVFP4Error as error:
+            except (NVFP4Error, OSError) as error:  # OSError: no process, file or memory to be had just now
                 reason = f"the engine could not be started again: {error}"
                 continue
             self._load_took = time.monotonic() - started

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer, StateLayer
-from nvfp4_runtime.config import Dtype, KVDtype, Numerics
+from nvfp4_runtime.config import SILU, Dtype, Gate, KVDtype, Numerics
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.layouts import TILE_ROWS
@@ -101,11 +101,13 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """silu(gate) * up over [T, 2I] of `dtype`, gate in the first I columns; gives [T, I] of `out_dtype`."""
+    """silu(gate) * up, or what `gate` says, over [T, 2I] of `dtype`, gate in the first I columns; gives [T, I] of
+    `out_dtype`."""
 
     width: int
     dtype: Dtype
     out_dtype: Dtype
+    gate: Gate = SILU
     kind: str = "silu_mul"
 
 
@@ -129,6 +131,8 @@ class PagedAttentionSpec:
 
     Queries are `dtype`, the result is `out_dtype`. Where either is bfloat16, a backend may round queries and softmax
     weights to bfloat16 before it multiplies them, unless the cache is float32.
+
+    sinks  each head has one more score in its softmax, without a value: what it weighs is given to nobody
     """
 
     num_heads: int
@@ -138,6 +142,7 @@ class PagedAttentionSpec:
     kv_dtype: KVDtype
     dtype: Dtype
     out_dtype: Dtype
+    sinks: bool = False
     kind: str = "paged_attention"
 
 
@@ -182,6 +187,35 @@ class Mamba2Spec:
         return self.inner + 2 * self.num_groups * self.state_size
 
 
+@dataclass(frozen=True)
+class DeltaSpec:
+    """Convolution and gated delta rule of one layer, token by token, over per-sequence states.
+
+    Inputs are `dtype`, the result is float32; all arithmetic is FP32, in the order of the tokens, so that it does not
+    matter how a prompt is cut.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    dtype: Dtype
+    kind: str = "gated_delta"
+
+    @property
+    def keys(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return 2 * self.keys + self.values
+
+
 def refuses_kv(spec: RopeSpec | PagedAttentionSpec) -> str | None:
     """Why no backend can keep this cache, or None."""
     if spec.kv_dtype == "nvfp4" and spec.head_dim % 16:
@@ -202,6 +236,7 @@ OpSpec = (
     | PagedAttentionSpec
     | MLASpec
     | Mamba2Spec
+    | DeltaSpec
 )
 
 
@@ -314,8 +349,13 @@ class RopeKernel(Protocol):
 
 
 class AttentionKernel(Protocol):
-    def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
-        """q [T, Hq, D] -> [T, Hq * D]. Query i of sequence b sees positions (p_i - window, p_i]."""
+    def __call__(
+        self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [T, Hq, D] -> [T, Hq * D]. Query i of sequence b sees positions (p_i - window, p_i].
+
+        sinks  fp32 [Hq], already scaled; there exactly where the spec says so
+        """
         ...
 
 
@@ -361,6 +401,34 @@ class Mamba2Kernel(Protocol):
         step = max(softplus(dt + dt_bias), min_step); state = exp(step * a) * state + step * x B^T; y = state C + d * x.
         The states of batch.state_slots are read (zeros for a sequence that begins) and left as they are after its
         last token.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """What a gated delta kernel reads beside its input, all float32.
+
+    conv_weight  [conv_dim, conv_width]
+    a            [num_value_heads], negative
+    dt_bias      [num_value_heads]
+    """
+
+    conv_weight: Tensor
+    a: Tensor
+    dt_bias: Tensor
+
+
+class DeltaKernel(Protocol):
+    def __call__(
+        self, qkv: Tensor, b: Tensor, dt: Tensor, weights: DeltaWeights, state: StateLayer, batch: ForwardBatch
+    ) -> Tensor:
+        """qkv [T, conv_dim], b and dt [T, num_value_heads], all contiguous -> y float32 [T, values].
+
+        Per token: qkv through the causal convolution and SiLU becomes q, k [H_k, D_k] and v [H_v, D_v]; q and k are
+        divided by sqrt(sum of squares + 1e-6), q by sqrt(D_k) as well. Value head h of key head h // (H_v / H_k), with
+        decay = exp(softplus(dt + dt_bias) * a): state *= decay; state += sigmoid(b) * (v - state k) k^T; y = state q.
+        state.ssm is [num_slots, H_v, D_v, D_k]; states are read and left as Mamba2Kernel does.
         """
         ...
 
@@ -461,6 +529,8 @@ class Backend(Protocol):
     def mla_decode(self, spec: MLASpec) -> MLAKernel: ...
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel: ...
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel: ...
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         """The whole decoder as one call, or why not, for a person to read."""

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.config import Dtype, Numerics
+from nvfp4_runtime.config import SILU, Dtype, Gate, Numerics
 from nvfp4_runtime.errors import ConfigError, KernelError, NoBackendError
 from nvfp4_runtime.kernels.ops import (
     WEIGHT_ONLY_NUMERICS,
@@ -20,6 +20,8 @@ from nvfp4_runtime.kernels.ops import (
     Backend,
     DecoderKernel,
     DecoderOps,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -206,12 +208,13 @@ class Kernels:
         bits = 8 * num_bytes / sum(w.n * w.k for w in weights)
         self.choices.append(Choice(group, stored, bits, num_bytes, backend.name, numerics, "; ".join(reasons)))
 
-    def rms_norm(self, hidden: int) -> RMSNormKernel:
-        spec = NormSpec(hidden, self.stream, self.dtype)
+    def rms_norm(self, hidden: int, out_dtype: Dtype | None = None) -> RMSNormKernel:
+        """`out_dtype` is the normed rows' type, None: that of inputs of multiplications."""
+        spec = NormSpec(hidden, self.stream, out_dtype or self.dtype)
         return self._record(spec).rms_norm(spec)
 
-    def silu_mul(self, width: int) -> Callable[[Tensor], Tensor]:
-        spec = ActivationSpec(width, self.stream, self.dtype)
+    def silu_mul(self, width: int, gate: Gate = SILU) -> Callable[[Tensor], Tensor]:
+        spec = ActivationSpec(width, self.stream, self.dtype, gate)
         return self._record(spec).silu_mul(spec)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
@@ -225,6 +228,9 @@ class Kernels:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return self._record(spec).mamba2(spec)
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        return self._record(spec).gated_delta(spec)
 
     def grouped_linear(self, group: str, weights: Sequence[Weight], names: Sequence[str] = ()) -> GroupedLinearKernel:
         """One kernel for all experts' `weights`, alike in shape and format; each keeps its own scales.
@@ -296,7 +302,7 @@ class Kernels:
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
     def _record(
-        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec
+        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec | DeltaSpec
     ) -> Backend:
         backend, reason = self._choose(spec)
         self.chosen[spec] = backend

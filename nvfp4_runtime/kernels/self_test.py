@@ -146,7 +146,8 @@ class _Tests:
     def _attention(self, backend: Backend, spec: PagedAttentionSpec) -> Tensor:
         batch, kv = self._batch(), self._cache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
         q = self._random(spec.dtype, batch.positions.shape[0], spec.num_heads, spec.head_dim)
-        return backend.paged_attention(spec)(q, kv, batch, spec.head_dim**-0.5)
+        sinks = self._random("float32", spec.num_heads) if spec.sinks else None
+        return backend.paged_attention(spec)(q, kv, batch, spec.head_dim**-0.5, sinks)
 
     def _mla(self, backend: Backend, spec: MLASpec) -> Tensor:
         batch = self._batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
@@ -10,7 +11,8 @@ from nvfp4_runtime.config import KVDtype, ModelConfig
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
-from nvfp4_runtime.layers.norm import load_norm_weight
+from nvfp4_runtime.layers.norm import RMSNorm, load_norm_weight
+from nvfp4_runtime.layers.rope import query_scales
 
 
 class Attention:
@@ -37,31 +39,53 @@ class Attention:
             ckpt,
             kernels,
             "qkv_proj",
-            [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
-            [heads * dim, kv_heads * dim, kv_heads * dim],
+            [f"{prefix}.qkv_proj"] if config.fused else [f"{prefix}.{name}_proj" for name in "qkv"],
+            [(heads + 2 * kv_heads) * dim] if config.fused else [heads * dim, kv_heads * dim, kv_heads * dim],
             hidden,
             bias=config.qkv_bias,
         )
         self.o_proj = Linear.single(ckpt, kernels, f"{prefix}.o_proj", hidden, heads * dim, bias=config.o_bias)
-        self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim) if config.qk_norm else None
-        self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim) if config.qk_norm else None
+        self.q_norm: Tensor | None = None
+        self.k_norm: Tensor | None = None
+        if config.qk_norm:
+            self.q_norm = load_norm_weight(ckpt, kernels, f"{prefix}.q_norm", dim, config.zero_centred)
+            self.k_norm = load_norm_weight(ckpt, kernels, f"{prefix}.k_norm", dim, config.zero_centred)
+        self.whole_norms: tuple[RMSNorm, RMSNorm] | None = None
+        if config.whole_qk_norm:
+            stream, eps = kernels.stream, config.rms_norm_eps
+            self.widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+            self.whole_norms = (
+                RMSNorm(ckpt, kernels, f"{prefix}.q_norm", heads * dim, eps, out_dtype=stream),
+                RMSNorm(ckpt, kernels, f"{prefix}.k_norm", kv_heads * dim, eps, out_dtype=stream),
+            )
+        scales = query_scales(config.rope, cos.shape[0])
+        self.query_scales = None if scales is None else kernels.place(scales.view(-1, 1, 1))
         self.cos, self.sin = cos, sin
         self.eps = config.rms_norm_eps
-        self.scale = dim**-0.5
+        self.scale = config.attention_scale or dim**-0.5
         self.layer_id = layer_id if cache_index is None else cache_index
         window = config.layer_windows[layer_id]
         self.rope = kernels.rope_and_cache(
             RopeSpec(heads, kv_heads, dim, 2 * cos.shape[1], config.qk_norm, kv_dtype, kernels.stream)
         )
         self.attend = kernels.paged_attention(
-            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype)
+            PagedAttentionSpec(heads, kv_heads, dim, window, kv_dtype, kernels.stream, kernels.dtype, config.sinks)
         )
+        self.sinks: Tensor | None = None
+        if config.sinks:
+            self.sinks = kernels.place(ckpt.tensor(f"{prefix}.sinks", (heads,)).to(torch.float32).contiguous())
 
     def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
         kv = batch.kv_layer(self.layer_id)
         qkv = self.qkv_proj(x, batch.adapters)
+        if self.whole_norms is not None:
+            q, k, v = torch.split(qkv, self.widths, dim=-1)
+            normed = (norm(part.contiguous(), None)[0] for norm, part in zip(self.whole_norms, (q, k), strict=True))
+            qkv = torch.cat([*normed, v], dim=-1)
         q = self.rope(
             qkv, batch.positions, self.cos, self.sin, self.q_norm, self.k_norm, self.eps, kv, batch.slot_mapping
         )
-        return self.o_proj(self.attend(q, kv, batch, self.scale), batch.adapters)
+        if self.query_scales is not None:
+            q = (q * self.query_scales[batch.positions]).to(q.dtype)
+        return self.o_proj(self.attend(q, kv, batch, self.scale, self.sinks), batch.adapters)

@@ -39,17 +39,17 @@ def lm_head(
     made_from = None if weight.format == stored.format else stored.format
     if placed is not None and isinstance(weight, DenseWeight) and weight.weight is embedding:
         weight = DenseWeight(placed)  # one copy serves look-ups and logits
-    return Linear([linear_kernel(kernels, "lm_head", weight, ["lm_head"], made_from, out_dtype="float32")])
+    return Linear([linear_kernel(kernels, "lm_head", weight, [config.head], made_from, out_dtype="float32")])
 
 
 def _stored(ckpt: Checkpoint, config: ModelConfig, embedding: Tensor) -> Weight:
-    name = "lm_head.weight"
+    name = f"{config.head}.weight"
     own = ckpt.has(name)
-    if not config.tie_word_embeddings or ckpt.has("lm_head.weight_scale"):
-        return load_weight(ckpt, "lm_head", config.vocab_size, config.hidden_size, bias=False)
+    if not config.tie_word_embeddings or ckpt.has(f"{config.head}.weight_scale"):
+        return load_weight(ckpt, config.head, config.vocab_size, config.hidden_size, bias=False)
     if own and not torch.equal(ckpt.tensor(name, tuple(embedding.shape)), embedding):
         raise UnsupportedFormatError(
-            f"{name} differs from model.embed_tokens.weight although config.json ties them "
+            f"{name} differs from {config.root}.embed_tokens.weight although config.json ties them "
             "(tie_word_embeddings true); set it to false if the head is meant, or delete the tensor"
         )
     return DenseWeight(embedding)

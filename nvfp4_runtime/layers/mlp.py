@@ -1,4 +1,4 @@
-"""Feed-forwards: the gated one (SwiGLU: fused gate and up, silu(gate) * up, down) and the plain one with relu(x)^2."""
+"""Feed-forwards: a gated one (fused gate and up, silu(gate) * up or another, down) and the plain one of relu(x)^2."""
 
 from __future__ import annotations
 
@@ -9,28 +9,41 @@ from torch import Tensor
 
 from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import SILU, Gate
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
 
 
 class MLP:
-    """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp"."""
+    """One layer's feed-forward, `prefix` being e.g. "model.layers.3.mlp".
+
+    fused  the files hold gate and up as one matrix
+    """
 
     def __init__(
-        self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str, *, bias: bool = False
+        self,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        hidden: int,
+        inner: int,
+        prefix: str,
+        *,
+        bias: bool = False,
+        fused: bool = False,
+        gate: Gate = SILU,
     ) -> None:
         self.gate_up_proj = Linear.fused(
             ckpt,
             kernels,
             "gate_up_proj",
-            [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
-            [inner, inner],
+            [f"{prefix}.gate_up_proj"] if fused else [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
+            [2 * inner] if fused else [inner, inner],
             hidden,
             bias=bias,
         )
         self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner, bias=bias)
-        self.silu_mul = kernels.silu_mul(inner)
+        self.silu_mul = kernels.silu_mul(inner, gate)
         self._quantizes: QuantizingActivation | None = None
         self._quantized_under: Tensor | None = None
         taker, kernel = self.down_proj.takes_quantized, cast(object, self.silu_mul)

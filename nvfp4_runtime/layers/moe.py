@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import AdapterRows
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MoEConfig
+from nvfp4_runtime.errors import UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
 from nvfp4_runtime.layers.mlp import MLP, PlainMLP, relu_squared
-from nvfp4_runtime.nvfp4.weight import can_fuse, fuse
+from nvfp4_runtime.nvfp4.weight import Weight, can_fuse, fuse
 
 
 class MoE:
-    """One layer's mixture, `prefix` being e.g. "model.layers.3.mlp".
+    """One layer's mixture, `prefix` being e.g. "model.layers.3.mlp", and `router` what its files call the router.
 
     A token's result depends on that token alone: experts compute row by row, and results are summed in the order in
     which the router ranked them, not in the order in which experts ran.
     """
 
-    def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
+    def __init__(
+        self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str, router: str = "gate"
+    ) -> None:
         self.config = config
-        self.router = Router(ckpt, kernels, hidden, config, prefix)
+        self.router = Router(ckpt, kernels, hidden, config, f"{prefix}.{router}")
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.into_latent: Linear | None = None
         if latent := config.latent_size:
@@ -49,12 +54,15 @@ class Router:
     """Scores every expert for every token. Its weight is read in FP32 precision whatever it is stored in."""
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, config: MoEConfig, prefix: str) -> None:
-        weight = load_weight(ckpt, f"{prefix}.gate", config.num_experts, hidden, bias=False)
-        self.project = linear_kernel(kernels, "router", weight, [f"{prefix}.gate"], out_dtype="float32")
+        weight = load_weight(ckpt, prefix, config.num_experts, hidden, bias=config.biases)
+        self.project = linear_kernel(kernels, "router", weight, [prefix], out_dtype="float32")
         self.config = config
         self.correction: Tensor | None = None
         if config.correction_bias:
-            bias = ckpt.tensor(f"{prefix}.gate.e_score_correction_bias", (config.num_experts,))
+            name = f"{prefix}.e_score_correction_bias"
+            if not ckpt.has(name):  # MiniMax: beside the router, not in it
+                name = f"{prefix.rpartition('.')[0]}.e_score_correction_bias"
+            bias = ckpt.tensor(name, (config.num_experts,))
             self.correction = kernels.place(bias.to(torch.float32))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,12 +99,14 @@ class Experts:
         firsts = [ckpt.experts(prefix, name, count, inner, hidden) for name in projections]
         downs = ckpt.experts(prefix, "down_proj", count, hidden, inner)
         names = [f"{prefix}.{i}" for i in range(count)]
+        for weights in (*firsts, downs):
+            _check_biases(weights, names, config.biases)
         if config.gated and all(can_fuse(pair) for pair in zip(*firsts, strict=True)):
             firsts = [[fuse(pair) for pair in zip(*firsts, strict=True)]]
         group = "experts.gate_up_proj" if config.gated else "experts.up_proj"
         self.first = [kernels.grouped_linear(group, weights, names) for weights in firsts]
         self.down = kernels.grouped_linear("experts.down_proj", downs, names)
-        self.activation = kernels.silu_mul(inner) if config.gated else relu_squared
+        self.activation = kernels.silu_mul(inner, config.gate) if config.gated else relu_squared
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.bounds = kernels.place(torch.arange(count + 1))
 
@@ -115,6 +125,15 @@ class Experts:
         for rank in range(1, top_k):
             total = total + ranked[:, rank] * weights[:, rank : rank + 1]
         return total.to(y.dtype)
+
+
+def _check_biases(weights: Sequence[Weight], names: Sequence[str], expected: bool) -> None:
+    for weight, name in zip(weights, names, strict=True):
+        if (weight.bias is not None) != expected:
+            raise UnsupportedFormatError(
+                f"{name} has {'no bias although' if expected else 'a bias and'} this architecture's experts have "
+                f"{'one each' if expected else 'none'}: the export does not fit config.json"
+            )
 
 
 def by_expert(chosen: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,18 +8,33 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.config import Dtype
 from nvfp4_runtime.kernels.ops import NormOp, QuantizedRows, QuantizingNorm
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.linear import Linear
 
 
 class RMSNorm:
-    """weight * x / sqrt(mean(x^2) + eps), with the residual sum in front. The weight is float32 [H], contiguous."""
+    """weight * x / sqrt(mean(x^2) + eps), with the residual sum in front. The weight is float32 [H], contiguous.
 
-    def __init__(self, ckpt: Checkpoint, kernels: Kernels, prefix: str, hidden: int, eps: float) -> None:
-        self.weight = load_norm_weight(ckpt, kernels, prefix, hidden)
+    zero_centred  the files hold the weight less 1
+    out_dtype     of the normed rows, None: what multiplications take
+    """
+
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        kernels: Kernels,
+        prefix: str,
+        hidden: int,
+        eps: float,
+        *,
+        zero_centred: bool = False,
+        out_dtype: Dtype | None = None,
+    ) -> None:
+        self.weight = load_norm_weight(ckpt, kernels, prefix, hidden, zero_centred)
         self.eps = eps
-        self._kernel = kernels.rms_norm(hidden)
+        self._kernel = kernels.rms_norm(hidden, out_dtype)
         self.op = NormOp(self._kernel, self.weight, eps)
         self._quantizes: QuantizingNorm | None = None
         self._quantized_under: Tensor | None = None
@@ -42,6 +57,7 @@ class RMSNorm:
         return self(x, residual)
 
 
-def load_norm_weight(ckpt: Checkpoint, kernels: Kernels, prefix: str, size: int) -> Tensor:
-    """`prefix.weight` as float32 on the kernels' device: exact whatever it is stored in."""
-    return kernels.place(ckpt.tensor(f"{prefix}.weight", (size,)).to(torch.float32).contiguous())
+def load_norm_weight(ckpt: Checkpoint, kernels: Kernels, prefix: str, size: int, zero_centred: bool = False) -> Tensor:
+    """`prefix.weight` as float32 on the kernels' device, exact whatever it is stored in; plus 1 if `zero_centred`."""
+    weight = ckpt.tensor(f"{prefix}.weight", (size,)).to(torch.float32)
+    return kernels.place((weight + 1 if zero_centred else weight).contiguous())

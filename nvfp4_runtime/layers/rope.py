@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from nvfp4_runtime.config import RopeConfig
 from nvfp4_runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 MAX_TABLE_BYTES = 1 << 30  # 2 million positions of 128 dimensions
 
@@ -26,17 +29,44 @@ def rope_tables(rope: RopeConfig, rotary_dim: int, max_positions: int) -> tuple[
             f"{MAX_TABLE_BYTES / 2**30:.0f}; lower --max-model-len",
             "--max-model-len",
         )
-    frequencies, attention_factor = inverse_frequencies(rope, rotary_dim)
+    long = rope.kind == "longrope" and max_positions > rope.original_max_position_embeddings
+    if long:
+        logger.info(
+            "rotary embedding: long_factor serves every position, since contexts may reach %d tokens, beyond the "
+            "original %d; --max-model-len %d or less takes short_factor",
+            max_positions,
+            rope.original_max_position_embeddings,
+            rope.original_max_position_embeddings,
+        )
+    frequencies, attention_factor = inverse_frequencies(rope, rotary_dim, long)
     angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
-def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[Tensor, float]:
-    """Radians per position, fp32 [rotary_dim / 2], and the factor on cos and sin (1 except for YaRN)."""
+def query_scales(rope: RopeConfig, max_positions: int) -> Tensor | None:
+    """What turned queries are multiplied by, fp32 [max_positions]; None where that is 1 everywhere."""
+    original = rope.original_max_position_embeddings
+    if not rope.query_beta or max_positions <= original:
+        return None
+    return 1 + rope.query_beta * torch.log(1 + torch.floor(torch.arange(max_positions) / original))
+
+
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -> tuple[Tensor, float]:
+    """Radians per position, fp32 [rotary_dim / 2], and the factor on cos and sin (1 except for YaRN and LongRoPE).
+
+    long  LongRoPE's factors for contexts beyond the original one
+    """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     wavelengths = rope.theta**exponents  # in positions, over 2 pi
     if rope.kind == "linear":
         return 1.0 / wavelengths / rope.factor, 1.0
+    if rope.kind == "proportional":
+        turning = torch.arange(rotary_dim // 2) < int(rope.partial_rotary_factor * rotary_dim // 2)
+        return torch.where(turning, 1.0 / wavelengths, torch.zeros(())) / rope.factor, 1.0
+    if rope.kind == "longrope":
+        assert rope.attention_factor is not None
+        stretched = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
+        return 1.0 / (stretched * wavelengths), rope.attention_factor
     if rope.kind == "llama3":
         return _llama3(rope, 1.0 / wavelengths), 1.0
     if rope.kind == "yarn":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig, ModelImpl
 from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+from nvfp4_runtime.models import vision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,16 @@ ARCHITECTURES = {
     "Glm4MoeForCausalLM": "llama",
     "Glm4MoeLiteForCausalLM": "llama",
     "DeepseekV3ForCausalLM": "llama",
+    "MinistralForCausalLM": "llama",
+    "Ministral3ForCausalLM": "llama",
+    "Phi3ForCausalLM": "llama",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma4ForCausalLM": "gemma4",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_next",
+    "Qwen3_5MoeForCausalLM": "qwen3_next",
+    "MiniMaxM2ForCausalLM": "llama",
+    "GptOssForCausalLM": "gpt_oss",
     "NemotronHForCausalLM": "nemotron_h",
     "DeciLMForCausalLM": "decilm",
 }
@@ -63,7 +74,8 @@ class Model(Protocol):
 def harmless(config: ModelConfig) -> dict[str, str]:
     """Patterns of tensors that this model leaves unread, and why."""
     drafts = range(config.num_layers, config.num_layers + config.num_draft_layers)
-    return HARMLESS | {f"model.layers.{i}.*": "predicts further tokens; speculation is not done here" for i in drafts}
+    further = {f"{config.root}.layers.{i}.*": "predicts further tokens; speculation is not done here" for i in drafts}
+    return HARMLESS | further | vision.unread(config)
 
 
 def describe_model(raw: Mapping[str, Any], impl: ModelImpl = "auto") -> ModelConfig:
@@ -74,7 +86,7 @@ def describe_model(raw: Mapping[str, Any], impl: ModelImpl = "auto") -> ModelCon
         return generic_config(raw)
     from nvfp4_runtime.models.hf_config import parse_model_config
 
-    return parse_model_config(raw)
+    return parse_model_config(vision.text_config(raw))
 
 
 def chosen_impl(raw: Mapping[str, Any], impl: ModelImpl = "auto") -> Literal["native", "transformers"]:
@@ -83,7 +95,7 @@ def chosen_impl(raw: Mapping[str, Any], impl: ModelImpl = "auto") -> Literal["na
         return impl
     from nvfp4_runtime.models.hf_config import parse_architecture
 
-    return "native" if parse_architecture(raw) in ARCHITECTURES else "transformers"
+    return "native" if parse_architecture(vision.text_config(raw)) in ARCHITECTURES else "transformers"
 
 
 def load_model(
@@ -105,8 +117,10 @@ def load_model(
     """
     from nvfp4_runtime.models.hf_config import parse_architecture
 
-    architecture = parse_architecture(ckpt.raw_config)
     chosen = chosen_impl(ckpt.raw_config, impl)
+    architecture = parse_architecture(
+        ckpt.raw_config if chosen == "transformers" else vision.text_config(ckpt.raw_config)
+    )
     if chosen == "native" and architecture not in ARCHITECTURES:
         raise UnsupportedFormatError(
             f"config.json: architectures is {architecture!r}, which has no implementation here; known are "
@@ -114,6 +128,10 @@ def load_model(
         )
     config = describe_model(ckpt.raw_config, chosen)
     kv_dtype = _kv_dtype(ckpt, kernels, config, kv_dtype)
+    if chosen == "native":
+        config = vision.located(config, ckpt)
+    if config.vision_class:
+        logger.info("%s: its language model alone is run, images are refused", config.vision_class)
     name = "from_transformers.model" if chosen == "transformers" else ARCHITECTURES[architecture]
     if chosen == "transformers":
         _require_transformers(architecture)

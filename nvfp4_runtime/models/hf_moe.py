@@ -34,6 +34,12 @@ ROUTERS = {
     "Qwen3MoeForCausalLM": Router(),
     "Glm4MoeForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
     "Glm4MoeLiteForCausalLM": Router(scoring="sigmoid", dense="typed", shared="n_shared_experts"),
+    "Qwen3NextForCausalLM": Router(shared="shared_expert_intermediate_size", shared_gate=True),
+    "Qwen3_5MoeForCausalLM": Router(
+        renormalise=True, dense="none", shared="shared_expert_intermediate_size", shared_gate=True
+    ),
+    "MiniMaxM2ForCausalLM": Router(scoring="sigmoid", renormalise=True, size="intermediate_size", dense="none"),
+    "GptOssForCausalLM": Router(renormalise=True, size="intermediate_size", dense="none"),
     "DeepseekV3ForCausalLM": Router(scoring="sigmoid", dense="first", shared="n_shared_experts"),
 }
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")

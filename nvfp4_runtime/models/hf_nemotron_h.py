@@ -52,6 +52,7 @@ def parse_nemotron_h(raw: Raw) -> ModelConfig:
         raise unsupported("layers_block_type", list(blocks), "at least one layer of attention")
     return ModelConfig(
         architecture=ARCHITECTURE,
+        vision_class=str(raw.get("vision_class", "")),
         model_type=str(raw.get("model_type", "")),
         hidden_size=hidden,
         intermediate_size=count(raw, "intermediate_size", hidden),

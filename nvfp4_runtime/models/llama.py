@@ -1,5 +1,6 @@
 """The pre-norm decoder with rotary grouped-query attention and a gated feed-forward or a mixture of them: Llama,
-Mistral, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE; with latent attention DeepSeek-V3 and GLM-4-MoE-Lite.
+Mistral, Ministral, Phi-3, Qwen2, Qwen3; Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE, MiniMax-M2; with latent attention
+DeepSeek-V3 and GLM-4-MoE-Lite.
 
 One parametrised class: biases, QK-norm, rope variant, windows, experts, latent attention and the tied head come from
 ModelConfig.
@@ -47,14 +48,14 @@ class Decoder:
         self.kv_dtype = kv_dtype
         self.stream: torch.dtype = getattr(torch, kernels.stream)
         self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
         tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
         cos, sin = (kernels.place(table) for table in tables)
         self.layers = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
-        self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", config.hidden_size, config.rms_norm_eps)
         layer_ops = [ops for layer in self.layers if (ops := layer.ops()) is not None]
         plain = len(layer_ops) == config.num_layers
         self.run_as_one = kernels.decoder(DecoderOps(self.embedding, layer_ops, self.norm.op)) if plain else None
@@ -93,7 +94,7 @@ class DecoderLayer:
         sin: Tensor,
         kv_dtype: KVDtype,
     ) -> None:
-        prefix, hidden, eps = _layer(layer_id), config.hidden_size, config.rms_norm_eps
+        prefix, hidden, eps = _layer(config, layer_id), config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(ckpt, kernels, f"{prefix}.input_layernorm", hidden, eps)
         self.attention: Attention | LatentAttention
         if config.mla is not None:
@@ -108,7 +109,7 @@ class DecoderLayer:
             self.mlp = MoE(ckpt, kernels, hidden, config.moe, _mixture(ckpt, prefix))
         else:
             inner = config.intermediate_size
-            self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias)
+            self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias, fused=config.fused)
             self.post_attention_norm.feed(self.mlp.gate_up_proj, kernels, "gate_up_proj")
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,8 @@ class DecoderLayer:
         attention, mlp = self.attention, self.mlp
         if isinstance(mlp, MoE) or isinstance(attention, LatentAttention):
             return None
+        if attention.query_scales is not None or attention.whole_norms is not None:
+            return None
         return DecoderLayerOps(
             input_norm=self.input_norm.op,
             qkv=attention.qkv_proj.only_kernel,
@@ -149,12 +152,12 @@ class DecoderLayer:
         )
 
 
-def _layer(layer_id: int) -> str:
-    return f"model.layers.{layer_id}"
+def _layer(config: ModelConfig, layer_id: int) -> str:
+    return f"{config.root}.layers.{layer_id}"
 
 
 def _mixture(ckpt: Checkpoint, layer: str) -> str:
-    """Mixtral's files call the mixture otherwise than everybody else's."""
+    """Mixtral's and MiniMax's files call the mixture otherwise than everybody else's."""
     mixtral = f"{layer}.block_sparse_moe"
     return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
 
@@ -162,7 +165,7 @@ def _mixture(ckpt: Checkpoint, layer: str) -> str:
 def _kv_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int) -> CacheSpec:
     if config.mla is not None:
         return LatentSpec(config.mla.kv_lora_rank, config.mla.rope_dim)
-    scales = ckpt.kv_scales(f"{_layer(layer_id)}.self_attn")
+    scales = ckpt.kv_scales(f"{_layer(config, layer_id)}.self_attn")
     k_scale, v_scale = scales or (1.0, 1.0)
     return AttentionSpec(
         num_kv_heads=config.num_kv_heads,

@@ -38,7 +38,7 @@ class Decoder:
     ) -> None:
         self.config, self.kv_dtype = config, kv_dtype
         self.stream: torch.dtype = getattr(torch, kernels.stream)
-        root = root_of(ckpt)
+        root = config.root
         embedding = ckpt.tensor(f"{root}.embeddings.weight", (config.vocab_size, config.hidden_size))
         self.embedding = kernels.place(embedding)
         self.max_positions = max_positions or config.max_position_embeddings
@@ -121,8 +121,3 @@ class Layer:
         if isinstance(self.mixer, Mamba2 | Attention):
             return self.mixer(normed, batch), residual
         return self.mixer(normed, batch.adapters), residual
-
-
-def root_of(ckpt: Checkpoint) -> str:
-    """The hub's files say "backbone", those that transformers saves "model"."""
-    return "backbone" if ckpt.has("backbone.embeddings.weight") else "model"

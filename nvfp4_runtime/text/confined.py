@@ -125,7 +125,9 @@ def _read_exactly(pipe: IO[bytes], size: int, deadline: float | None) -> bytes:
     found = bytearray()
     while len(found) < size:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not select.select([pipe], [], [], left)[0]:
+        poll = select.poll()  # select takes no file from 1024 on, and each connection is one
+        poll.register(pipe, select.POLLIN)
+        if not poll.poll(None if left is None else left * 1000):
             raise TimeoutError
         part = os.read(pipe.fileno(), size - len(found))
         if not part:
@@ -154,7 +156,8 @@ def _limit_time() -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides; its end closes our stdin
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server decides; its end closes our stdin
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -250,6 +250,19 @@ def test_second_sigterm_during_the_drain_delay_ends_at_once(launch: Launch) -> N
     assert server.terminate(5) == 0
 
 
+def test_a_second_signal_does_not_wait_for_an_engine_that_hangs_and_says_nothing_untoward(launch: Launch) -> None:
+    server = launch(*SIMULATED)
+    streams = Streams(server, ["stream"])
+    streams.all_running()
+    os.kill(server.engine_pid(), signal.SIGSTOP)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: status(server, "/health/ready") == 503)
+    assert server.terminate(4) == 0, "it gave the engine its 5 s"
+    streams.join()
+    assert streams.error("stream")["code"] == 503
+    assert "Traceback" not in server.log()
+
+
 def test_a_full_queue_is_not_ready_and_still_healthy(launch: Launch) -> None:
     server = launch(
         "--simulate", "--simulate-step-seconds", "0.01", "--max-num-seqs", "1", "--max-queued-requests", "2"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from nvfp4_runtime.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
 from nvfp4_runtime.engine.engine import Engine
@@ -51,3 +55,21 @@ def run_to_end(engine: Engine, max_steps: int = 10_000) -> dict[str, list[TokenO
 
 def tokens_of(outputs: list[TokenOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
+
+
+POPEN = subprocess.Popen
+# a program that ends once its file argument can be read, without reading it
+ENDS_UNREAD = [sys.executable, "-c", "import select, sys; select.select([int(sys.argv[1])], [], [])"]
+
+
+class StartedBy:
+    """In place of subprocess.Popen: starts `command` with the engine's file, or the engine itself; then does `then`."""
+
+    def __init__(self, then: Callable[[int], None] = lambda pid: None, command: list[str] | None = None) -> None:
+        self._then, self._command = then, command
+
+    def __call__(self, args: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        command = args if self._command is None else [*self._command, args[-1]]
+        process = POPEN(command, **options)
+        self._then(process.pid)
+        return process

@@ -104,6 +104,21 @@ def test_refused_clients_are_told_to_come_back_at_the_rate_at_which_requests_end
     assert 0 < caught.value.retry_after_seconds <= MAX_RETRY_SECONDS
 
 
+def test_idle_time_says_nothing_of_how_fast_requests_end() -> None:
+    clock = Clock()
+    admission = Admission(2, 1 << 20, clock)
+    for i in range(3):
+        admission.admit(f"alone{i}", "", 1)
+        clock.now += 0.5
+        admission.ended(f"alone{i}")
+        clock.now += 3600
+    for i in range(2):
+        admission.admit(f"burst{i}", "", 1)
+    with pytest.raises(QueueFullError) as caught:
+        admission.check_room()
+    assert caught.value.retry_after_seconds == pytest.approx(0.5, rel=0.05)
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from("ase"), st.integers(0, 15), st.sampled_from(["", "k"]), st.integers(1, 60))))
 def test_counts_are_those_of_who_is_in(steps: list[tuple[str, int, str, int]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from nvfp4_runtime import LLM, SamplingParams
 from nvfp4_runtime.llm import Generation
-from tests import tiny
+from tests import tiny, tiny_families
 
 FAMILIES = {
     "qwen3": tiny.qwen3_config(),
@@ -17,6 +17,9 @@ FAMILIES = {
     "qwen2_moe": tiny.qwen2_moe_config(),
     "glm4_moe": tiny.glm4_moe_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
+    "gpt_oss": tiny_families.gpt_oss_config(),
+    "gemma4": tiny_families.gemma4_config(),
+    "qwen3_next": tiny_families.qwen3_next_config(),
     "nemotron_h": tiny.nemotron_h_config(),
 }
 PROMPTS = [[7] * 3, list(range(10, 50)), [300, 5, 9], list(range(10, 45)), [1], list(range(200, 263))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_to_engine, frame
 from nvfp4_runtime.errors import CheckpointError, EngineDeadError, NVFP4Error, PromptTooLongError, QueueFullError
 from nvfp4_runtime.sampling.params import SamplingParams
-from tests.engine.helpers import make_config, make_engine, run_to_end, submit, tokens_of
+from tests.engine.helpers import ENDS_UNREAD, StartedBy, make_config, make_engine, run_to_end, submit, tokens_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -136,3 +137,28 @@ def test_frames_survive_any_split() -> None:
 def test_an_absurd_frame_length_is_refused() -> None:
     with pytest.raises(ValueError, match="was announced"):
         FrameBuffer().feed(b"\xff\xff\xff\xff")
+
+
+async def test_a_signal_before_the_engine_ignores_it_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(pid: int) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+
+    monkeypatch.setattr(subprocess, "Popen", StartedBy(send))
+    client = await EngineClient.launch(make_config())
+    assert len(await collect(client.submit([1], GREEDY, request_id="r"))) == 12
+    await client.close()
+
+
+async def test_an_engine_that_ends_with_its_first_message_unread_ended_while_loading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", StartedBy(command=ENDS_UNREAD))
+    with pytest.raises(EngineDeadError, match="ended while loading"):
+        await EngineClient.launch(make_config())
+
+
+async def test_an_engine_starts_while_more_files_are_open_than_select_takes(many_open_files: None) -> None:
+    client = await EngineClient.launch(make_config())
+    assert len(await collect(client.submit([1], GREEDY, request_id="r"))) == 12
+    await client.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
 from nvfp4_runtime.engine.token_stream import TokenStream
 from nvfp4_runtime.errors import CheckpointError, EngineDeadError
 from nvfp4_runtime.sampling.params import SamplingParams
-from tests.engine.helpers import make_config
+from tests.engine.helpers import ENDS_UNREAD, StartedBy, make_config
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 QUICK = Supervision(stall_seconds=1.0, max_restarts=2, backoff_seconds=0.05)
@@ -78,6 +79,29 @@ async def test_it_gives_up_after_the_last_restart_and_says_so() -> None:
         with pytest.raises(EngineDeadError) as refused:
             engine.submit([1], GREEDY, request_id="late")
         assert refused.value.retry_after_seconds is None
+    finally:
+        await engine.close()
+
+
+async def test_an_engine_that_ends_while_it_is_started_again_counts_as_a_restart_and_the_next_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = await SupervisedEngine.launch(config(), QUICK)
+    try:
+        ended: list[int] = []
+
+        def only_once(pid: int) -> None:
+            ended.append(pid)
+            monkeypatch.undo()
+
+        monkeypatch.setattr(subprocess, "Popen", StartedBy(only_once, ENDS_UNREAD))
+        os.kill(engine.info.pid, signal.SIGKILL)
+        async with asyncio.timeout(5):
+            while not ended:
+                await asyncio.sleep(0.01)
+        await until_alive(engine)
+        assert engine.num_restarts == 1
+        assert len(await collect(engine.submit([1], GREEDY, request_id="r"))) == 12
     finally:
         await engine.close()
 

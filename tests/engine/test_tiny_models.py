@@ -12,7 +12,7 @@ from nvfp4_runtime.config import CacheConfig, EngineConfig, KVDtype, SchedulerCo
 from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.errors import KernelError
-from tests import tiny
+from tests import tiny, tiny_families
 from tests.engine.helpers import run_to_end, submit, tokens_of
 from tests.tiny import tiny_llama, tiny_nvfp4_llama
 
@@ -31,6 +31,11 @@ FAMILIES = {
     "glm4_moe_lite": tiny.glm4_moe_lite_config(),
     "deepseek_v3": tiny.deepseek_v3_config(),
     "nemotron_h": tiny.nemotron_h_config(),
+    "gpt_oss": tiny_families.gpt_oss_config(),
+    "gemma4": tiny_families.gemma4_config(),
+    "minimax_m2": tiny_families.minimax_m2_config(),
+    "qwen3_next": tiny_families.qwen3_next_config(),
+    "gemma3": tiny_families.gemma3_config(),
     "deepseek_v3, one query projection": tiny.deepseek_v3_config(q_lora_rank=None),
 }
 

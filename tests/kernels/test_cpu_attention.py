@@ -35,9 +35,16 @@ RAGGED = [Sequence(1, 1), Sequence(300, 1), Sequence(77, 20), Sequence(64, 64), 
 
 
 def exact_attention(
-    q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, window: int | None, magnitudes: bool = False
+    q: Tensor,
+    kv: KVLayer,
+    batch: ForwardBatch,
+    scale: float,
+    window: int | None,
+    magnitudes: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One query at a time in FP64; of the values' magnitudes if asked."""
+    extra = torch.full((q.shape[1], 1), -math.inf) if sinks is None else sinks.cpu().unsqueeze(1)
     rows: list[Tensor] = []
     size, group = kv.block_size, q.shape[1] // kv.k.shape[1]
     for b in range(len(batch.seq_lens)):
@@ -51,7 +58,8 @@ def exact_attention(
             low = 0 if window is None else max(0, p - window + 1)
             scores = torch.einsum("hd,shd->hs", q[row].double(), k[low : p + 1]) * scale
             seen = v[low : p + 1].abs() if magnitudes else v[low : p + 1]
-            rows.append(torch.einsum("hs,shd->hd", scores.softmax(-1), seen).flatten())
+            weights = torch.cat([scores, extra.double()], dim=1).softmax(-1)[:, :-1]
+            rows.append(torch.einsum("hs,shd->hd", weights, seen).flatten())
     return torch.stack(rows)
 
 
@@ -96,6 +104,25 @@ def test_attention_agrees_with_fp64(
         bound = 2.0**-8 if kv.k_blocks is not None else 2.0**-7
         room += bound * exact_attention(q, kv, batch, scale, window, magnitudes=True)
     assert bool(((y.double() - exact).abs() <= room).all())
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("kv_dtype", KV_TYPES)
+def test_attention_with_sinks_agrees_with_fp64(isa: str, kv_dtype: torch.dtype, window: int | None) -> None:
+    """From sinks that weigh nothing to one that leaves nothing for the values."""
+    spec = PagedAttentionSpec(8, 2, 32, window, NAMES[kv_dtype], "float32", "float32", sinks=True)
+    batch = make_batch(RAGGED, 16, 50, seed=1)
+    kv = random_cache(50, 2, 16, 32, seed=2, dtype=kv_dtype)
+    q = random_tensor(int(batch.cu_seqlens_q[-1]), 8, 32, seed=4, dtype=torch.float32)
+    sinks = torch.tensor([0.0, 1.0, -2.0, 8.0, 3.0, -200.0, 200.0, 5.0])
+    exact = exact_attention(q, kv, batch, 0.2, window, sinks=sinks)
+    found = cpu_backend(isa).paged_attention(spec)(q, kv, batch, 0.2, sinks)
+    plain = ReferenceBackend().paged_attention(spec)(q, kv, batch, 0.2, sinks)
+    for y in (found, plain):
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=32 * 2.0**-24 * 6 * 5)
+    assert bool((found.view(-1, 8, 32)[:, 6] == 0).all())
+    with pytest.raises(KernelError, match="built with sinks=True"):
+        cpu_backend(isa).paged_attention(spec)(q, kv, batch, 0.2)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 64, 100])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import KVLayer
+from nvfp4_runtime.config import Gate
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import ActivationSpec, Backend, NormSpec, PagedAttentionSpec, RopeSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
@@ -64,6 +65,33 @@ def test_silu_mul_agrees_with_fp64(isa: str, dtype: torch.dtype, width: int) -> 
     gate, up = x.double().chunk(2, dim=-1)
     y = cpu_backend(isa).silu_mul(ActivationSpec(width, NAMES[dtype], NAMES[dtype]))(x)
     assert_close(y, gate / (1 + (-gate).exp()) * up)
+
+
+GATES = [Gate("gelu_tanh"), Gate("clamped", 1.702, 1.0)]
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.form)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_gates_agree_with_fp64(isa: str, dtype: torch.dtype, gate: Gate) -> None:
+    x = random_tensor(5, 2 * 33, seed=1, dtype=dtype) * 2
+    spec = ActivationSpec(33, NAMES[dtype], NAMES[dtype], gate)
+    g, up = x.double().chunk(2, dim=-1)
+    if gate.form == "gelu_tanh":
+        exact = torch.nn.functional.gelu(g, approximate="tanh") * up
+    else:
+        g, up = g.clamp(max=1.0), up.clamp(-1.0, 1.0)
+        exact = g * torch.sigmoid(1.702 * g) * (up + 1)
+    for y in (cpu_backend(isa).silu_mul(spec)(x), ReferenceBackend().silu_mul(spec)(x)):
+        assert_close(y, exact, scale=g.abs() * up.abs())  # 1 + tanh cancels in the reference
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.form)
+def test_other_gates_at_the_ends_of_their_range_are_finite_and_nan_stays_nan(isa: str, gate: Gate) -> None:
+    x = torch.tensor([[-1e30, -100.0, 100.0, float("nan"), 1.0, 2.0, 2.0, 2.0, 2.0, float("nan")]])
+    y = cpu_backend(isa).silu_mul(ActivationSpec(5, "float32", "float32", gate))(x)[0]
+    assert y[:2].tolist() == [0, 0]
+    assert bool(y[2].isfinite())
+    assert bool(y[3:].isnan().all())
 
 
 def test_silu_at_the_ends_of_its_range_is_zero_or_the_gate(isa: str) -> None:

@@ -191,7 +191,7 @@ def test_mamba2_refuses_tensors_of_other_shapes_and_batches_without_slots() -> N
         kernel(xbc.to(torch.bfloat16), dt, weights, state, batch)
     with pytest.raises(KernelError, match=r"state\.ssm: expected"):
         kernel(xbc, dt, weights, StateLayer(state.conv, state.ssm[:, 1:].contiguous()), batch)
-    with pytest.raises(KernelError, match="cu_seqlens_q runs to 2; xbc has 1"):
+    with pytest.raises(KernelError, match="cu_seqlens_q runs to 2; the input has 1"):
         kernel(xbc[:1], dt[:1], weights, state, ForwardBatch(**{**batch.__dict__, "positions": batch.positions[:1]}))
     with pytest.raises(KernelError, match="needs batch"):
         kernel(xbc, dt, weights, state, ForwardBatch(**{**batch.__dict__, "state_slots": None}))

@@ -142,7 +142,7 @@ def test_the_engine_s_greedy_tokens_are_transformers(tmp_path: Path, scheduler: 
     for prompt in prompts:
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
         expected.append(ids[0, len(prompt) :].tolist())
-    llm = LLM(folder, dtype="float32", **{"num_blocks": 65, **scheduler})
+    llm = LLM(folder, dtype="float32", model_impl="transformers", **{"num_blocks": 65, **scheduler})
     assert llm.info.architecture == "Gemma3ForCausalLM"
     params = SamplingParams(temperature=0.0, max_tokens=12, min_tokens=12)
     for _ in range(2):

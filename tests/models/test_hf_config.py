@@ -111,7 +111,7 @@ def test_original_length_beside_the_rope_fields_takes_precedence() -> None:
         ({"architectures": None}, "architectures is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected silu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type is 'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.short_factor is None"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters is"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is None"),
         ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters.factor is -2"),

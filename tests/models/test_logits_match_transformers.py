@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
+from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
+from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.models import load_model
 from tests.models.paged import BACKENDS, PagedRunner, load_or_skip
 from tests.tiny import save_transformers
 
@@ -88,6 +92,46 @@ NEMOTRON_MOE = {
     "moe_shared_expert_intermediate_size": 64,
     "routed_scaling_factor": 2.5,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 12.0, 16.0],
+    "original_max_position_embeddings": 128,
+    "factor": 4.0,
+    "partial_rotary_factor": 0.75,
+}
+MINISTRAL3_ROPE = {**YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}
+GEMMA3 = {
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+DELTA = {
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+GEMMA4 = {
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 4.0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
+GPT_OSS = {"head_dim": 16, "intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -131,14 +175,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron h": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "M-M*-M-"}),
     "nemotron h moe": ("NemotronH", {**NEMOTRON_MOE, "hybrid_override_pattern": "MEM*EME"}),
     "nemotron h latent moe": ("NemotronH", {**NEMOTRON_MOE, "hybrid_override_pattern": "ME*E", "moe_latent_size": 32}),
+    "ministral": (
+        "Ministral",
+        {"head_dim": 16, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE}),
+    "phi3": (
+        "Phi3",
+        {"rope_parameters": LONGROPE, "max_position_embeddings": 128, "original_max_position_embeddings": 128},
+    ),
+    "phi3 with a window": ("Phi3", {"sliding_window": 9}),
+    "gemma3": ("Gemma3", GEMMA3),
+    "qwen3 next": ("Qwen3Next", {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 32, "norm_topk_prob": True}),
+    "qwen3.5": ("Qwen3_5", {**DELTA, "linear_num_key_heads": 4, "attention_bias": True}),
+    "minimax m2": ("MiniMaxM2", {**GPT_OSS, "rotary_dim": 8}),
+    "gemma4": ("Gemma4", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4 moe": ("Gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "tie_word_embeddings": False}),
+    "gpt oss": (
+        "GptOss",
+        {**GPT_OSS, "sliding_window": 16, "num_hidden_layers": 3, "rope_parameters": {**YARN, "truncate": False}},
+    ),
     "glm4 moe in groups": ("Glm4Moe", {**GLM_MOE, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
 }
+TEXT_CONFIGS = ("Gemma3", "Gemma4", "Qwen3_5")
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 90, 16, 5)]
 
 
 def make(family: str, values: dict[str, Any]) -> Any:
     """A transformers model whose every parameter is random: default norms of one and biases of zero hide bugs."""
-    config = getattr(transformers, f"{family}Config")(**{**BASE, **values}, attn_implementation="eager")
+    name = f"{family}TextConfig" if family in TEXT_CONFIGS else f"{family}Config"
+    config = getattr(transformers, name)(**{**BASE, **values}, attn_implementation="eager")
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.float32).eval()
     with torch.no_grad():
@@ -202,6 +268,22 @@ def test_logits_only_for_the_rows_asked_for(case: tuple[Path, list[Tensor]], bac
         torch.testing.assert_close(row, want[-1], rtol=0, atol=TOLERANCE)
     nothing = model.forward(runner.batch([(7, [1, 2, 3])], logits_rows=[]))
     assert nothing.shape == (0, 256)
+
+
+def test_contexts_beyond_the_original_one_turn_by_the_long_factors_of_longrope(tmp_path: Path) -> None:
+    """transformers looks at the length of the sequence, we at the longest one that may come: keys are kept turned."""
+    rope = {**LONGROPE, "original_max_position_embeddings": 64}
+    model = make("Phi3", {"rope_parameters": rope, "original_max_position_embeddings": 64})
+    folder = save_transformers(tmp_path, model)
+    with torch.no_grad():
+        long, short = (model(torch.tensor([prompt])).logits[0] for prompt in (PROMPTS[2], PROMPTS[0]))
+    found = PagedRunner(load_or_skip(folder)).run((0, PROMPTS[2]))[0]
+    torch.testing.assert_close(found, long, rtol=0, atol=TOLERANCE)
+    found = PagedRunner(load_or_skip(folder)).run((0, PROMPTS[0]))[0]
+    assert float((found - short).abs().max()) > 100 * TOLERANCE  # the two sets of factors do differ
+    bounded = load_model(Checkpoint.open(folder), Kernels([ReferenceBackend()], "float32"), "float32", max_positions=64)
+    found = PagedRunner(bounded).run((0, PROMPTS[0]))[0]
+    torch.testing.assert_close(found, short, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 32])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -107,16 +108,57 @@ async def test_connections_that_nobody_will_serve_are_closed(listener: socket.so
         await waiting.rest()
 
 
-async def test_no_more_connections_are_taken_than_may_wait(
+async def test_beyond_those_that_may_wait_others_are_told_to_come_back_and_probes_are_answered(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.loading.MAX_WAITING", 2)
     gate = LoadingGate([listener])
-    for _ in range(2):
-        assert await (await Client.of(listener, get("/early"))).is_silent()
-    beyond = await Client.of(listener, get("/health/live"))
-    assert await beyond.is_silent()
+    waiting = [await Client.of(listener, get("/early")) for _ in range(2)]
+    head, _, body = (await (await Client.of(listener, get("/late"))).rest()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 10" in head
+    assert orjson.loads(body)["error"]["message"].startswith("the model is loading")
+    live = await (await Client.of(listener, get("/health/live"))).rest()
+    assert live.startswith(b"HTTP/1.1 200 ")
+    waiting[0].writer.close()  # it had enough: its place is free
+    await waiting[0].writer.wait_closed()
+    next_one = await Client.of(listener, get("/next"))
+    assert await next_one.is_silent()
     gate.stop()
     async with server_on(listener) as server:
         await gate.hand_over(server)
-        assert (await beyond.rest()).startswith(b"HTTP/1.1 200")
+        assert (await waiting[1].rest()).endswith(b"\r\n\r\n/early")
+        assert (await next_one.rest()).endswith(b"\r\n\r\n/next")
+
+
+async def test_connections_that_send_nothing_make_room_for_those_that_do(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.loading.MAX_SILENT", 2)
+    gate = LoadingGate([listener])
+    silent = [await Client.of(listener, b"") for _ in range(5)]
+    live = await (await Client.of(listener, get("/health/live"))).rest()
+    assert live.startswith(b"HTTP/1.1 200 ")
+    assert [await client.rest() for client in silent[:3]] == [b""] * 3
+    assert all([await client.is_silent() for client in silent[4:]])
+    gate.close()
+
+
+async def test_probes_are_answered_when_no_more_files_may_be_open(listener: socket.socket) -> None:
+    gate = LoadingGate([listener])
+    waiting = [await Client.of(listener, get("/early")) for _ in range(5)]
+    assert await waiting[-1].is_silent()
+    sock = socket.socket()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, limits[1]))
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, listener.getsockname())
+        probe = get("/health/live")
+        await asyncio.get_running_loop().sock_sendall(sock, probe)
+        async with asyncio.timeout(5):
+            assert (await asyncio.get_running_loop().sock_recv(sock, 100)).startswith(b"HTTP/1.1 200 ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        sock.close()
+    gate.close()

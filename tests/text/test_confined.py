@@ -90,3 +90,8 @@ def test_a_runaway_template_ends_even_when_the_server_is_gone() -> None:
     )
     assert done.returncode == -signal.SIGXCPU
     assert done.stdout == b"begun\n"
+
+
+def test_it_renders_while_more_files_are_open_than_select_takes(many_open_files: None) -> None:
+    CONFINEMENT.close()  # the next process's pipes are behind those files
+    assert ConfinedTemplate("{{ messages | length }}", {}).render([]) == "0"

@@ -24,6 +24,8 @@ from nvfp4_runtime.kernels.ops import (
     AttentionKernel,
     DecoderKernel,
     DecoderOps,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -150,6 +152,9 @@ class BlackwellBackend:
         raise KernelError(self._not_here(spec))
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
+        raise KernelError(self._not_here(spec))
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
         raise KernelError(self._not_here(spec))
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:

@@ -23,12 +23,14 @@ from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, 
 from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
 from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
 from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4, row_amax
-from nvfp4_runtime.kernels.cpu.states import NativeMamba2, NativeMLA
+from nvfp4_runtime.kernels.cpu.states import NativeDelta, NativeMamba2, NativeMLA
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     DecoderKernel,
     DecoderOps,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -102,7 +104,7 @@ class CPUBackend:
             return None
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
-        if not isinstance(spec, RopeSpec | Mamba2Spec) and spec.out_dtype not in ("bfloat16", "float32"):
+        if not isinstance(spec, RopeSpec | Mamba2Spec | DeltaSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
         if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
             return reason
@@ -120,6 +122,11 @@ class CPUBackend:
             return f"rotary_dim must be even and at most head_dim {spec.head_dim}, asked for {spec.rotary_dim}"
         if isinstance(spec, Mamba2Spec) and spec.num_heads % spec.num_groups:
             return f"{spec.num_heads} heads do not divide over {spec.num_groups} groups"
+        if isinstance(spec, DeltaSpec):
+            if spec.num_value_heads % spec.num_key_heads:
+                return f"{spec.num_value_heads} value heads do not divide over {spec.num_key_heads} key heads"
+            if spec.key_dim > MAX_HEAD_DIM:
+                return f"key_dim is at most {MAX_HEAD_DIM}, asked for {spec.key_dim}"
         if isinstance(spec, PagedAttentionSpec) and spec.window is not None and spec.window < 1:
             return f"a window is at least 1 token, asked for {spec.window}"
         return None
@@ -168,6 +175,9 @@ class CPUBackend:
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return NativeMamba2(self._context, spec)
 
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        return NativeDelta(self._context, spec)
+
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         if self._context is None:
             return "extension not built"
@@ -215,6 +225,10 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
     if isinstance(spec, MLASpec):
         width = spec.kv_lora_rank + spec.rope_dim
         return {"the number of heads": spec.num_heads, "kv_lora_rank": spec.kv_lora_rank, "a key's width": width}
+    if isinstance(spec, DeltaSpec):
+        sizes = {"the number of key heads": spec.num_key_heads, "of value heads": spec.num_value_heads}
+        sizes |= {"key_dim": spec.key_dim, "value_dim": spec.value_dim}
+        return sizes | {"conv_width": spec.conv_width, "channels": spec.conv_dim}
     if isinstance(spec, Mamba2Spec):
         sizes = {"the number of heads": spec.num_heads, "of groups": spec.num_groups, "head_dim": spec.head_dim}
         return sizes | {"state_size": spec.state_size, "conv_width": spec.conv_width, "channels": spec.conv_dim}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import CacheLayer, ForwardBatch, KVLayer
+from nvfp4_runtime.config import SILU
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_tensor
 from nvfp4_runtime.kernels.cpu.linear import NativeLinear
@@ -40,6 +41,9 @@ def refuses_decoder(ops: DecoderOps) -> str | None:
             if not isinstance(op, kinds):
                 found = "in formats that cannot share a kernel" if op is None else f"a {type(op).__name__}"
                 return f"layer {i}: {name} is {found}"
+        assert isinstance(layer.silu_mul, NativeSiluMul)
+        if layer.silu_mul.gate != SILU:
+            return f"layer {i}: the feed-forward's gate is {layer.silu_mul.gate.form}"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.config import SILU
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix, check_tensor
 from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, RopeSpec
@@ -20,6 +21,7 @@ KV_TORCH_DTYPES = {
     "nvfp4": torch.uint8,
 }
 NVFP4_CODE = 16  # csrc/types.h: Type::nvfp4
+GATE_CODES = {"silu": 0, "gelu_tanh": 1, "clamped": 2}  # csrc/types.h: Gate
 
 
 class NativeRMSNorm:
@@ -60,11 +62,12 @@ class NativeRMSNorm:
 
 
 class NativeSiluMul:
-    """silu(gate) * up; see `ActivationSpec`."""
+    """See `ActivationSpec`."""
 
     def __init__(self, context: Any, spec: ActivationSpec) -> None:
-        self._run = context.silu_mul
-        self.width = spec.width
+        self._run = context.silu_mul if spec.gate == SILU else context.gated
+        self._gate = () if spec.gate == SILU else (GATE_CODES[spec.gate.form], spec.gate.alpha, spec.gate.limit)
+        self.width, self.gate = spec.width, spec.gate
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self._types = (TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype])
@@ -73,7 +76,7 @@ class NativeSiluMul:
         check_matrix("gate_up", gate_up, self.dtype, 2 * self.width)
         rows = gate_up.size(0)
         out = torch.empty((rows, self.width), dtype=self.out_dtype)
-        self._run(gate_up.data_ptr(), out.data_ptr(), *self._types, rows, self.width)
+        self._run(gate_up.data_ptr(), out.data_ptr(), *self._types, rows, self.width, *self._gate)
         return out
 
 
@@ -198,9 +201,17 @@ class NativePagedAttention:
         self._cache = CheckedCache(spec.kv_dtype, spec.num_kv_heads, spec.head_dim)
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self._width = spec.num_heads * spec.head_dim
+        self._sinks: Tensor | None = None
+        self._last: tuple[int, ...] = ()
+        if spec.sinks and not hasattr(context, "gated"):
+            raise KernelError("this extension knows no attention sinks: it is older than this package; build it again")
 
-    def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
         spec = self.spec
+        if sinks is not self._sinks or (sinks is None) is spec.sinks:
+            self._check_sinks(sinks)
         check_tensor("q", q, self.dtype, (-1, spec.num_heads, spec.head_dim))
         self._memo.check_batch(batch)
         cache = self._cache.arguments(kv)
@@ -224,8 +235,16 @@ class NativePagedAttention:
             spec.window or 0,
             self._cache.num_blocks,
             *self._cache.blocks,
+            *self._last,
         )
         return out
+
+    def _check_sinks(self, sinks: Tensor | None) -> None:
+        if (sinks is not None) != self.spec.sinks:
+            raise KernelError(f"this layer was built with sinks={self.spec.sinks}; the call must agree with it")
+        if sinks is not None:
+            check_tensor("sinks", sinks, torch.float32, (self.spec.num_heads,))
+            self._sinks, self._last = sinks, (sinks.data_ptr(),)
 
 
 def check_norm_weight(name: str, weight: Tensor, width: int) -> None:

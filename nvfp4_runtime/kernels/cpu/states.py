@@ -1,4 +1,4 @@
-"""Latent attention and Mamba-2, natively: ops over latent caches and over recurrent states."""
+"""Latent attention, Mamba-2 and the gated delta rule, natively: ops over latent caches and over recurrent states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from nvfp4_runtime.batch import ForwardBatch, StateLayer
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, check_matrix, check_tensor
-from nvfp4_runtime.kernels.ops import Mamba2Spec, Mamba2Weights, MLASpec
+from nvfp4_runtime.kernels.ops import DeltaSpec, DeltaWeights, Mamba2Spec, Mamba2Weights, MLASpec
 
 
 class NativeMLA:
@@ -65,22 +65,14 @@ class NativeMamba2:
     def __call__(
         self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
     ) -> Tensor:
-        spec, slots = self.spec, batch.state_slots
+        spec = self.spec
         check_matrix("xbc", xbc, self.dtype, spec.conv_dim)
         count = xbc.size(0)
         check_tensor("dt", dt, self.dtype, (count, spec.num_heads))
         if weights is not self._weights:
             self._check_weights(weights)
-        if slots is None:
-            raise KernelError("a Mamba-2 layer needs batch.state_slots, found None")
-        check_tensor("state.conv", state.conv, torch.float32, (-1, spec.conv_width - 1, spec.conv_dim))
-        shape = (state.conv.size(0), spec.num_heads, spec.head_dim, spec.state_size)
-        check_tensor("state.ssm", state.ssm, torch.float32, shape)
-        check_tensor("state_slots", slots, torch.int64, (-1,))
-        check_tensor("positions", batch.positions, torch.int64, (count,))
-        check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (slots.size(0) + 1,))
-        if int(batch.cu_seqlens_q[0]) != 0 or int(batch.cu_seqlens_q[-1]) != count:
-            raise KernelError(f"cu_seqlens_q runs to {int(batch.cu_seqlens_q[-1])}; xbc has {count} rows")
+        conv, ssm = (spec.conv_width - 1, spec.conv_dim), (spec.num_heads, spec.head_dim, spec.state_size)
+        slots = _check_states(state, batch, count, conv, ssm)
         out = torch.empty(count, spec.inner, dtype=torch.float32)
         if count:
             self._run(
@@ -116,3 +108,82 @@ class NativeMamba2:
         for name, vector in (("a", weights.a), ("dt_bias", weights.dt_bias), ("d", weights.d)):
             check_tensor(name, vector, torch.float32, (spec.num_heads,))
         self._weights, self._taps = weights, weights.conv_weight.t().contiguous()
+
+
+class NativeDelta:
+    """See `DeltaKernel`."""
+
+    def __init__(self, context: Any, spec: DeltaSpec) -> None:
+        self._run = context.gated_delta
+        self.spec = spec
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._weights: DeltaWeights | None = None
+
+    def __call__(
+        self, qkv: Tensor, b: Tensor, dt: Tensor, weights: DeltaWeights, state: StateLayer, batch: ForwardBatch
+    ) -> Tensor:
+        spec = self.spec
+        check_matrix("qkv", qkv, self.dtype, spec.conv_dim)
+        count = qkv.size(0)
+        check_tensor("b", b, self.dtype, (count, spec.num_value_heads))
+        check_tensor("dt", dt, self.dtype, (count, spec.num_value_heads))
+        if weights is not self._weights:
+            self._check_weights(weights)
+        slots = _check_states(
+            state,
+            batch,
+            count,
+            (spec.conv_width - 1, spec.conv_dim),
+            (spec.num_value_heads, spec.value_dim, spec.key_dim),
+        )
+        out = torch.empty(count, spec.values, dtype=torch.float32)
+        if count:
+            self._run(
+                qkv.data_ptr(),
+                b.data_ptr(),
+                dt.data_ptr(),
+                TYPE_CODES[self.dtype],
+                weights.dt_bias.data_ptr(),
+                weights.a.data_ptr(),
+                self._taps.data_ptr(),
+                self._no_bias.data_ptr(),
+                state.conv.data_ptr(),
+                state.ssm.data_ptr(),
+                slots.data_ptr(),
+                batch.positions.data_ptr(),
+                batch.cu_seqlens_q.data_ptr(),
+                slots.size(0),
+                state.conv.size(0),
+                spec.num_value_heads,
+                spec.value_dim,
+                spec.key_dim,
+                spec.num_key_heads,
+                spec.conv_width,
+                out.data_ptr(),
+            )
+        return out
+
+    def _check_weights(self, weights: DeltaWeights) -> None:
+        spec = self.spec
+        check_tensor("conv_weight", weights.conv_weight, torch.float32, (spec.conv_dim, spec.conv_width))
+        for name, vector in (("a", weights.a), ("dt_bias", weights.dt_bias)):
+            check_tensor(name, vector, torch.float32, (spec.num_value_heads,))
+        self._weights, self._taps = weights, weights.conv_weight.t().contiguous()
+        self._no_bias = torch.zeros(spec.conv_dim)
+
+
+def _check_states(
+    state: StateLayer, batch: ForwardBatch, count: int, conv: tuple[int, ...], ssm: tuple[int, ...]
+) -> Tensor:
+    """The batch's slots, when states of these shapes [slots, ...] and its `count` tokens are as kernels need them."""
+    slots = batch.state_slots
+    if slots is None:
+        raise KernelError("a layer that keeps states needs batch.state_slots, found None")
+    check_tensor("state.conv", state.conv, torch.float32, (-1, *conv))
+    check_tensor("state.ssm", state.ssm, torch.float32, (state.conv.size(0), *ssm))
+    check_tensor("state_slots", slots, torch.int64, (-1,))
+    check_tensor("positions", batch.positions, torch.int64, (count,))
+    check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (slots.size(0) + 1,))
+    if int(batch.cu_seqlens_q[0]) != 0 or int(batch.cu_seqlens_q[-1]) != count:
+        raise KernelError(f"cu_seqlens_q runs to {int(batch.cu_seqlens_q[-1])}; the input has {count} rows")
+    return slots

@@ -15,6 +15,8 @@ from nvfp4_runtime.kernels.ops import (
     AttentionKernel,
     DecoderKernel,
     DecoderOps,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -32,6 +34,7 @@ from nvfp4_runtime.kernels.ops import (
     RopeSpec,
     refuses_kv,
 )
+from nvfp4_runtime.kernels.reference.gated_delta import ReferenceDelta
 from nvfp4_runtime.kernels.reference.grouped_linear import ReferenceGroupedLinear
 from nvfp4_runtime.kernels.reference.linear import reference_linear
 from nvfp4_runtime.kernels.reference.mamba2 import ReferenceMamba2
@@ -105,7 +108,7 @@ class ReferenceBackend:
         return functools.partial(rms_norm, out_dtype=getattr(torch, spec.out_dtype))
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
-        return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype))
+        return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype), by=spec.gate)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return ReferenceRope(spec)
@@ -121,6 +124,9 @@ class ReferenceBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         return ReferenceMamba2(spec)
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        return ReferenceDelta(spec)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "the plain kernels are called one by one"

@@ -26,7 +26,9 @@ class ReferencePagedAttention:
         self.window = spec.window
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
 
-    def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
         bounds: list[int] = batch.cu_seqlens_q.tolist()
         lens: list[int] = batch.seq_lens.tolist()
         out = torch.empty_like(q, dtype=self.out_dtype)
@@ -36,14 +38,17 @@ class ReferencePagedAttention:
             if stop - start == 1:
                 decoding.append(b)
             elif stop > start:
-                self._extend(q[start:stop], kv, batch.block_tables[b], seq_len, scale, out[start:stop])
+                self._extend(q[start:stop], kv, batch.block_tables[b], seq_len, scale, sinks, out[start:stop])
         for group in _groups_of_bounded_size(decoding, lens, kv):
             rows = torch.tensor([bounds[b] for b in group], device=q.device)
             index = torch.tensor(group, device=q.device)
-            out[rows] = self._decode(q[rows], kv, batch.block_tables[index], batch.seq_lens[index], scale).to(out.dtype)
+            lens_of, tables = batch.seq_lens[index], batch.block_tables[index]
+            out[rows] = self._decode(q[rows], kv, tables, lens_of, scale, sinks).to(out.dtype)
         return out.flatten(1)
 
-    def _decode(self, q: Tensor, kv: KVLayer, tables: Tensor, seq_lens: Tensor, scale: float) -> Tensor:
+    def _decode(
+        self, q: Tensor, kv: KVLayer, tables: Tensor, seq_lens: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         """One query per sequence: q [n, Hq, D], tables [n, max_blocks], seq_lens [n] -> [n, Hq, D]."""
         lens = seq_lens.to(torch.int64).unsqueeze(1)
         size = kv.block_size
@@ -58,9 +63,11 @@ class ReferencePagedAttention:
         k, v = keys_and_values(kv, blocks)
         # what lies in slots nobody may see can be anything; 0 * NaN would still be NaN
         v.masked_fill_(~visible[:, None, :, None], 0.0)
-        return attend(q.unsqueeze(1), k, v, visible.unsqueeze(1), scale).squeeze(1)
+        return attend(q.unsqueeze(1), k, v, visible.unsqueeze(1), scale, sinks).squeeze(1)
 
-    def _extend(self, q: Tensor, kv: KVLayer, table: Tensor, seq_len: int, scale: float, out: Tensor) -> None:
+    def _extend(
+        self, q: Tensor, kv: KVLayer, table: Tensor, seq_len: int, scale: float, sinks: Tensor | None, out: Tensor
+    ) -> None:
         """Several queries of one sequence, its last q.shape[0] tokens: q [t, Hq, D]; fills out [t, Hq, D]."""
         num_queries, size = q.shape[0], kv.block_size
         position = seq_len - num_queries  # of the first query
@@ -78,18 +85,19 @@ class ReferencePagedAttention:
                 visible &= keys > p - self.window
             span = slice(low - base, high - base)
             rows = slice(i, i + tile)
-            out[rows] = attend(q[None, rows], k[:, :, span], v[:, :, span], visible.unsqueeze(0), scale)[0]
+            out[rows] = attend(q[None, rows], k[:, :, span], v[:, :, span], visible.unsqueeze(0), scale, sinks)[0]
 
     def _first_visible(self, position: int) -> int:
         return 0 if self.window is None else max(0, position - self.window + 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """softmax(scale * q k^T) v, hidden keys left out.
 
     q         [n, t, Hq, D]      any float type
     k, v      fp32 [n, Hkv, S, D]
     visible   bool [n, t, S]     every query sees a key
+    sinks     fp32 [Hq] or None  one more score of each head, without a value
     returns   fp32 [n, t, Hq, D]
     """
     n, t, num_heads, head_dim = q.shape
@@ -98,7 +106,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     folded = q.to(torch.float32).view(n, t, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)  # [n, Hkv, G, t, D]
     scores = (folded.reshape(n, num_kv_heads, group * t, head_dim) * scale) @ k.transpose(2, 3)
     scores = scores.view(n, num_kv_heads, group, t, num_keys).masked_fill_(~visible[:, None, None], -math.inf)
-    weights = torch.softmax(scores, dim=-1).view(n, num_kv_heads, group * t, num_keys)
+    if sinks is not None:
+        extra = sinks.to(torch.float32).view(1, num_kv_heads, group, 1, 1).expand(n, -1, -1, t, 1)
+        scores = torch.cat([scores, extra], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :num_keys].reshape(n, num_kv_heads, group * t, num_keys)
     out = (weights @ v).view(n, num_kv_heads, group, t, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(n, t, num_heads, head_dim)
 

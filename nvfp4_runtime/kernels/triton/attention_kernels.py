@@ -134,6 +134,8 @@ def paged_attention_kernel(
     table_width,
     scale,
     v_scale,
+    sinks,
+    SINKS: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -162,6 +164,7 @@ def paged_attention_kernel(
     partial        fp32 [T, Q_HEADS, S, D] unnormalised sums; partial_m, partial_l [T, Q_HEADS, S] their
                    maxima and weights
     TOKENS, ROWS   queries of a tile; TOKENS * G padded to a power of two, at least 16
+    SINKS          sinks [Q_HEADS] are one more score of each head, without a value; with SPLIT combine_kernel adds it
     DECODE         every sequence has at most one new token: tile b is sequence b
     WINDOW         0: none
     OPERAND        what is multiplied: bfloat16, float32, or for FP8 and NVFP4 caches float16, which holds both exactly
@@ -248,6 +251,8 @@ def paged_attention_kernel(
     cols = tl.arange(0, WIDTH)[None, :]
     mask = inside[:, None] & (cols < D)
     if not SPLIT:
+        if SINKS:
+            total += tl.exp2(tl.load(sinks + kv_head * GROUP + r % GROUP) * 1.4426950408889634 - m)
         result = acc * v_scale / total[:, None]
         tl.store(out + row[:, None] * D + cols, round_to(result, out.dtype.element_ty, EMULATED), mask=mask)
     else:
@@ -265,13 +270,18 @@ def combine_kernel(
     partial_l,
     out,
     v_scale,
+    sinks,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Program r adds up the runs of row r of [T * Q_HEADS], always in the same order; see paged_attention_kernel."""
+    """Program r adds up the runs of row r of [T * Q_HEADS], always in the same order; see paged_attention_kernel.
+
+    HEADS  0, or how many there are: sinks [HEADS] then join the sums
+    """
     row = tl.program_id(0).to(tl.int64)
     all_runs = row * SPLITS + tl.arange(0, SPLITS)
     largest = tl.max(tl.load(partial_m + all_runs), axis=0)
@@ -287,6 +297,8 @@ def combine_kernel(
         mask = (m != float("-inf"))[:, None] & (cols < D)
         sums = tl.load(partial + runs[:, None] * D + cols, mask=mask, other=0.0)
         acc += tl.sum(weights[:, None] * sums, axis=0)
+    if HEADS > 0:
+        total += tl.exp2(tl.load(sinks + row % HEADS) * 1.4426950408889634 - base)
     cols = tl.arange(0, WIDTH)
     result = round_to(acc * v_scale / total, out.dtype.element_ty, EMULATED)
     tl.store(out + row * D + cols, result, mask=cols < D)
@@ -294,13 +306,24 @@ def combine_kernel(
 
 def compilations() -> list[Compilation]:
     """The sum over runs; paged_attention.py and mla.py list the rest."""
-    signature = dict.fromkeys(("partial", "partial_m", "partial_l"), "*fp32") | {"out": "*bf16", "v_scale": "fp32"}
+    signature = dict.fromkeys(("partial", "partial_m", "partial_l"), "*fp32") | {
+        "out": "*bf16",
+        "v_scale": "fp32",
+        "sinks": "*fp32",
+    }
     return [
         Compilation(
             name=f"combine_{width}",
             kernel=combine_kernel,
             signature=signature,
-            constexprs={"D": width, "WIDTH": width, "SPLITS": 64, "CHUNK": 4096 // width, "EMULATED": False},
+            constexprs={
+                "HEADS": 0,
+                "D": width,
+                "WIDTH": width,
+                "SPLITS": 64,
+                "CHUNK": 4096 // width,
+                "EMULATED": False,
+            },
         )
         for width in (128, 512)
     ]

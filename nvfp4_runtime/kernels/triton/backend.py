@@ -21,6 +21,8 @@ from nvfp4_runtime.kernels.ops import (
     AttentionKernel,
     DecoderKernel,
     DecoderOps,
+    DeltaKernel,
+    DeltaSpec,
     GroupedLinearKernel,
     GroupedLinearSpec,
     LinearKernel,
@@ -53,6 +55,7 @@ FLOATS = ("bfloat16", "float32")
 NUMERICS = ("w4a16", "w4a4")
 
 _NO_MAMBA2 = "no Triton kernel for Mamba-2"
+_NO_DELTA = "no Triton kernel for the gated delta rule"
 
 
 class TritonBackend:
@@ -83,8 +86,8 @@ class TritonBackend:
             return self.missing
         if isinstance(spec, QuantizeSpec):
             return None
-        if isinstance(spec, Mamba2Spec):
-            return _NO_MAMBA2
+        if isinstance(spec, Mamba2Spec | DeltaSpec):
+            return _NO_MAMBA2 if isinstance(spec, Mamba2Spec) else _NO_DELTA
         if spec.dtype not in FLOATS:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in FLOATS:
@@ -155,6 +158,9 @@ class TritonBackend:
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(_NO_MAMBA2)
+
+    def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
+        raise KernelError(_NO_DELTA)
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
         return "a CUDA graph joins the launches of its kernels"

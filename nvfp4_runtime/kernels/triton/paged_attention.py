@@ -101,8 +101,12 @@ class TritonPagedAttention:
         self._width = padded_width(spec)
         self._operand = operand_type(spec)
 
-    def __call__(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
         spec = self.spec
+        if (sinks is not None) != spec.sinks:
+            raise KernelError(f"this layer was built with sinks={spec.sinks}; the call must agree with it")
         if q.shape[1:] != (spec.num_heads, spec.head_dim) or not q.is_contiguous():
             raise KernelError(f"q is {list(q.shape)}, expected contiguous [T, {spec.num_heads}, {spec.head_dim}]")
         num_tokens, num_seqs = q.shape[0], batch.seq_lens.shape[0]
@@ -132,12 +136,13 @@ class TritonPagedAttention:
             batch.block_tables.shape[1],
             scale * kv.k_scale * unit * LOG2_E,
             kv.v_scale * unit,
+            partials[1] if sinks is None else sinks,
             **self.constants(tile, kv.block_size, num_seqs, gpu.e4m3),
             num_warps=tile.warps,
             num_stages=gpu.stages,
         )
         if tile.splits > 1:
-            combine(partials, out, kv.v_scale * unit, spec.head_dim, tile.splits)
+            combine(partials, out, kv.v_scale * unit, spec.head_dim, tile.splits, sinks)
         return out
 
     def tile(self, num_tokens: int, num_seqs: int, decode: bool, most_keys: int, gpu: GPUFacts) -> Tile:
@@ -164,6 +169,7 @@ class TritonPagedAttention:
         """What the kernel is compiled for."""
         spec = self.spec
         return {
+            "SINKS": spec.sinks,
             "Q_HEADS": spec.num_heads,
             "KV_HEADS": spec.num_kv_heads,
             "D": spec.head_dim,
@@ -204,13 +210,22 @@ def partial_sums(rows: int, splits: int, width: int, like: Tensor) -> tuple[Tens
     return sums, maxima, weights
 
 
-def combine(partials: tuple[Tensor, Tensor, Tensor], out: Tensor, v_scale: float, width: int, splits: int) -> None:
-    """Add up the runs of every row into `out`, rows of `width`."""
+def combine(
+    partials: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    v_scale: float,
+    width: int,
+    splits: int,
+    sinks: Tensor | None = None,
+) -> None:
+    """Add up the runs of every row into `out`, rows of `width`; `sinks` of the heads that rows go through in turn."""
     padded = triton.next_power_of_2(width)
     combine_kernel[(partials[0].shape[0],)](
         *partials,
         out,
         v_scale,
+        partials[1] if sinks is None else sinks,
+        HEADS=0 if sinks is None else sinks.shape[0],
         D=width,
         WIDTH=padded,
         SPLITS=splits,
@@ -253,6 +268,7 @@ def _compilation(
     signature |= dict.fromkeys(("k_cache", "v_cache", "k_blocks", "v_blocks"), cache)
     signature |= dict.fromkeys(("partial", "partial_m", "partial_l"), "*fp32")
     signature |= dict.fromkeys(("block_tables", "seq_lens", "cu_seqlens_q"), "*i32")
+    signature |= {"sinks": "*fp32"}
     signature |= dict.fromkeys(("num_seqs", "table_width"), "i32") | dict.fromkeys(("scale", "v_scale"), "fp32")
     return Compilation(
         name=f"{kv}_{head_dim}_{'decode' if decode else 'prompts'}_{targets[0]}",

@@ -1,4 +1,4 @@
-"""The gated activation of a SwiGLU feed-forward, and optionally NVFP4 quantisation of what it gives."""
+"""The activation of a gated feed-forward, and optionally NVFP4 quantisation of what it gives."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nvfp4_runtime.kernels.triton.common import emulated, round_to
 from nvfp4_runtime.kernels.triton.quantized_rows import QuantizedRows, allocate_rows, store_quantized, zero_padding
 
 _BLOCK = 1024  # columns of a program: a multiple of 64, see store_quantized, zero_padding
+_GATES = {"silu": 0, "gelu_tanh": 1, "clamped": 2}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -23,6 +24,9 @@ def silu_mul_kernel(
     scales,
     input_scale,
     rows,
+    alpha,
+    limit,
+    GATE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -30,7 +34,10 @@ def silu_mul_kernel(
     ROUND_BF16: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Program (t, b) does columns b * BLOCK .. of row t; see rms_norm_kernel for QUANTIZE and the rest."""
+    """Program (t, b) does columns b * BLOCK .. of row t; see rms_norm_kernel for QUANTIZE and the rest.
+
+    GATE  0 silu, 1 gelu_tanh, 2 clamped; see config.Gate
+    """
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     if SWIZZLED:  # noqa: SIM102 - the compiler's condition, apart from the device's
@@ -41,7 +48,14 @@ def silu_mul_kernel(
     mask = cols < WIDTH
     gate = tl.load(gate_up + row * (2 * WIDTH) + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
+    z = gate
+    if GATE == 1:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    elif GATE == 2:
+        gate = tl.where(gate > limit, limit, gate)  # a NaN passes
+        z = alpha * gate
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
+    y = gate / (1.0 + tl.exp(-z)) * up
     if QUANTIZE:
         if ROUND_BF16:
             y = round_to(y, tl.bfloat16, EMULATED).to(tl.float32)
@@ -51,10 +65,10 @@ def silu_mul_kernel(
 
 
 class TritonSiluMul:
-    """silu(gate) * up; see `ActivationSpec`. A row's result depends on that row alone."""
+    """See `ActivationSpec`. A row's result depends on that row alone."""
 
     def __init__(self, spec: ActivationSpec) -> None:
-        self.width = spec.width
+        self.width, self.gate = spec.width, spec.gate
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self._block = min(_BLOCK, max(64, triton.next_power_of_2(spec.width)))
 
@@ -92,6 +106,9 @@ class TritonSiluMul:
             out if rows is None else rows.scales.view(torch.uint8),
             gate_up if input_scale is None else input_scale,
             num_rows,
+            self.gate.alpha,
+            self.gate.limit,
+            GATE=_GATES[self.gate.form],
             WIDTH=self.width,
             BLOCK=self._block,
             QUANTIZE=rows is not None,
@@ -103,13 +120,14 @@ class TritonSiluMul:
 
 
 def compilations() -> list[Compilation]:
-    signature = {"gate_up": "*bf16", "input_scale": "*fp32", "rows": "i32"}
+    signature = {"gate_up": "*bf16", "input_scale": "*fp32", "rows": "i32", "alpha": "fp32", "limit": "fp32"}
     return [
         Compilation(
             name=name,
             kernel=silu_mul_kernel,
             signature=signature | dict.fromkeys(("out", "scales"), "*u8" if quantize else "*bf16"),
             constexprs={
+                "GATE": 0,
                 "WIDTH": 14336,
                 "BLOCK": _BLOCK,
                 "QUANTIZE": quantize,

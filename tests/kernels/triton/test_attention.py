@@ -32,10 +32,15 @@ def moved(item, device: torch.device):
     return dataclasses.replace(item, **{n: t.to(device) for n, t in fields.items() if isinstance(t, Tensor)})
 
 
+def sinks_of(spec: PagedAttentionSpec) -> Tensor | None:
+    return torch.linspace(-2, 6, spec.num_heads) if spec.sinks else None
+
+
 def attend(backend: TritonBackend, spec: PagedAttentionSpec, q: Tensor, kv: KVLayer, batch: ForwardBatch) -> Tensor:
     kernel = backend.paged_attention(spec)
-    device = backend.device
-    return kernel(q.to(device), moved(kv, device), moved(batch, device), spec.head_dim**-0.5).cpu()
+    device, sinks = backend.device, sinks_of(spec)
+    sinks = None if sinks is None else sinks.to(device)
+    return kernel(q.to(device), moved(kv, device), moved(batch, device), spec.head_dim**-0.5, sinks).cpu()
 
 
 def allowed_error(spec: PagedAttentionSpec, q: Tensor, kv: KVLayer, batch: ForwardBatch) -> Tensor:
@@ -59,7 +64,7 @@ def check(backend, spec, sequences, *, block_size=4, max_query_len=None, seed=0)
     tokens = int(batch.cu_seqlens_q[-1])
     q = random_tensor(tokens, spec.num_heads, spec.head_dim, seed=seed + 7, dtype=getattr(torch, spec.dtype))
     found = attend(backend, spec, q, kv, batch).double()
-    expected = exact_attention(q, kv, batch, spec.head_dim**-0.5, spec.window)
+    expected = exact_attention(q, kv, batch, spec.head_dim**-0.5, spec.window, sinks=sinks_of(spec))
     excess = (found - expected).abs() - allowed_error(spec, q, kv, batch)
     assert excess.max() <= 0, f"off by {float(excess.max())} more than rounding explains"
 
@@ -89,6 +94,14 @@ def test_windows_that_end_at_block_and_tile_edges(triton_backend, window):
 def test_a_group_that_does_not_divide_the_tile_and_prompts_of_several_tiles(triton_backend):
     spec = PagedAttentionSpec(3, 1, 32, None, "bfloat16", "bfloat16", "float32")
     check(triton_backend, spec, [Sequence(45, 45), Sequence(60, 22), Sequence(3, 1)])
+
+
+@pytest.mark.parametrize("processors", [1, 64])
+@pytest.mark.parametrize(("decode", "sequences"), [(True, DECODING), (False, MIXED)])
+def test_sinks_join_the_sum_once_however_keys_are_split(triton_backend, monkeypatch, processors, decode, sequences):
+    monkeypatch.setattr(paged_attention, "gpu_facts", lambda device: GPUFacts(processors))
+    spec = PagedAttentionSpec(6, 2, 32, None if decode else 40, "fp8", "bfloat16", "float32", sinks=True)
+    check(triton_backend, spec, sequences, max_query_len=1 if decode else None)
 
 
 @pytest.mark.parametrize("decode", [True, False])

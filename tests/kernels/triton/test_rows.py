@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvfp4_runtime.config import Gate
 from nvfp4_runtime.errors import KernelError, NVFP4ShapeError
 from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec
 from nvfp4_runtime.kernels.reference.backend import ReferenceBackend
@@ -57,8 +58,9 @@ def test_rms_norm_of_nan_and_of_nothing(triton_backend):
 
 @pytest.mark.parametrize(("rows", "width"), [(3, 40), (1, 1100)])
 @pytest.mark.parametrize(("dtype", "out"), [("bfloat16", "bfloat16"), ("float32", "float32")])
-def test_silu_mul_is_the_reference_s(triton_backend, rows, width, dtype, out):
-    spec = ActivationSpec(width, dtype, out)
+@pytest.mark.parametrize("gate", [Gate(), Gate("gelu_tanh"), Gate("clamped", 1.702, 7.0)], ids=lambda gate: gate.form)
+def test_gates_are_the_reference_s(triton_backend, rows, width, dtype, out, gate):
+    spec = ActivationSpec(width, dtype, out, gate)
     x = random_tensor(rows, 2 * width, seed=1, dtype=getattr(torch, dtype)) * 8
     x[0, :4] = torch.tensor([100.0, -100.0, -87.5, 0.0])
     expected, found = REFERENCE.silu_mul(spec)(x), triton_backend.silu_mul(spec)(*device_of(triton_backend, x))

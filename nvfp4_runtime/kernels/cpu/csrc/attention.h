@@ -235,7 +235,9 @@ void write(const Attention& a, const AttentionItem& item, const State& st) {
   const int group = a.heads / a.kv_heads, d = a.head_dim;
   for (int r = 0; r < st.rows; r++) {
     O* out = static_cast<O*>(a.out) + head_of(a, item, group, r) * d;
-    const V inverse = set1(a.v_scale / st.total_sum[r]);
+    float sum = st.total_sum[r];
+    if (a.sinks) sum += exp1(a.sinks[head_of(a, item, group, r) % static_cast<size_t>(a.heads)] - st.total_max[r]);
+    const V inverse = set1(a.v_scale / sum);
     for (int c = 0; c < d; c += kChunk) {
       V x[4];
       UNROLL for (int t = 0; t < 4; t++) x[t] = mul(load(st.total_out + static_cast<size_t>(r) * st.dp + c + 16 * t), inverse);

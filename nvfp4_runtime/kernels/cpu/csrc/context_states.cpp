@@ -59,8 +59,9 @@ void Context::mamba2(Mamba2& a, int sequences, int64_t num_slots) {
   parallel<Mamba2, &Kernels::mamba2_steps>(pool_, kernels_, a, static_cast<int>(rows), row_grain(static_cast<size_t>(a.heads) * 4));
   parallel<Mamba2, &Kernels::mamba2_conv>(pool_, kernels_, a, sequences * a.pieces, 1);
   const size_t state = static_cast<size_t>(a.head_dim) * static_cast<size_t>(a.state) * 4;
-  const int items = sequences * a.heads;
-  parallel<Mamba2, &Kernels::mamba2_scan>(pool_, kernels_, a, items, grain_of(items, state, threads()));
+  const int items = sequences * a.heads, grain = grain_of(items, state, threads());
+  if (a.b) parallel<Mamba2, &Kernels::delta_scan>(pool_, kernels_, a, items, grain);
+  else parallel<Mamba2, &Kernels::mamba2_scan>(pool_, kernels_, a, items, grain);
 }
 
 }  // namespace nvfp4

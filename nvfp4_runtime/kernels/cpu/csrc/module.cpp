@@ -13,6 +13,7 @@
 
 namespace nb = nanobind;
 using namespace nvfp4;
+using namespace nb::literals;
 
 namespace {
 
@@ -133,6 +134,13 @@ NB_MODULE(_native, m) {
           },
           no_gil)
       .def(
+          "gated",
+          [](Context& c, Address x, Address out, int type, int out_type, int rows, int width, int gate, float alpha,
+             float limit) {
+            c.silu_mul({at(x, type), at(out, out_type), Type(type), Type(out_type), width, Gate(gate), alpha, limit}, rows);
+          },
+          no_gil)
+      .def(
           "rope",
           [](Context& c, Address qkv, int type, int rows, Address positions, Address cos, Address sin, Address q_norm,
              Address k_norm, int norm_type, float eps, Address q_out, Address k, Address v, int kv_type, float k_scale,
@@ -152,16 +160,18 @@ NB_MODULE(_native, m) {
           [](Context& c, Address q, int type, int rows, Address out, int out_type, Address k, Address v, int kv_type,
              float k_scale, float v_scale, float scale, Address tables, int table_stride, Address cu_seqlens, Address seq_lens,
              int sequences, int heads, int kv_heads, int head_dim, int block_size, int window, int num_blocks,
-             Address k_blocks, Address v_blocks) {
+             Address k_blocks, Address v_blocks, Address sinks) {
             Attention a{at(q, type), Type(type), at(out, out_type), Type(out_type),
                         at(k, kv_type), at(v, kv_type), Type(kv_type),
                         k_scale,  v_scale,      scale,
                         at<const int32_t>(tables), table_stride, heads,
                         kv_heads, head_dim,     block_size,
-                        window,   at<const uint8_t>(k_blocks), at<const uint8_t>(v_blocks)};
+                        window,   at<const uint8_t>(k_blocks), at<const uint8_t>(v_blocks), at<const float>(sinks)};
             c.attention(a, at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), sequences, rows, num_blocks);
           },
-          no_gil)
+          no_gil, "q"_a, "type"_a, "rows"_a, "out"_a, "out_type"_a, "k"_a, "v"_a, "kv_type"_a, "k_scale"_a, "v_scale"_a,
+          "scale"_a, "tables"_a, "table_stride"_a, "cu_seqlens"_a, "seq_lens"_a, "sequences"_a, "heads"_a, "kv_heads"_a,
+          "head_dim"_a, "block_size"_a, "window"_a, "num_blocks"_a, "k_blocks"_a, "v_blocks"_a, "sinks"_a = 0)
       .def(
           "latent",
           [](Context& c, Address q_nope, Address q_rope, Address cache, int type, Address out, int out_type,
@@ -183,7 +193,21 @@ NB_MODULE(_native, m) {
                      at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<float>(conv_state),
                      at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
                      at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr, nullptr,
-                     nullptr, at<float>(out)};
+                     nullptr, at<float>(out), nullptr};
+            c.mamba2(m, sequences, num_slots);
+          },
+          no_gil)
+      .def(
+          "gated_delta",
+          [](Context& c, Address qkv, Address b, Address dt, int type, Address dt_bias, Address a, Address conv_weight,
+             Address conv_bias, Address conv_state, Address state, Address slots, Address positions, Address cu_seqlens,
+             int sequences, int64_t num_slots, int value_heads, int value_dim, int key_dim, int key_heads, int conv_width,
+             Address out) {
+            Mamba2 m{at(qkv, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), 0.f,
+                     at<const float>(conv_weight), at<const float>(conv_bias), nullptr, at<float>(conv_state),
+                     at<float>(state), at<const int64_t>(slots), at<const int64_t>(positions),
+                     at<const int32_t>(cu_seqlens), value_heads, value_dim, key_dim, key_heads, conv_width, 0, nullptr,
+                     nullptr, nullptr, at<float>(out), at(b, type)};
             c.mamba2(m, sequences, num_slots);
           },
           no_gil)

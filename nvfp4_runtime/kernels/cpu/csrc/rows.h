@@ -64,17 +64,37 @@ void rms_norm(const RMSNorm& a, int begin, int end) {
     wide ? rms_norm_as<float, float>(a, begin, end) : rms_norm_as<float, bf16>(a, begin, end);
 }
 
-template <class T, class O>
-void silu_mul_as(const SiluMul& a, int begin, int end) {
+// x * sigmoid(z) is x / (1 + e^-z).
+template <Gate gate>
+inline V gated(const SiluMul& a, V g, V up) {
+  V z = g;
+  if constexpr (gate == Gate::gelu_tanh) {  // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (g + 0.044715 g^3)
+    z = mul(set1(1.5957691216057308f), fma(mul(mul(g, g), g), set1(0.044715f), g));
+  } else if constexpr (gate == Gate::clamped) {  // the bounds first: a NaN passes
+    g = vmin(set1(a.limit), g);
+    z = mul(set1(a.alpha), g);
+    up = add(vmax(set1(-a.limit), vmin(set1(a.limit), up)), set1(1.f));
+  }
+  return mul(div(g, add(set1(1.f), vexp(sub(zero(), z)))), up);
+}
+
+template <Gate gate, class T, class O>
+void gated_as(const SiluMul& a, int begin, int end) {
   for (int t = begin; t < end; t++) {
-    const T* gate = static_cast<const T*>(a.x) + static_cast<size_t>(t) * 2 * a.width;
+    const T* rows = static_cast<const T*>(a.x) + static_cast<size_t>(t) * 2 * a.width;
     O* out = static_cast<O*>(a.out) + static_cast<size_t>(t) * a.width;
     for (int i = 0; i < a.width; i += 16) {
       const int left = a.width - i;
-      const V g = load_upto(gate + i, left), up = load_upto(gate + a.width + i, left);
-      const V e = vexp(sub(zero(), g));
-      store_upto(out + i, mul(div(g, add(set1(1.f), e)), up), left);
+      store_upto(out + i, gated<gate>(a, load_upto(rows + i, left), load_upto(rows + a.width + i, left)), left);
     }
+  }
+}
+template <class T, class O>
+void silu_mul_as(const SiluMul& a, int begin, int end) {
+  switch (a.gate) {
+    case Gate::gelu_tanh: return gated_as<Gate::gelu_tanh, T, O>(a, begin, end);
+    case Gate::clamped: return gated_as<Gate::clamped, T, O>(a, begin, end);
+    default: return gated_as<Gate::silu, T, O>(a, begin, end);
   }
 }
 void silu_mul(const SiluMul& a, int begin, int end) {

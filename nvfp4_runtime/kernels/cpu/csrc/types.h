@@ -128,12 +128,15 @@ struct RMSNorm {
   float eps;
 };
 
+enum class Gate { silu, gelu_tanh, clamped };  // nvfp4_runtime/config.py: Gate
 struct SiluMul {
   const void* x;  // [t][2 * width]
   void* out;      // [t][width]
   Type type;
   Type out_type;
   int width;
+  Gate gate = Gate::silu;
+  float alpha = 0.f, limit = 0.f;
 };
 
 struct Rope {
@@ -183,6 +186,7 @@ struct Attention {
   int window;  // 0: none
   const uint8_t* k_blocks;  // as in Rope
   const uint8_t* v_blocks;
+  const float* sinks;  // [hq] or null: one more score of each head, without a value
 };
 
 constexpr int kSegment = 256;       // KV positions between two merges, always starting at a multiple of it
@@ -221,6 +225,9 @@ static constexpr size_t latent_scratch(int rank, int rope) {
 }
 
 // Mamba-2's convolution and scan; see Mamba2Kernel in kernels/ops.py. All float32 but xbc and dt.
+//
+// The gated delta rule (DeltaKernel) has the same convolution, steps and decays, and other names: heads are value heads,
+// groups key heads, `state` is a key's width; its channels go queries, keys, values. There is no d, and there is b.
 struct Mamba2 {
   const void* xbc;  // [t][conv_dim] of `type`
   const void* dt;   // [t][heads] of `type`
@@ -242,6 +249,7 @@ struct Mamba2 {
   float* steps;   // [t][heads]: max(softplus(dt + dt_bias), min_step)
   float* decays;  // [t][heads]: exp(step * a)
   float* out;    // [t][heads * head_dim]
+  const void* b;  // [t][heads] of `type`: its sigmoid is how much of a value is written
   int conv_dim() const { return heads * head_dim + 2 * groups * state; }
 };
 
@@ -269,6 +277,7 @@ struct Kernels {
   void (*mamba2_steps)(const Mamba2&, int begin, int end);            // tokens
   void (*mamba2_conv)(const Mamba2&, int begin, int end);             // items
   void (*mamba2_scan)(const Mamba2&, int begin, int end);             // sequences x heads
+  void (*delta_scan)(const Mamba2&, int begin, int end);              // sequences x value heads
   void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
   void (*quantize_weight)(const QuantizeWeight&, int begin, int end);  // rows
 };
