@@ -48,7 +48,7 @@ check: install
 # forbidden page ends the process as it would without a sanitizer.
 # test_cpu_attention.py is left out: three hundred cases, and the hostile and property tests walk the same code.
 ASAN := $(VENV)-asan/bin/python
-ASAN_TESTS := $(addprefix tests/kernels/test_cpu_,sanitizers.py hostile.py properties.py linear.py ops.py decoder.py quantize.py states.py)
+ASAN_TESTS := $(addprefix tests/kernels/test_cpu_,sanitizers.py hostile.py properties.py linear.py ops.py decoder.py quantize.py states.py grouped.py whole.py)
 ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:new_delete_type_mismatch=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc OMP_NUM_THREADS=1
@@ -69,8 +69,10 @@ check-neon:
 	$(VENV)-cross/bin/python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
 	$(VENV)-cross/bin/python tests/kernels/cross_check.py
 
+# Ours beside transformers' generate; then decode of a mixture, a hybrid and latent attention as times the memory they touch.
 bench-engine: install
 	$(BIN)/python -m loadtest.bench_engine
+	$(BIN)/python -m loadtest.bench_families --docs docs/performance.md $(BENCH)
 
 # Shares of this machine's limits, and llama.cpp in turn where LLAMA_CPP_BIN names the bin folder of a build.
 # BENCH: more flags, such as --quick or --only speed --shapes 1.1B. Let nothing else run beside it.

@@ -57,7 +57,7 @@ def ensure_one(shape: Shape, cache: Path, quantised: bool, seed: int = 0) -> Pat
         folder.mkdir(parents=True)
         tensors = nvfp4_tensors if quantised else bf16_tensors
         write_safetensors(folder / "model.safetensors", list(tensors(shape, seed)))
-        write_tokenizer(folder, shape)
+        write_words(folder, shape.vocab)
         write_configs(folder, shape, quantised)  # last: it says the folder is whole
     return folder
 
@@ -131,15 +131,15 @@ def write_safetensors(path: Path, tensors: list[Stored]) -> None:
             file.write(data)
 
 
-def vocabulary(shape: Shape) -> list[str]:
+def vocabulary(size: int) -> list[str]:
     """Token i's text: three special tokens, the 256 bytes that a GGUF vocabulary needs, then made-up short words."""
     fixed = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    return [*fixed, *(f"\u2581w{i}" for i in range(len(fixed), shape.vocab))]
+    return [*fixed, *(f"\u2581w{i}" for i in range(len(fixed), size))]
 
 
-def write_tokenizer(folder: Path, shape: Shape) -> None:
-    """A word-level tokenizer of made-up words: prompts are sent as ids, and answers need some text."""
-    words = vocabulary(shape)
+def write_words(folder: Path, size: int) -> None:
+    """A word-level tokenizer of `size` made-up words: prompts are sent as ids, and answers need some text."""
+    words = vocabulary(size)
     special = [
         {"id": i, "content": word, "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)

@@ -96,7 +96,7 @@ def metadata(shape: Shape, kind: str) -> Iterator[tuple[str, bytes]]:
 
 
 def vocabulary_fields(shape: Shape) -> Iterator[tuple[str, bytes]]:
-    words = checkpoints.vocabulary(shape)
+    words = checkpoints.vocabulary(shape.vocab)
     kinds = [CONTROL_TOKEN, CONTROL_TOKEN, UNKNOWN_TOKEN, *[BYTE_TOKEN] * 256]
     kinds += [NORMAL_TOKEN] * (len(words) - len(kinds))
     yield "tokenizer.ggml.model", string("llama")

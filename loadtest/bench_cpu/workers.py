@@ -81,9 +81,12 @@ class Engine:
     info  what the engine says of itself: EngineInfo
     """
 
-    def __init__(self, name: str, config: dict[str, Any], log: Path, profile: bool = False) -> None:
+    def __init__(
+        self, name: str, config: dict[str, Any], log: Path, profile: bool = False, steps: bool = False
+    ) -> None:
         self.name = name
-        self._worker = Worker("nvfp4_runtime.engine.bench", [json.dumps(config), *["--profile"] * profile], log)
+        flags = [*["--profile"] * profile, *["--steps"] * steps]
+        self._worker = Worker("nvfp4_runtime.engine.bench", [json.dumps(config), *flags], log)
         answer = self._worker.read()
         if "refused" in answer:
             raise Refused(answer["refused"])
@@ -116,7 +119,7 @@ class Engine:
         return statistics.median(b - a for a, b in itertools.pairwise(times))
 
     def profile(self) -> list[dict[str, Any]]:
-        """The steps so far, of an engine made with `profile`; ends it."""
+        """The steps so far, of an engine made with `profile` or `steps`; ends it."""
         self._worker.end_input()
         steps: list[dict[str, Any]] = self._worker.read()["steps"]
         return steps

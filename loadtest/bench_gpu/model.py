@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loadtest.bench_cpu.checkpoints import INPUT_SCALE, Stored, write_configs, write_safetensors, write_tokenizer
+from loadtest.bench_cpu.checkpoints import INPUT_SCALE, Stored, write_configs, write_safetensors, write_words
 from loadtest.bench_cpu.shapes import Shape
 from loadtest.bench_cpu.weights import E2M1, E4M3, HIGHEST_SCALE, LOWEST_SCALE
 
@@ -31,7 +31,7 @@ def ensure(shape: Shape, scratch: Path, quantised: bool, device: torch.device, s
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_safetensors(folder / "model.safetensors", list(stored(shape, quantised, device, seed)))
-        write_tokenizer(folder, shape)
+        write_words(folder, shape.vocab)
         write_configs(folder, shape, quantised)  # last: it says the folder is whole
     return folder
 

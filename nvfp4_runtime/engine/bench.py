@@ -1,21 +1,21 @@
 """The engine behind a pipe, for measurements: the real engine process, its socket and its messages, without HTTP.
 
-    python -m nvfp4_runtime.engine.bench CONFIG [--profile]
+    python -m nvfp4_runtime.engine.bench CONFIG [--steps | --profile]
 
 CONFIG is an EngineConfig as JSON; what it leaves out has its default. The first line of stdout is {"ready": EngineInfo}
 or {"refused": reason}. Then one JSON command per line of stdin gives one answer:
 
     {"prompts": [[ids], ...], "max_tokens": n}  ->  {"arrivals": [[[seconds, tokens], ...] per prompt]}
 
-Greedy, EOS ignored; seconds count from the moment before the first prompt is sent. With --profile one more answer comes
+Greedy, EOS ignored; seconds count from the moment before the first prompt is sent. With --steps one more answer comes
 after stdin is closed, {"steps": [...]}: per step its new tokens, its seconds from one message of outputs to the next,
-and of these the seconds inside each timed part. "native", the calls into the compiled kernels, lies inside "forward".
+and its "experts": how many experts it ran, summed over the layers. With --profile also the seconds inside each timed
+part; "native", the calls into the compiled kernels, lies inside "forward". Its timers slow a step down a little.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import socket
@@ -29,7 +29,6 @@ from typing import Any
 import msgspec
 
 from nvfp4_runtime.config import EngineConfig
-from nvfp4_runtime.engine import core
 from nvfp4_runtime.engine.messages import Failed, FromEngine, Outputs, Ready, Refused, Shutdown, Start, Submit
 from nvfp4_runtime.engine.wire import FrameBuffer, decode_from_engine, frame
 from nvfp4_runtime.errors import ConfigError
@@ -39,12 +38,12 @@ from nvfp4_runtime.sampling.params import SamplingParams
 class EngineProcess:
     """An engine in a child process, spoken to in its own messages. `info` after start; ConfigError when it refuses."""
 
-    def __init__(self, config: EngineConfig, profile: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, record: Path | None = None, profile: bool = False) -> None:
         ours, theirs = socket.socketpair()
         fd = str(theirs.fileno())
         module = ["nvfp4_runtime.engine.core", fd]
-        if profile is not None:
-            module = ["nvfp4_runtime.engine.bench", "--core", fd, str(profile)]
+        if record is not None:
+            module = ["nvfp4_runtime.engine.bench_steps", fd, str(record), *["--profile"] * profile]
         self._process = subprocess.Popen([sys.executable, "-P", "-m", *module], pass_fds=[theirs.fileno()])
         theirs.close()
         self._sock, self._frames, self._sent = ours, FrameBuffer(), 0
@@ -93,79 +92,6 @@ class EngineProcess:
         return [decode_from_engine(payload) for payload in self._frames.feed(data)]
 
 
-class PartTimer:
-    """Wraps functions so that the seconds spent inside them are added up by name. Not for nested calls of one name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def wrap(self, owner: Any, attribute: str, name: str) -> None:
-        """Replace `owner.attribute` by a timed one; what is not callable stays."""
-        inner = getattr(owner, attribute)
-        if not callable(inner):
-            return
-        seconds = self.seconds
-        seconds.setdefault(name, 0.0)
-
-        @functools.wraps(inner)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                seconds[name] += time.perf_counter() - begin
-
-        setattr(owner, attribute, timed)
-
-    def wrap_native(self, native: Any) -> None:
-        """Every method of the extension's classes, so that kernels count whichever class offers them."""
-        for value in vars(native).values():
-            if isinstance(value, type):
-                for attribute, member in list(vars(value).items()):
-                    if not attribute.startswith("_") and callable(member):
-                        self.wrap(value, attribute, "native")
-
-
-class ProfiledCore(core.EngineCore):
-    """The engine's loop, noting at each message of outputs what happened since the one before."""
-
-    def __init__(self, sock: socket.socket, timer: PartTimer) -> None:
-        super().__init__(sock)
-        self._timer = timer
-        self._last, self._parts = time.perf_counter(), dict(timer.seconds)
-        self.steps: list[dict[str, Any]] = []
-
-    def _send(self, message: FromEngine) -> None:
-        super()._send(message)
-        if isinstance(message, Outputs):
-            now = time.perf_counter()
-            parts = {name: total - self._parts.get(name, 0.0) for name, total in self._timer.seconds.items()}
-            tokens = sum(len(output.token_ids) for output in message.outputs)
-            self.steps.append({"tokens": tokens, "seconds": now - self._last, "parts": parts})
-            self._last, self._parts = now, dict(self._timer.seconds)
-
-
-def run_profiled_core(fd: int, result: Path) -> int:
-    """`core.main` with timers round its parts; writes the steps to `result` when it is told to stop."""
-    from nvfp4_runtime.engine import runner, scheduler
-    from nvfp4_runtime.kernels.cpu import backend
-    from nvfp4_runtime.models.llama import Decoder
-    from nvfp4_runtime.sampling.sampler import BatchSampler
-
-    timer = PartTimer()
-    if backend._native is not None:
-        timer.wrap_native(backend._native)
-    timer.wrap(Decoder, "forward", "forward")
-    timer.wrap(runner.ModelRunner, "prepare", "prepare batch")
-    timer.wrap(BatchSampler, "sample", "sample")
-    timer.wrap(scheduler.Scheduler, "schedule", "schedule")
-    timer.wrap(scheduler.Scheduler, "commit", "commit")
-    profiled = ProfiledCore(socket.socket(fileno=fd), timer)
-    code = profiled.run()
-    result.write_text(json.dumps(profiled.steps))
-    return code
-
-
 def parse_config(text: str) -> EngineConfig:
     """An EngineConfig from JSON. Raises ConfigError for unknown names, types and values."""
     raw = json.loads(text)
@@ -184,7 +110,7 @@ def _refuse_unknown(raw: dict[str, Any], known: Any, where: str) -> None:
             _refuse_unknown(value, getattr(known, name), f"{where}{name}.")
 
 
-def serve(config: str, profile: bool) -> None:
+def serve(config: str, record: bool, profile: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to stderr
 
@@ -192,9 +118,9 @@ def serve(config: str, profile: bool) -> None:
         print(msgspec.json.encode(value).decode(), file=answers, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        steps = Path(folder) / "steps.json" if profile else None
+        steps = Path(folder) / "steps.json" if record or profile else None
         try:
-            engine = EngineProcess(parse_config(config), steps)
+            engine = EngineProcess(parse_config(config), steps, profile)
         except ConfigError as error:
             answer({"refused": str(error)})
             return
@@ -208,13 +134,12 @@ def serve(config: str, profile: bool) -> None:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--core"]:
-        return run_profiled_core(int(sys.argv[2]), Path(sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--steps", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    serve(args.config, args.profile)
+    serve(args.config, args.steps, args.profile)
     return 0
 
 

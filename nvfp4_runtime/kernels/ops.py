@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -112,6 +113,16 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
+class ReluSquaredSpec:
+    """relu(x)^2 over [T, width] of `dtype`, each step rounded to it; gives `out_dtype`."""
+
+    width: int
+    dtype: Dtype
+    out_dtype: Dtype
+    kind: str = "relu_squared"
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Per-head QK-norm (if any), rotary embedding, and the write of K and V into the paged cache."""
 
@@ -164,9 +175,9 @@ class MLASpec:
 
 @dataclass(frozen=True)
 class Mamba2Spec:
-    """Convolution and selective scan of one Mamba-2 mixer, token by token, over per-sequence states.
+    """Convolution, selective scan and gated norm of one Mamba-2 mixer, token by token, over per-sequence states.
 
-    Inputs are `dtype`, the result is float32; all arithmetic is FP32, in the order of the tokens, so that it does not
+    Inputs are `dtype`, results `out_dtype`; all arithmetic is FP32, in the order of the tokens, so that it does not
     matter how a prompt is cut.
     """
 
@@ -176,6 +187,7 @@ class Mamba2Spec:
     num_groups: int
     conv_width: int
     dtype: Dtype
+    out_dtype: Dtype
     kind: str = "mamba2"
 
     @property
@@ -185,6 +197,11 @@ class Mamba2Spec:
     @property
     def conv_dim(self) -> int:
         return self.inner + 2 * self.num_groups * self.state_size
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the gate, the convolution's input and the steps, which lie beside each other."""
+        return [self.inner, self.conv_dim, self.num_heads]
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,7 @@ OpSpec = (
     | QuantizeSpec
     | NormSpec
     | ActivationSpec
+    | ReluSquaredSpec
     | RopeSpec
     | PagedAttentionSpec
     | MLASpec
@@ -381,6 +399,7 @@ class Mamba2Weights:
 
     conv_weight  [conv_dim, conv_width]     conv_bias  [conv_dim]
     a            [num_heads], negative      dt_bias, d [num_heads]
+    norm         [inner]
     """
 
     conv_weight: Tensor
@@ -388,17 +407,23 @@ class Mamba2Weights:
     a: Tensor
     dt_bias: Tensor
     d: Tensor
+    norm: Tensor
     min_step: float
+    eps: float
+
+    @cached_property
+    def taps(self) -> Tensor:
+        """conv_weight [conv_width, conv_dim], contiguous."""
+        return self.conv_weight.t().contiguous()
 
 
 class Mamba2Kernel(Protocol):
-    def __call__(
-        self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
-    ) -> Tensor:
-        """xbc [T, conv_dim] and dt [T, num_heads], both contiguous -> y float32 [T, num_heads * head_dim].
+    def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
+        """projected [T, inner + conv_dim + num_heads] contiguous: gate, xbc and dt -> [T, inner].
 
         Per token: xbc through the causal convolution and SiLU becomes x [H, P], B and C [G, N];
         step = max(softplus(dt + dt_bias), min_step); state = exp(step * a) * state + step * x B^T; y = state C + d * x.
+        The result is RMSNorm(y * silu(gate)) over each of G groups of channels, times `norm`.
         The states of batch.state_slots are read (zeros for a sequence that begins) and left as they are after its
         last token.
         """
@@ -442,53 +467,6 @@ class NormOp:
     eps: float
 
 
-@dataclass(frozen=True)
-class DecoderLayerOps:
-    """What one pre-norm decoder layer calls, in the order of the fields: rope and attention between qkv and o,
-    silu_mul between gate_up and down; each norm first adds what came before to the residual stream.
-
-    A linear is None where its parts are stored in formats that cannot share a kernel.
-    """
-
-    input_norm: NormOp
-    qkv: LinearKernel | None
-    rope: RopeKernel
-    cos: Tensor
-    sin: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    qk_norm_eps: float
-    attention: AttentionKernel
-    scale: float
-    o: LinearKernel | None
-    post_norm: NormOp
-    gate_up: LinearKernel | None
-    silu_mul: Callable[[Tensor], Tensor]
-    down: LinearKernel | None
-
-
-@dataclass(frozen=True)
-class DecoderOps:
-    """Everything of a decoder but its head.
-
-    embedding  [V, hidden] bfloat16, float16 or float32; widened to the stream's type
-    """
-
-    embedding: Tensor
-    layers: Sequence[DecoderLayerOps]
-    norm: NormOp
-
-
-class DecoderKernel(Protocol):
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        """The normed hidden states of batch.logits_rows, [R, hidden]: what the head multiplies.
-
-        The same bits as the embedding, the layers' ops and the last norm called one by one. Raises IndexError for
-        token ids, slots, positions, block ids and rows that point outside.
-        """
-        ...
-
-
 class Backend(Protocol):
     """One way to run ops. `refuses` answers None, or why not, for a person to read.
 
@@ -522,6 +500,8 @@ class Backend(Protocol):
 
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]: ...
 
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]: ...
+
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel: ...
 
     def paged_attention(self, spec: PagedAttentionSpec) -> AttentionKernel: ...
@@ -531,10 +511,6 @@ class Backend(Protocol):
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel: ...
 
     def gated_delta(self, spec: DeltaSpec) -> DeltaKernel: ...
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        """The whole decoder as one call, or why not, for a person to read."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Facts for `nvfp4 version` and the start-up screen: ISA variant, threads, version."""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
     Backend,
-    DecoderKernel,
-    DecoderOps,
     DeltaKernel,
     DeltaSpec,
     GroupedLinearKernel,
@@ -34,11 +32,21 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
 )
 from nvfp4_runtime.kernels.transfer import to_device
+from nvfp4_runtime.kernels.whole_ops import (
+    DecoderKernel,
+    DecoderOps,
+    LatentKernel,
+    LatentOps,
+    MixtureKernel,
+    MixtureOps,
+    RunsLayersWhole,
+)
 from nvfp4_runtime.nvfp4.block_scales import BlockMethod
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
@@ -99,6 +107,9 @@ class Choice:
     reason: str
 
 
+W = TypeVar("W")
+
+
 Samples = dict[LinearSpec | GroupedLinearSpec, tuple[Sequence[Weight], LinearKernel | GroupedLinearKernel, str]]
 
 
@@ -150,20 +161,22 @@ class Kernels:
         names: Sequence[str] = (),
         made_from: str | None = None,
         out_dtype: Dtype | None = None,
+        counted: bool = True,
     ) -> LinearKernel:
         """A kernel for `weight`; `group` names the kind of layer ("qkv_proj", "lm_head") in the report.
 
         `names` are the module prefixes of the parts fused into `weight`, in order; only `observe` uses them.
         `made_from` is the format the checkpoint stores, where `weight` was quantised from it at load. Such a weight has
         no calibrated input_scale, so it runs W4A16 where W4A4 was asked for; the report says so.
-        `out_dtype` is the results' type, None: the stream's.
+        `out_dtype` is the results' type, None: the stream's. `counted` False: another kernel's weight once more, whose
+        bytes the report has already.
         """
         spec = self.linear_spec(group, weight, made_from)
         if out_dtype is not None:
             spec = dataclasses.replace(spec, out_dtype=out_dtype)
         backend, reason = self._choose(spec)
         kernel = backend.linear(weight, spec)
-        self._record_weights(group, [weight], spec, backend, reason, made_from)
+        self._record_weights(group, [weight] if counted else [], spec, backend, reason, made_from)
         if self.samples is not None:
             self.samples.setdefault(spec, ([weight], kernel, backend.name))
         return kernel if self.observe is None else self.observe(tuple(names), kernel)
@@ -198,14 +211,14 @@ class Kernels:
         reason: str,
         made_from: str | None = None,
     ) -> None:
-        stored, num_bytes = weights[0].format, sum(w.nbytes for w in weights)
-        numerics = spec.numerics or WEIGHT_ONLY_NUMERICS.get(stored, "dense")
+        stored, num_bytes = spec.weight if weights else "-", sum(w.nbytes for w in weights)
+        numerics = spec.numerics or WEIGHT_ONLY_NUMERICS.get(spec.weight, "dense")
         reasons = [reason] if reason else []
         if made_from is not None:
             reasons.insert(0, f"quantised at load from {made_from}")
             if spec.numerics == "w4a16" and self.numerics == "w4a4":
                 reasons.append("w4a4 needs a calibrated input_scale, which it has not")
-        bits = 8 * num_bytes / sum(w.n * w.k for w in weights)
+        bits = 8 * num_bytes / sum(w.n * w.k for w in weights) if weights else 0.0
         self.choices.append(Choice(group, stored, bits, num_bytes, backend.name, numerics, "; ".join(reasons)))
 
     def rms_norm(self, hidden: int, out_dtype: Dtype | None = None) -> RMSNormKernel:
@@ -216,6 +229,10 @@ class Kernels:
     def silu_mul(self, width: int, gate: Gate = SILU) -> Callable[[Tensor], Tensor]:
         spec = ActivationSpec(width, self.stream, self.dtype, gate)
         return self._record(spec).silu_mul(spec)
+
+    def relu_squared(self, width: int) -> Callable[[Tensor], Tensor]:
+        spec = ReluSquaredSpec(width, self.stream, self.dtype)
+        return self._record(spec).relu_squared(spec)
 
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return self._record(spec).rope_and_cache(spec)
@@ -285,14 +302,28 @@ class Kernels:
 
     def decoder(self, ops: DecoderOps) -> DecoderKernel | None:
         """Everything before the head as one call where a backend has that; None: call their ops one by one."""
+        return self._whole("decoder", lambda backend: backend.decoder(ops))
+
+    def mixture(self, ops: MixtureOps) -> MixtureKernel | None:
+        """The routed part of a mixture, likewise."""
+        return self._whole("mixture", lambda backend: backend.mixture(ops))
+
+    def latent(self, ops: LatentOps) -> LatentKernel | None:
+        """Latent attention between its projections, likewise."""
+        return self._whole("latent", lambda backend: backend.latent(ops))
+
+    def _whole(self, group: str, make: Callable[[RunsLayersWhole], W | str]) -> W | None:
         refusals: list[str] = []
         for backend in self.backends:
-            made = backend.decoder(ops)
+            if not isinstance(backend, RunsLayersWhole):
+                refusals.append(f"{backend.name}: calls ops one by one")
+                continue
+            made = make(backend)
             if not isinstance(made, str):
-                self.choices.append(Choice("decoder", "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
+                self.choices.append(Choice(group, "-", 0.0, 0, backend.name, self.stream, "; ".join(refusals)))
                 return made
             refusals.append(f"{backend.name}: {made}")
-        logger.info("layers run op by op (%s)", "; ".join(refusals))
+        logger.info("%s: op by op (%s)", group, "; ".join(refusals))
         return None
 
     def record_fusion(self, producer: str, group: str) -> None:
@@ -302,7 +333,15 @@ class Kernels:
         self.choices.append(Choice(f"{producer} -> {group}", "-", 0.0, 0, backend, "w4a4", reason))
 
     def _record(
-        self, spec: NormSpec | ActivationSpec | RopeSpec | PagedAttentionSpec | MLASpec | Mamba2Spec | DeltaSpec
+        self,
+        spec: NormSpec
+        | ActivationSpec
+        | ReluSquaredSpec
+        | RopeSpec
+        | PagedAttentionSpec
+        | MLASpec
+        | Mamba2Spec
+        | DeltaSpec,
     ) -> Backend:
         backend, reason = self._choose(spec)
         self.chosen[spec] = backend

@@ -10,6 +10,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import KVDtype, ModelConfig
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec, QuantizedRows, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import AttentionOps
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.layers.norm import RMSNorm, load_norm_weight
 from nvfp4_runtime.layers.rope import query_scales
@@ -77,6 +78,10 @@ class Attention:
 
     def __call__(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' K and V are in the cache afterwards."""
+        return self.o_proj(self.heads(x, batch), batch.adapters)
+
+    def heads(self, x: Tensor | QuantizedRows, batch: ForwardBatch) -> Tensor:
+        """The same up to the output projection: [T, H * D]."""
         kv = batch.kv_layer(self.layer_id)
         qkv = self.qkv_proj(x, batch.adapters)
         if self.whole_norms is not None:
@@ -88,4 +93,25 @@ class Attention:
         )
         if self.query_scales is not None:
             q = (q * self.query_scales[batch.positions]).to(q.dtype)
-        return self.o_proj(self.attend(q, kv, batch, self.scale, self.sinks), batch.adapters)
+        return self.attend(q, kv, batch, self.scale, self.sinks)
+
+    def ops(self) -> AttentionOps | str:
+        """The same for a backend that runs a decoder as one call, or why that cannot be."""
+        if self.query_scales is not None:
+            return "queries are scaled by their positions"
+        if self.whole_norms is not None:
+            return "queries and keys are normed across heads"
+        return AttentionOps(
+            qkv=self.qkv_proj.only_kernel,
+            rope=self.rope,
+            cos=self.cos,
+            sin=self.sin,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            qk_norm_eps=self.eps,
+            attention=self.attend,
+            scale=self.scale,
+            sinks=self.sinks,
+            o=self.o_proj.only_kernel,
+            cache_index=self.layer_id,
+        )

@@ -11,6 +11,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Mamba2Config
 from nvfp4_runtime.kernels.ops import Mamba2Spec, Mamba2Weights
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import MambaOps
 from nvfp4_runtime.layers.linear import Linear
 
 
@@ -30,10 +31,17 @@ class Mamba2:
         prefix: str,
         cache_index: int,
     ) -> None:
-        self.config, self.eps, self.cache_index = config, eps, cache_index
-        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
-        self.widths = [config.inner, config.conv_dim, config.num_heads]
-        self.in_proj = Linear.single(ckpt, kernels, f"{prefix}.in_proj", sum(self.widths), hidden)
+        self.config, self.cache_index = config, cache_index
+        spec = Mamba2Spec(
+            config.num_heads,
+            config.head_dim,
+            config.state_size,
+            config.num_groups,
+            config.conv_width,
+            kernels.stream,
+            kernels.dtype,
+        )
+        self.in_proj = Linear.single(ckpt, kernels, f"{prefix}.in_proj", sum(spec.widths), hidden)
         self.out_proj = Linear.single(ckpt, kernels, f"{prefix}.out_proj", hidden, config.inner)
 
         def plain(name: str, *shape: int) -> Tensor:
@@ -45,19 +53,11 @@ class Mamba2:
             a=-plain("A_log", config.num_heads).exp(),
             dt_bias=plain("dt_bias", config.num_heads),
             d=plain("D", config.num_heads),
+            norm=plain("norm.weight", config.inner),
             min_step=config.min_step,
+            eps=eps,
         )
-        self.norm = plain("norm.weight", config.inner)
-        self.scan = kernels.mamba2(
-            Mamba2Spec(
-                config.num_heads,
-                config.head_dim,
-                config.state_size,
-                config.num_groups,
-                config.conv_width,
-                kernels.stream,
-            )
-        )
+        self.mix = kernels.mamba2(spec)
 
     @property
     def spec(self) -> StateSpec:
@@ -68,12 +68,9 @@ class Mamba2:
         """x [T, hidden] -> [T, hidden]; the sequences' states are afterwards as their last tokens leave them."""
         state = batch.kv[self.cache_index]
         assert isinstance(state, StateLayer)
-        gate, xbc, dt = torch.split(self.in_proj(x, batch.adapters), self.widths, dim=-1)
-        y = self.scan(xbc.contiguous(), dt.contiguous(), self.weights, state, batch)
-        return self.out_proj(self._gated_norm(y, gate), batch.adapters)
+        y = self.mix(self.in_proj(x, batch.adapters), self.weights, state, batch)
+        return self.out_proj(y, batch.adapters)
 
-    def _gated_norm(self, y: Tensor, gate: Tensor) -> Tensor:
-        """RMSNorm of y * silu(gate) over each group, FP32 inside; [T, inner] of the activations' type."""
-        gated = (y * torch.nn.functional.silu(gate.to(torch.float32))).view(len(y), self.config.num_groups, -1)
-        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
-        return (normed.flatten(1) * self.norm).to(self.dtype)
+    def ops(self) -> MambaOps:
+        """The same for a backend that runs a decoder as one call."""
+        return MambaOps(self.in_proj.only_kernel, self.mix, self.weights, self.out_proj.only_kernel, self.cache_index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import AdapterRows
@@ -12,6 +11,7 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import SILU, Gate
 from nvfp4_runtime.kernels.ops import QuantizedRows, QuantizingActivation
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import FeedForwardOps
 from nvfp4_runtime.layers.linear import Linear
 
 
@@ -58,19 +58,23 @@ class MLP:
             return self.down_proj(self._quantizes.quantize(gate_up, self._quantized_under, True))
         return self.down_proj(self.silu_mul(gate_up), adapters)
 
+    def ops(self) -> FeedForwardOps:
+        """The same for a backend that runs a decoder as one call."""
+        return FeedForwardOps(self.gate_up_proj.only_kernel, self.silu_mul, self.down_proj.only_kernel)
+
 
 class PlainMLP:
     """down(relu(up(x))^2), `prefix` being e.g. "backbone.layers.3.mixer"."""
 
     def __init__(self, ckpt: Checkpoint, kernels: Kernels, hidden: int, inner: int, prefix: str) -> None:
-        self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.up_proj = Linear.single(ckpt, kernels, f"{prefix}.up_proj", inner, hidden)
         self.down_proj = Linear.single(ckpt, kernels, f"{prefix}.down_proj", hidden, inner)
+        self.relu_squared = kernels.relu_squared(inner)
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.down_proj(relu_squared(self.up_proj(x, adapters)).to(self.dtype), adapters)
+        return self.down_proj(self.relu_squared(self.up_proj(x, adapters)), adapters)
 
-
-def relu_squared(x: Tensor) -> Tensor:
-    return x.relu().square()
+    def ops(self) -> FeedForwardOps:
+        """The same for a backend that runs a decoder as one call."""
+        return FeedForwardOps(self.up_proj.only_kernel, self.relu_squared, self.down_proj.only_kernel)

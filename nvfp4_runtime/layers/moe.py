@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import MoEConfig
 from nvfp4_runtime.errors import UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import MixtureBodyOps, MixtureOps
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
-from nvfp4_runtime.layers.mlp import MLP, PlainMLP, relu_squared
+from nvfp4_runtime.layers.mlp import MLP, PlainMLP
 from nvfp4_runtime.nvfp4.weight import Weight, can_fuse, fuse
 
 
@@ -38,16 +40,38 @@ class MoE:
         self.shared: SharedExpert | None = None
         if config.shared_size:
             self.shared = SharedExpert(ckpt, kernels, hidden, config, prefix)
+        scores, experts = self.router, self.experts
+        self.run_as_one = kernels.mixture(
+            MixtureOps(scores.project, scores.correction, config, experts.first, experts.activation, experts.down)
+        )
 
     def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """x [T, hidden] -> [T, hidden] of the stream's type. Adapters: on all but the router and routed experts."""
-        weights, chosen = self.router(x)
+        inner_x = x if self.into_latent is None else self.into_latent(x, adapters).to(self.dtype)
+        shared, gate = (None, None) if self.shared is None else self.shared(x, adapters)
         if self.into_latent is None:
-            y = self.experts(x, weights, chosen)
-        else:
-            latent = self.experts(self.into_latent(x, adapters).to(self.dtype), weights, chosen)
-            y = self.out_of_latent(latent.to(self.dtype), adapters)
-        return y if self.shared is None else y + self.shared(x, adapters)
+            return self._routed(x, inner_x, shared, gate)
+        y = self.out_of_latent(self._routed(x, inner_x, None, None).to(self.dtype), adapters)
+        return y if shared is None else y + _gated(shared, gate)
+
+    def ops(self) -> MixtureBodyOps | str:
+        """The same for a backend that runs a decoder as one call."""
+        if self.into_latent is not None:
+            return "its experts lie between two more projections"
+        if self.shared is None:
+            return MixtureBodyOps(self.run_as_one, None, None)
+        return MixtureBodyOps(self.run_as_one, self.shared.mlp.ops(), self.shared.gate)
+
+    def _routed(self, x: Tensor, inner_x: Tensor, shared: Tensor | None, gate: Tensor | None) -> Tensor:
+        """See `MixtureKernel`."""
+        if self.run_as_one is not None:
+            return self.run_as_one(x, inner_x, shared, gate)
+        y = self.experts(inner_x, *self.router(x))
+        return y if shared is None else y + _gated(shared, gate)
+
+
+def _gated(shared: Tensor, gate: Tensor | None) -> Tensor:
+    return shared if gate is None else (shared * gate.sigmoid()).to(shared.dtype)
 
 
 class Router:
@@ -106,25 +130,44 @@ class Experts:
         group = "experts.gate_up_proj" if config.gated else "experts.up_proj"
         self.first = [kernels.grouped_linear(group, weights, names) for weights in firsts]
         self.down = kernels.grouped_linear("experts.down_proj", downs, names)
-        self.activation = kernels.silu_mul(inner, config.gate) if config.gated else relu_squared
+        self.activation = kernels.silu_mul(inner, config.gate) if config.gated else kernels.relu_squared(inner)
         self.dtype: torch.dtype = getattr(torch, kernels.dtype)
         self.bounds = kernels.place(torch.arange(count + 1))
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, hidden], weights fp32 [T, k], chosen int64 [T, k] -> [T, hidden] of the stream's type."""
-        num_tokens, top_k = chosen.shape
+        return self.out_of(self.into(x, chosen), weights)
+
+    def into(self, x: Tensor, chosen: Tensor) -> Inside:
+        """The first half, up to what enters the second multiplication."""
         order, offsets = by_expert(chosen, self.bounds)
-        rows = x[order // top_k]  # [T * k, hidden], sorted by expert
+        rows = x[order // chosen.shape[1]]  # [T * k, hidden], sorted by expert
         parts = [kernel(rows, offsets) for kernel in self.first]
         inner = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(self.dtype)
-        y = self.down(inner, offsets)
+        return Inside(inner, order, offsets)
+
+    def out_of(self, inside: Inside, weights: Tensor) -> Tensor:
+        """The second half: each token's results, weighed and summed as the router ranked them."""
+        y, order = self.down(inside.rows, inside.offsets), inside.order
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        ranked = y[places].view(num_tokens, top_k, y.shape[1])
+        ranked = y[places].view(*weights.shape, y.shape[1])
         total = ranked[:, 0] * weights[:, :1]
-        for rank in range(1, top_k):
+        for rank in range(1, weights.shape[1]):
             total = total + ranked[:, rank] * weights[:, rank : rank + 1]
         return total.to(y.dtype)
+
+
+class Inside(NamedTuple):
+    """What enters experts' second multiplication.
+
+    rows            [T * k, intermediate size], sorted by expert
+    order, offsets  see `by_expert`
+    """
+
+    rows: Tensor
+    order: Tensor
+    offsets: Tensor
 
 
 def _check_biases(weights: Sequence[Weight], names: Sequence[str], expected: bool) -> None:
@@ -164,6 +207,6 @@ class SharedExpert:
                 kernels, "shared_expert_gate", weight, [f"{prefix}.shared_expert_gate"], out_dtype="float32"
             )
 
-    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
-        y = self.mlp(x, adapters)
-        return y if self.gate is None else (y * self.gate(x).sigmoid()).to(y.dtype)
+    def __call__(self, x: Tensor, adapters: AdapterRows | None = None) -> tuple[Tensor, Tensor | None]:
+        """(its result, before the gate; the gate's logits fp32 [T, 1])."""
+        return self.mlp(x, adapters), None if self.gate is None else self.gate(x)

@@ -15,8 +15,8 @@ from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec, LatentSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
-from nvfp4_runtime.kernels.ops import DecoderLayerOps, DecoderOps
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import BlockOps, DecoderOps
 from nvfp4_runtime.layers.attention import Attention
 from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mla import LatentAttention
@@ -56,9 +56,8 @@ class Decoder:
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
         self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", config.hidden_size, config.rms_norm_eps)
-        layer_ops = [ops for layer in self.layers if (ops := layer.ops()) is not None]
-        plain = len(layer_ops) == config.num_layers
-        self.run_as_one = kernels.decoder(DecoderOps(self.embedding, layer_ops, self.norm.op)) if plain else None
+        blocks = [block for layer in self.layers for block in layer.ops()]
+        self.run_as_one = kernels.decoder(DecoderOps(self.embedding, blocks, self.norm.op))
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(_kv_spec(ckpt, config, layer_id) for layer_id in range(config.num_layers))
 
@@ -68,8 +67,10 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
-        as_one = None if batch.adapters is not None else self.run_as_one
-        return self._op_by_op(batch) if as_one is None else as_one(batch)
+        as_one = self.run_as_one
+        if as_one is None or batch.adapters is not None or (as_one.decodes_only and batch.max_query_len != 1):
+            return self._op_by_op(batch)
+        return as_one(batch)
 
     def _op_by_op(self, batch: ForwardBatch) -> Tensor:
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
@@ -106,7 +107,7 @@ class DecoderLayer:
         self.post_attention_norm = RMSNorm(ckpt, kernels, f"{prefix}.post_attention_layernorm", hidden, eps)
         self.mlp: MLP | MoE
         if config.moe is not None and config.moe.layers[layer_id]:
-            self.mlp = MoE(ckpt, kernels, hidden, config.moe, _mixture(ckpt, prefix))
+            self.mlp = MoE(ckpt, kernels, hidden, config.moe, mixture_prefix(ckpt, prefix))
         else:
             inner = config.intermediate_size
             self.mlp = MLP(ckpt, kernels, hidden, inner, f"{prefix}.mlp", bias=config.mlp_bias, fused=config.fused)
@@ -126,37 +127,19 @@ class DecoderLayer:
         fed, residual = self.post_attention_norm.fed(x, residual)
         return self.mlp(fed, batch.adapters), residual
 
-    def ops(self) -> DecoderLayerOps | None:
-        """The same layer for a backend that runs all of them as one call; None where one of its parts is not plain."""
-        attention, mlp = self.attention, self.mlp
-        if isinstance(mlp, MoE) or isinstance(attention, LatentAttention):
-            return None
-        if attention.query_scales is not None or attention.whole_norms is not None:
-            return None
-        return DecoderLayerOps(
-            input_norm=self.input_norm.op,
-            qkv=attention.qkv_proj.only_kernel,
-            rope=attention.rope,
-            cos=attention.cos,
-            sin=attention.sin,
-            q_norm=attention.q_norm,
-            k_norm=attention.k_norm,
-            qk_norm_eps=attention.eps,
-            attention=attention.attend,
-            scale=attention.scale,
-            o=attention.o_proj.only_kernel,
-            post_norm=self.post_attention_norm.op,
-            gate_up=mlp.gate_up_proj.only_kernel,
-            silu_mul=mlp.silu_mul,
-            down=mlp.down_proj.only_kernel,
-        )
+    def ops(self) -> list[BlockOps]:
+        """The same layer for a backend that runs all of them as one call."""
+        return [
+            BlockOps(self.input_norm.op, self.attention.ops()),
+            BlockOps(self.post_attention_norm.op, self.mlp.ops()),
+        ]
 
 
 def _layer(config: ModelConfig, layer_id: int) -> str:
     return f"{config.root}.layers.{layer_id}"
 
 
-def _mixture(ckpt: Checkpoint, layer: str) -> str:
+def mixture_prefix(ckpt: Checkpoint, layer: str) -> str:
     """Mixtral's and MiniMax's files call the mixture otherwise than everybody else's."""
     mixtral = f"{layer}.block_sparse_moe"
     return mixtral if ckpt.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"

@@ -13,6 +13,7 @@ from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import BlockOps, DecoderOps
 from nvfp4_runtime.layers.attention import Attention
 from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mamba2 import Mamba2
@@ -51,6 +52,8 @@ class Decoder:
                 specs.append(spec)
         self.kv_specs = tuple(specs)
         self.norm = RMSNorm(ckpt, kernels, f"{root}.norm_f", config.hidden_size, config.rms_norm_eps)
+        blocks = [BlockOps(layer.norm.op, layer.mixer.ops()) for layer in self.layers]
+        self.run_as_one = kernels.decoder(DecoderOps(self.embedding, blocks, self.norm.op))
         self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -59,6 +62,8 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
+        if self.run_as_one is not None and batch.adapters is None:
+            return self.run_as_one(batch)
         x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
         residual: Tensor | None = None
         for layer in self.layers:

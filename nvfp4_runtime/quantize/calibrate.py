@@ -18,11 +18,11 @@ from nvfp4_runtime.nvfp4.codec import E4M3_MAX, SCALE_2_DENOMINATOR
 from nvfp4_runtime.quantize.layerwise import (
     SITES,
     WINDOW,
+    Input,
     LayerRun,
     Overlay,
     Walk,
     largest_input,
-    site_modules,
     windows,
 )
 
@@ -37,11 +37,13 @@ class Calibration:
 
     input_scales  module -> amax / 2688 of its input; 1 where that was zero over the whole text
     kv_scales     attention module -> (k_scale, v_scale), amax / 448, keys after rope as they are cached
+    unreached     experts that no token was sent to: they have the largest scale of their layer
     """
 
     input_scales: dict[str, float]
     kv_scales: dict[str, tuple[float, float]]
     num_tokens: int
+    unreached: int = 0
 
 
 def calibrate(folder: str | Path, texts: Sequence[str], *, backend: str = "auto", progress: bool = True) -> Calibration:
@@ -57,15 +59,42 @@ def calibrate(folder: str | Path, texts: Sequence[str], *, backend: str = "auto"
     )
     input_scales: dict[str, float] = {}
     kv_scales: dict[str, tuple[float, float]] = {}
+    unreached = 0
     for layer_id in tqdm(range(walk.config.num_layers), desc="calibrate", unit="layer", disable=not progress):
         run = LayerRun(walk, layer_id)
         for site in SITES:
-            modules = site_modules(layer_id, site)
-            amax = largest_input(run.to(site), modules)
-            input_scales |= dict.fromkeys(modules, input_scale_of(amax, modules))
+            run.to(site)
+            largest, missed = largest_inputs(run.inputs(site))
+            unreached += missed if site == "down" else 0
+            for modules, amax in largest.items():
+                input_scales |= dict.fromkeys(modules, input_scale_of(amax, modules))
         run.end()
         kv_scales[f"model.layers.{layer_id}.self_attn"] = cache_scales(run.kv_amax)
-    return Calibration(input_scales, kv_scales, walk.num_tokens)
+    if unreached:
+        report_unreached(unreached)
+    return Calibration(input_scales, kv_scales, walk.num_tokens, unreached)
+
+
+def largest_inputs(inputs: Sequence[Input]) -> tuple[dict[tuple[str, ...], float], int]:
+    """The largest magnitude that each reader reads, and how many read nothing: these get the largest of all.
+
+    Raises CheckpointError where one is not finite.
+    """
+    found: dict[tuple[str, ...], float | None] = {}
+    for each in inputs:
+        rows = each.take()
+        found[each.modules] = largest_input(rows, each.modules) if rows else None
+    most = max((amax for amax in found.values() if amax is not None), default=0.0)
+    missed = sum(amax is None for amax in found.values())
+    return {modules: most if amax is None else amax for modules, amax in found.items()}, missed
+
+
+def report_unreached(count: int) -> None:
+    logger.warning(
+        "%d expert(s) were sent no token of the calibration text: they have the largest input scale of their layer; "
+        "a longer or more varied text reaches more",
+        count,
+    )
 
 
 def input_scale_of(amax: float, modules: Sequence[str]) -> float:

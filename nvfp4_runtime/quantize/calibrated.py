@@ -24,18 +24,25 @@ from nvfp4_runtime.nvfp4.block_scales import BlockMethod, tensor_scale
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 from nvfp4_runtime.quantize import awq
-from nvfp4_runtime.quantize.calibrate import cache_scales, input_scale_of, tokenize
+from nvfp4_runtime.quantize.calibrate import (
+    cache_scales,
+    input_scale_of,
+    largest_inputs,
+    report_unreached,
+    tokenize,
+)
 from nvfp4_runtime.quantize.gptq import gptq, inverse_factor
 from nvfp4_runtime.quantize.layerwise import (
     SITES,
+    Input,
     LayerRun,
     Overlay,
     Walk,
-    largest_input,
+    readers,
     site_modules,
     windows,
 )
-from nvfp4_runtime.quantize.plan import Plan, make_plan
+from nvfp4_runtime.quantize.plan import Group, Plan, make_plan
 from nvfp4_runtime.quantize.ptq import Job, Output, QuantizeReport, Source
 from nvfp4_runtime.quantize.recipes import CalibratedMethod
 from nvfp4_runtime.quantize.resume import text_digest
@@ -104,8 +111,13 @@ def quantize_calibrated(
     logger.info("calibrating on %d tokens", walk.num_tokens)
     start = time.perf_counter()
     with job.started(Path(out), recipe, progress) as output:
+        unreached = 0
         for layer_id in range(walk.config.num_layers):
-            Layer(walk, job, options, output, layer_id, fp8_kv).make()
+            layer = Layer(walk, job, options, output, layer_id, fp8_kv)
+            layer.make()
+            unreached += layer.unreached
+    if unreached:
+        report_unreached(unreached)
     return job.report(time.perf_counter() - start)
 
 
@@ -114,9 +126,11 @@ class Layer:
 
     def __init__(self, walk: Walk, job: Job, options: Options, out: Output, layer_id: int, fp8_kv: bool) -> None:
         self.walk, self.options, self.out, self.layer_id, self.fp8_kv = walk, options, out, layer_id, fp8_kv
-        self.groups = {
-            site: [g for g in job.plan.groups if set(g.modules) & set(site_modules(layer_id, site))] for site in SITES
-        }
+        self.readers = {site: readers(walk, layer_id, site) for site in SITES}
+        self.mixture = any(len(found) > 1 for found in self.readers.values())
+        every = {site: {module for modules in found for module in modules} for site, found in self.readers.items()}
+        self.groups = {site: [g for g in job.plan.groups if set(g.modules) & every[site]] for site in SITES}
+        self.unreached = 0
         self.infos: dict[str, TensorInfo] = {m: i for gs in self.groups.values() for g in gs for m, i in g.members}
         self.names = [name for groups in self.groups.values() for group in groups for name in job.names(group)]
         self.prefix = f"model.layers.{layer_id}"
@@ -134,8 +148,8 @@ class Layer:
             if self.options.folds:
                 self._fold()
             for site in SITES:
-                inputs = run.to(site)
-                self._make_site(site, inputs)
+                run.to(site)
+                self._make_site(site, run.inputs(site))
             run.end()
             if self.fp8_kv:
                 self.out.write_kv_scales(f"{self.prefix}.self_attn", cache_scales(run.kv_amax))
@@ -166,15 +180,25 @@ class Layer:
         name = f"{module}.bias"
         return self.walk.ckpt.tensor(name) if self.walk.ckpt.has(name) else None
 
-    def _make_site(self, site: str, inputs: list[Tensor]) -> None:
-        modules = site_modules(self.layer_id, site)
-        input_scale = input_scale_of(largest_input(inputs, modules), modules)
-        for group in self.groups[site]:
+    def _make_site(self, site: str, inputs: list[Input]) -> None:
+        """An expert that no token was sent to is made as one that saw every row its siblings saw."""
+        largest, missed = largest_inputs(inputs)
+        self.unreached += missed if site == "down" else 0
+        for each in inputs:
+            groups = [g for g in self.groups[site] if set(g.modules) & set(each.modules)]
+            if not groups:
+                continue
+            input_scale = input_scale_of(largest[each.modules], each.modules)
+            rows = each.take() or [part for other in inputs for part in other.take()]
+            self._make_groups(groups, rows, input_scale)
+
+    def _make_groups(self, groups: Sequence[Group], rows: list[Tensor], input_scale: float) -> None:
+        for group in groups:
             parts = [self._plain(module) for module in group.modules]
             if group.stored == "fp8":
                 made: Sequence[NVFP4Weight | FP8Weight] = [self._fp8(part, input_scale) for part in parts]
             else:
-                hessian = hessian_of(inputs, input_scale if self.options.numerics == "w4a4" else None)
+                hessian = hessian_of(rows, input_scale if self.options.numerics == "w4a4" else None)
                 made = self._nvfp4(parts, hessian, input_scale)
             for module, weight in zip(group.modules, made, strict=True):
                 self._keep(module, weight)
@@ -247,10 +271,11 @@ class Layer:
         """Find AWQ's factors of the four inputs on the plain layer, and fold each into what comes before it."""
         states = self.walk.states()
         run = LayerRun(self.walk, self.layer_id)
-        hessians = {site: hessian_of(run.to(site)) for site in SITES}
+        sites = ("qkv", "o") if self.mixture else SITES  # the norm before experts feeds the router, which stays plain
+        hessians = {site: hessian_of(run.to(site)) for site in sites}
         self.walk.restore(states)
         for site in ("gate_up", "down", "qkv", "o"):
-            if not self._can_fold(site):
+            if site not in hessians or not self._can_fold(site):
                 continue
             modules = site_modules(self.layer_id, site)
             w = torch.cat([self._plain(module) for module in modules])

@@ -1,13 +1,15 @@
 """A decoder's layers one at a time over a calibration text: in memory are one layer, its inputs, and the hidden states.
 
 Every layer has four inputs of linear layers, in order: qkv, o, gate_up, down. `LayerRun` stops before each, so that
-what reads it can be measured or replaced, and nothing is computed twice.
+what reads it can be measured or replaced, and nothing is computed twice. In a mixture of experts the last two have many
+readers: each expert reads the tokens that the router, which stays plain, sends it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,14 @@ from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormat
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
 from nvfp4_runtime.layers.mlp import MLP
+from nvfp4_runtime.layers.moe import Inside, MoE
 from nvfp4_runtime.layers.rope import rope_tables
 from nvfp4_runtime.models import ARCHITECTURES
 from nvfp4_runtime.models.hf_config import parse_architecture, parse_model_config
 from nvfp4_runtime.models.hf_mla import LATENT
-from nvfp4_runtime.models.hf_moe import ROUTERS
-from nvfp4_runtime.models.llama import DecoderLayer
+from nvfp4_runtime.models.llama import DecoderLayer, mixture_prefix
 from nvfp4_runtime.nvfp4.weight import Weight
+from nvfp4_runtime.quantize.stacks import UnstackedShards
 
 WINDOW = 512  # tokens per sequence: long enough for attention to spread
 STEP_TOKENS = 1024  # tokens per forward pass, whole sequences together: few passes, little memory
@@ -51,6 +54,32 @@ def site_modules(layer_id: int, site: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{layer_id}.{name}" for name in SITE_MODULES[site])
 
 
+def readers(walk: Walk, layer_id: int, site: str) -> list[tuple[str, ...]]:
+    """The modules that read this input: one tuple; in a mixture one for the shared expert and one for each expert."""
+    moe = walk.config.moe
+    if site in ("qkv", "o") or moe is None or not moe.layers[layer_id]:
+        return [site_modules(layer_id, site)]
+    prefix = mixture_prefix(walk.ckpt, f"model.layers.{layer_id}")
+    first = walk.ckpt.has(f"{prefix}.experts.0.w1.weight")
+    names = {"gate_up": ("w1", "w3"), "down": ("w2",)} if first else _PROJECTIONS
+    found = [tuple(f"{prefix}.experts.{e}.{name}" for name in names[site]) for e in range(moe.num_experts)]
+    if moe.shared_size:
+        shared = f"{prefix}.shared_expert" if moe.shared_gate else f"{prefix}.shared_experts"
+        found.insert(0, tuple(f"{shared}.{name}" for name in _PROJECTIONS[site]))
+    return found
+
+
+_PROJECTIONS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class Input:
+    """What some modules read: `take` gives their rows [T, K] by step, none at all for an expert without tokens."""
+
+    modules: tuple[str, ...]
+    take: Callable[[], list[Tensor]]
+
+
 class Overlay(Checkpoint):
     """A plain checkpoint in which some linears and norms are replaced by what has been made of them."""
 
@@ -63,7 +92,11 @@ class Overlay(Checkpoint):
         if ckpt.quant.method != "none":
             raise ConfigError(f"{folder} is already quantised ({ckpt.quant.algo}); give the plain model", "SRC")
         ckpt.linears, ckpt.tensors = {}, {}
+        ckpt._shards = UnstackedShards(Path(folder), ckpt.raw_config)
         return ckpt
+
+    def _expert(self, prefix: str, n: int, k: int) -> Any:
+        return self.linears[prefix] if prefix in self.linears else super()._expert(prefix, n, k)
 
     def linear(self, prefix: str, n: int, k: int) -> Any:  # a Weight; what is made may be FP8
         return self.linears[prefix] if prefix in self.linears else super().linear(prefix, n, k)
@@ -84,6 +117,17 @@ class Step:
     x: Tensor  # what the last layer put out, not yet added
     residual: Tensor | None
     h: Tensor
+    routed: Routed | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A step inside a mixture. inside: what enters experts' second multiplication; shared: the shared expert's."""
+
+    weights: Tensor
+    chosen: Tensor
+    inside: Inside | None = None
+    shared: Tensor | None = None
 
 
 class Walk:
@@ -93,8 +137,7 @@ class Walk:
         """Raises ConfigError without sequences, UnsupportedFormatError for a model without DecoderLayers,
         CheckpointError for tokens that the model does not have."""
         architecture = parse_architecture(ckpt.raw_config)
-        unlike = (*ROUTERS, *LATENT)  # they have layers of other shapes
-        known = sorted(name for name, module in ARCHITECTURES.items() if module == "llama" and name not in unlike)
+        known = sorted(name for name, module in ARCHITECTURES.items() if module == "llama" and name not in LATENT)
         if architecture not in known:
             raise UnsupportedFormatError(
                 f"calibration runs {', '.join(known)} layer by layer, found {architecture}; quantise it without --calib"
@@ -163,17 +206,50 @@ class LayerRun:
                 self._watch_cache()
             elif site == "gate_up":
                 step.h, step.residual = layer.post_attention_norm(layer.attention.o_proj(step.h), step.residual)
+                if isinstance(layer.mlp, MoE):
+                    step.routed = Routed(*layer.mlp.router(step.h))
+            elif isinstance(layer.mlp, MoE):
+                step.routed = _into_experts(layer.mlp, step)
             else:
-                step.h = _feed_forward(layer).silu_mul(_feed_forward(layer).gate_up_proj(step.h))
+                step.h = layer.mlp.silu_mul(layer.mlp.gate_up_proj(step.h))
         return [step.h for step in self._walk.steps]
+
+    def inputs(self, site: str) -> list[Input]:
+        """What each reader of `site` reads, which `to` has reached."""
+        found = readers(self._walk, self._layer_id, site)
+        if len(found) == 1:
+            return [Input(found[0], lambda: [step.h for step in self._walk.steps])]
+        moe = self._walk.config.moe
+        assert moe is not None
+        inputs = []
+        if moe.shared_size:
+            inputs.append(Input(found.pop(0), functools.partial(self._shared, site)))
+        return inputs + [Input(modules, functools.partial(self._of_expert, site, e)) for e, modules in enumerate(found)]
+
+    def _shared(self, site: str) -> list[Tensor]:
+        if site == "gate_up":
+            return [step.h for step in self._walk.steps]
+        return [step.routed.shared for step in self._walk.steps if step.routed and step.routed.shared is not None]
+
+    def _of_expert(self, site: str, expert: int) -> list[Tensor]:
+        rows = []
+        for step in self._walk.steps:
+            assert step.routed is not None
+            if site == "gate_up":
+                rows.append(step.h[(step.routed.chosen == expert).any(dim=1)])
+            else:
+                assert step.routed.inside is not None
+                start, stop = step.routed.inside.offsets[expert : expert + 2].tolist()
+                rows.append(step.routed.inside.rows[start:stop])
+        return [part for part in rows if len(part)]
 
     @torch.inference_mode()
     def end(self) -> None:
         """The layer's output becomes the input of the next."""
         layer = self._walk.build(self._layer_id)
         for step in self._walk.steps:
-            step.x = _feed_forward(layer).down_proj(step.h)
-            step.h = step.x
+            step.x = _out_of_experts(layer.mlp, step) if isinstance(layer.mlp, MoE) else layer.mlp.down_proj(step.h)
+            step.h, step.routed = step.x, None
         self._walk.ckpt.release()
 
     def through(self) -> None:
@@ -188,18 +264,30 @@ class LayerRun:
         self.kv_amax = (max(k, float(cache.k.abs().max())), max(v, float(cache.v.abs().max())))
 
 
-def _feed_forward(layer: DecoderLayer) -> MLP:
-    assert isinstance(layer.mlp, MLP), "Walk refuses mixtures of experts"
-    return layer.mlp
+def _into_experts(mlp: MoE, step: Step) -> Routed:
+    assert step.routed is not None
+    shared = None
+    if mlp.shared is not None:
+        assert isinstance(mlp.shared.mlp, MLP), "Walk's families have gated feed-forwards"
+        shared = mlp.shared.mlp.silu_mul(mlp.shared.mlp.gate_up_proj(step.h))
+    return replace(step.routed, inside=mlp.experts.into(step.h, step.routed.chosen), shared=shared)
+
+
+def _out_of_experts(mlp: MoE, step: Step) -> Tensor:
+    routed = step.routed
+    assert routed is not None
+    assert routed.inside is not None
+    y = mlp.experts.out_of(routed.inside, routed.weights)
+    if mlp.shared is None or routed.shared is None:
+        return y
+    shared = mlp.shared.mlp.down_proj(routed.shared)
+    return y + (shared if mlp.shared.gate is None else (shared * mlp.shared.gate(step.h).sigmoid()).to(shared.dtype))
 
 
 def _attend(layer: DecoderLayer, step: Step) -> Tensor:
     a = layer.attention
     assert isinstance(a, Attention), "Walk refuses latent attention"
-    kv = step.batch.kv_layer(a.layer_id)
-    qkv = a.qkv_proj(step.h)
-    q = a.rope(qkv, step.batch.positions, a.cos, a.sin, a.q_norm, a.k_norm, a.eps, kv, step.batch.slot_mapping)
-    return a.attend(q, kv, step.batch, a.scale)
+    return a.heads(step.h, step.batch)
 
 
 def largest_input(inputs: Sequence[Tensor], modules: Sequence[str]) -> float:

@@ -24,6 +24,7 @@ from nvfp4_runtime.nvfp4.codec import E2M1_MAX
 from nvfp4_runtime.quantize import export, recipes
 from nvfp4_runtime.quantize.plan import Group, Plan, make_plan
 from nvfp4_runtime.quantize.resume import JournalledWriter, fingerprint, resumable_folder
+from nvfp4_runtime.quantize.stacks import UnstackedShards
 from nvfp4_runtime.quantize.weights import MappedPages, bits_per_weight, write_group
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Source:
             raise ConfigError(
                 f"{src} is already quantised ({declared.method} {declared.algo}); give the plain model", "SRC"
             )
-        return cls(Shards(src), raw_config)
+        return cls(UnstackedShards(src, raw_config), raw_config)
 
 
 class Output:

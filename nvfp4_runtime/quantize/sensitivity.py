@@ -49,6 +49,12 @@ def measure(
     """
     kernels = Kernels(available_backends(backend), "float32")  # small differences drown in bfloat16's rounding
     walk = Walk(Overlay.over(folder), kernels, windows(tokenize(Path(folder), texts), NUM_WINDOWS))
+    if walk.config.moe is not None:
+        raise ConfigError(
+            "a bits budget measures one layer of linears after another, and this model's are experts: say what is FP8 "
+            "or plain by --fp8 and --exclude",
+            "--bits-budget",
+        )
     (base,) = walk.steps
     copies: dict[str, Step] = {}
     ratios: dict[str, float] = {}

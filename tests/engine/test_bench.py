@@ -7,7 +7,8 @@ import time
 import pytest
 
 from loadtest.bench_cpu.workers import Engine, Refused
-from nvfp4_runtime.engine.bench import PartTimer, parse_config
+from nvfp4_runtime.engine.bench import parse_config
+from nvfp4_runtime.engine.bench_steps import PartTimer
 from nvfp4_runtime.errors import ConfigError
 from tests.tiny import tiny_nvfp4_llama
 

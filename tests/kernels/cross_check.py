@@ -55,7 +55,10 @@ def compile_for(cpu: str, folder: Path) -> Path:
         [*common, *kernel_flags(), *flags, "-c", str(CSRC / "kernels.cpp"), "-o", str(folder / f"{cpu}-{name}.o")]
         for name, flags in VARIANTS[cpu].items()
     ]
-    for source in (*(p for p in sorted(CSRC.glob("*.cpp")) if p.stem not in ("kernels", "module")), DIGEST):
+    for source in (
+        *(p for p in sorted(CSRC.glob("*.cpp")) if p.stem not in ("kernels", "module", "module_decoder")),
+        DIGEST,
+    ):
         output = str(folder / f"{cpu}-{source.stem}.o")
         jobs.append([*common, "-O2", "-Wall", "-Wextra", f"-iquote{CSRC}", "-c", str(source), "-o", output])
     with ThreadPoolExecutor(2) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,18 @@ from nvfp4_runtime.models import load_model
 from nvfp4_runtime.models.llama import Decoder
 from tests.kernels.conftest import cpu_backend, same_bits
 from tests.models.paged import PagedRunner
-from tests.tiny import qwen2_config, qwen3_config, random_tensors, tiny_nvfp4_llama, write_modelopt, write_plain
+from tests.tiny import (
+    deepseek_v3_config,
+    glm4_moe_config,
+    nemotron_h_config,
+    qwen2_config,
+    qwen2_moe_config,
+    qwen3_config,
+    random_tensors,
+    tiny_nvfp4_llama,
+    write_modelopt,
+    write_plain,
+)
 
 TOKENS = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(3)).tolist()
 # new tokens per sequence and step: a prompt, its chunks beside decodes, decodes alone
@@ -81,6 +93,41 @@ def test_one_call_gives_the_bits_of_the_ops_one_by_one(
         fused, all_logits(load(path, numerics, dtype, kv_dtype, 1, fused=False)), strict=True
     ):
         assert same_bits(one_call, one_by_one)
+
+
+FAMILIES = {
+    "qwen2_moe": qwen2_moe_config(),
+    "glm4_moe": glm4_moe_config(),
+    "deepseek_v3": deepseek_v3_config(),
+    "nemotron_h": nemotron_h_config(),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("numerics", "dtype"), [("w4a16", "bfloat16"), ("w4a4", "bfloat16"), ("w4a16", "float32")])
+def test_families_give_the_bits_of_their_ops_one_by_one(
+    tmp_path: Path, family: str, numerics: Numerics, dtype: Dtype
+) -> None:
+    config = FAMILIES[family]
+    write_modelopt(tmp_path, config, random_tensors(config))
+    fused = load(tmp_path, numerics, dtype, dtype, 2, fused=True)  # type: ignore[arg-type]  # of KV, which has both
+    apart = load(tmp_path, numerics, dtype, dtype, 1, fused=False)  # type: ignore[arg-type]
+    for one_call, one_by_one in zip(all_logits(fused), all_logits(apart), strict=True):
+        assert one_call.abs().max() > 0.01
+        assert same_bits(one_call, one_by_one)
+
+
+def test_a_decoder_with_states_refuses_a_batch_without_slots_and_one_with_other_caches(tmp_path: Path) -> None:
+    config = nemotron_h_config()
+    write_modelopt(tmp_path, config, random_tensors(config))
+    model = load(tmp_path, "w4a16", "bfloat16", "bfloat16", 1, fused=True)
+    batch = PagedRunner(model).batch([(0, TOKENS[:4])])
+    with pytest.raises(KernelError, match=r"needs batch\.state_slots"):
+        model.forward(replace(batch, state_slots=None))
+    with pytest.raises(IndexError, match=r"state_slots\[0\] is 99"):
+        model.forward(replace(batch, state_slots=torch.tensor([99])))
+    with pytest.raises(KernelError, match="need as many KV caches"):
+        model.forward(replace(batch, kv=batch.kv[:1]))
 
 
 def test_layers_that_calibration_observes_run_op_by_op(tmp_path: Path) -> None:

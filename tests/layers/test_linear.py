@@ -160,7 +160,7 @@ def test_a_pre_scaled_layer_makes_the_native_decoder_run_op_by_op(
         made = load_model(Checkpoint.open(folder), Kernels(backends, "bfloat16", "w4a16"))
     assert made.run_as_one is None
     if backends[0].refuses(LinearSpec(16, 16, "nvfp4", "w4a16", "bfloat16", "float32")) is None:
-        assert "layer 0: qkv is a PreScaled" in caplog.text
+        assert "block 0: qkv is a PreScaled" in caplog.text
     got = PagedRunner(made).run((0, list(range(20))))[0]
     plain = dialects.dialects(model)["plain fp32"].save(tmp_path / "p", model)
     want = PagedRunner(load_model(Checkpoint.open(plain), Kernels([ReferenceBackend()], "float32"))).run(

@@ -82,6 +82,7 @@ class PagedRunner:
             cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32),
             logits_rows=torch.tensor(range(len(ids)) if logits_rows is None else logits_rows, dtype=torch.int64),
             kv=self.kv,
+            max_query_len=max(len(tokens) for _, tokens in pieces),
             state_slots=torch.tensor([1 + seq for seq, _ in pieces]),
         )
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvfp4_runtime import LLM, SamplingParams
+from nvfp4_runtime.batch import StateLayer
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
@@ -73,7 +74,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ernie4_5": {"head_dim": 16},
     "HunYuanDenseV1": {"head_dim": 16},
 }
-TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {**DELTA, **MOE, "num_experts": 8, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    "Qwen3_5": DELTA,
+    "NemotronH": {
+        **MOE, "head_dim": 16, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2,
+        "expand": 2, "chunk_size": 16, "conv_kernel": 4, "hybrid_override_pattern": "MEM*-ME", "n_routed_experts": 8,
+        "moe_shared_expert_intermediate_size": 64,
+    },
+    "GraniteMoeHybrid": {
+        "layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 32, "mamba_n_heads": 8, "mamba_d_head": 16,
+        "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2, "mamba_chunk_size": 16, "logits_scaling": 2.0,
+        "position_embedding_type": None,
+    },
+}  # fmt: skip
+TEXT_CONFIGS = {"Qwen3_5": "Qwen3_5TextConfig", "Gemma3": "Gemma3TextConfig"}
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (37, 1, 60)]
 
 
@@ -115,6 +139,48 @@ def test_ragged_batches_and_chunks_give_the_logits_of_transformers(tmp_path: Pat
     torch.testing.assert_close(torch.cat([first[2], then[0], last[0]]), expected[2], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_run_in_batches_chunks_and_slots_that_had_other_owners(tmp_path: Path, family: str) -> None:
+    """Delta nets compute a prompt in chunks and decode token by token: 5e-4, where one form alone keeps 1e-4."""
+    model = make(family, **HYBRIDS[family])
+    expected = logits_alone(model)
+    decoder = load(tiny.save_transformers(tmp_path, model))
+    assert {type(spec).__name__ for spec in decoder.kv_specs} == {"AttentionSpec", "StateSpec"}
+    runner = PagedRunner(decoder)
+    for layer in runner.kv:
+        if isinstance(layer, StateLayer):
+            layer.conv.fill_(7.0)
+            layer.ssm.fill_(7.0)
+    found: dict[int, list[Tensor]] = {0: [], 1: [], 2: []}
+    at = dict.fromkeys(found, 0)
+    # a prompt whole, one of one token, one in pieces of one and more; then two decode beside a prompt's next piece
+    for step in ([(0, 30), (1, 1)], [(2, 1)], [(2, 20), (0, 1)], [(0, 1), (2, 1)], [(2, 38), (0, 5)]):
+        pieces = [(seq, PROMPTS[seq][at[seq] : at[seq] + count]) for seq, count in step]
+        for (seq, count), logits in zip(step, runner.run(*pieces), strict=True):
+            found[seq].append(logits)
+            at[seq] += count
+    for seq, parts in found.items():
+        torch.testing.assert_close(torch.cat(parts), expected[seq][: at[seq]], rtol=0, atol=5e-4)
+    assert [at[seq] for seq in found] == [len(prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("scheduler", [{}, {"max_num_batched_tokens": 16}, {"num_blocks": 9, "max_model_len": 96}])
+@pytest.mark.parametrize("family", ["Qwen3Next", "GraniteMoeHybrid"])
+def test_the_engine_s_greedy_tokens_of_a_hybrid_are_transformers(
+    tmp_path: Path, family: str, scheduler: dict[str, int]
+) -> None:
+    model = make(family, **HYBRIDS[family])
+    folder = tiny.save_transformers(tmp_path, model)
+    prompts, expected = [prompt[:40] for prompt in PROMPTS], []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        expected.append(ids[0, len(prompt) :].tolist())
+    llm = LLM(folder, dtype="float32", model_impl="transformers", **{"num_blocks": 65, **scheduler})
+    params = SamplingParams(temperature=0.0, max_tokens=12, min_tokens=12)
+    for _ in range(2):
+        assert [result.token_ids for result in llm.generate(prompts, params)] == expected
+
+
 @pytest.mark.parametrize("family", ["Olmo2", "Qwen3Moe", "MiniMaxM2", "DeepseekV3"])
 def test_nvfp4_weights_give_the_logits_of_the_dequantised_ones(tmp_path: Path, family: str) -> None:
     """Packed under the names that the hub has, experts one by one; every expert has a scale of its own."""
@@ -154,7 +220,7 @@ REFUSED = {
     "StableLm": ({}, "does not take attention functions from outside"),
     "Gemma2": ({"head_dim": 16}, "capped scores"),
     "GptOss": ({"head_dim": 16, "num_local_experts": 4}, "attention sinks"),
-    "Qwen3Next": ({"num_hidden_layers": 4, "num_experts": 4}, "'linear_attention' keep states"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers are of type 'conv'"),
 }
 
 

@@ -22,8 +22,6 @@ from nvfp4_runtime.kernels.blackwell.linear import BlackwellLinear, upload
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     DeltaKernel,
     DeltaSpec,
     GroupedLinearKernel,
@@ -38,6 +36,7 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -142,6 +141,9 @@ class BlackwellBackend:
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
         raise KernelError(self._not_here(spec))
 
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
+        raise KernelError(self._not_here(spec))
+
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         raise KernelError(self._not_here(spec))
 
@@ -156,9 +158,6 @@ class BlackwellBackend:
 
     def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
         raise KernelError(self._not_here(spec))
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        return "its layers are called one by one"
 
     def describe(self) -> dict[str, Any]:
         if self.missing is not None:

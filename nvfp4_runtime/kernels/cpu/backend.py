@@ -21,14 +21,19 @@ from nvfp4_runtime.kernels.cpu.decoder import NativeDecoder, refuses_decoder
 from nvfp4_runtime.kernels.cpu.grouped import NativeGroupedLinear
 from nvfp4_runtime.kernels.cpu.linear import NUMERICS_CODES, NativeLinearDense, NativeLinearNVFP4
 from nvfp4_runtime.kernels.cpu.linear_formats import NativeLinearFP8, NativeLinearMXFP4
-from nvfp4_runtime.kernels.cpu.ops import NativePagedAttention, NativeRMSNorm, NativeRope, NativeSiluMul
+from nvfp4_runtime.kernels.cpu.ops import (
+    NativePagedAttention,
+    NativeReluSquared,
+    NativeRMSNorm,
+    NativeRope,
+    NativeSiluMul,
+)
 from nvfp4_runtime.kernels.cpu.quantize import quantize_fp8, quantize_nvfp4, row_amax
 from nvfp4_runtime.kernels.cpu.states import NativeDelta, NativeMamba2, NativeMLA
+from nvfp4_runtime.kernels.cpu.whole import NativeLatent, NativeMixture, refuses_latent, refuses_mixture
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     DeltaKernel,
     DeltaSpec,
     GroupedLinearKernel,
@@ -43,10 +48,19 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
     refuses_kv,
+)
+from nvfp4_runtime.kernels.whole_ops import (
+    DecoderKernel,
+    DecoderOps,
+    LatentKernel,
+    LatentOps,
+    MixtureKernel,
+    MixtureOps,
 )
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.mx import MXFP4Weight
@@ -55,6 +69,9 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, NVFP4Weight, Weight
 _native: Any
 try:
     from nvfp4_runtime.kernels.cpu import _native  # type: ignore[attr-defined, no-redef]  # compiled, has no stub
+
+    if not hasattr(_native, "MixtureBody"):
+        raise ImportError("the extension that is here is older than this package")
 except ImportError as e:
     _native = None
     _missing = str(e)
@@ -104,7 +121,7 @@ class CPUBackend:
             return None
         if spec.dtype not in ("bfloat16", "float32"):
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
-        if not isinstance(spec, RopeSpec | Mamba2Spec | DeltaSpec) and spec.out_dtype not in ("bfloat16", "float32"):
+        if not isinstance(spec, RopeSpec | DeltaSpec) and spec.out_dtype not in ("bfloat16", "float32"):
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
         if isinstance(spec, LinearSpec | GroupedLinearSpec) and (reason := _refuses_format(spec)) is not None:
             return reason
@@ -163,6 +180,9 @@ class CPUBackend:
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
         return NativeSiluMul(self._context, spec)
 
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
+        return NativeReluSquared(self._context, spec)
+
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return NativeRope(self._context, self._memo, spec)
 
@@ -184,6 +204,16 @@ class CPUBackend:
         if (reason := refuses_decoder(ops)) is not None:
             return reason
         return NativeDecoder(_native, self._context, self._memo, ops)
+
+    def mixture(self, ops: MixtureOps) -> MixtureKernel | str:
+        if self._context is None:
+            return "extension not built"
+        return refuses_mixture(ops) or NativeMixture(_native, self._context, ops)
+
+    def latent(self, ops: LatentOps) -> LatentKernel | str:
+        if self._context is None:
+            return "extension not built"
+        return refuses_latent(ops) or NativeLatent(_native, self._context, self._memo, ops)
 
     def describe(self) -> dict[str, Any]:
         if self._context is None:
@@ -222,6 +252,8 @@ def _sizes(spec: OpSpec) -> dict[str, int]:
         return {"hidden": spec.hidden}
     if isinstance(spec, ActivationSpec):
         return {"twice the width": 2 * spec.width}
+    if isinstance(spec, ReluSquaredSpec):
+        return {"the width": spec.width}
     if isinstance(spec, MLASpec):
         width = spec.kv_lora_rank + spec.rope_dim
         return {"the number of heads": spec.num_heads, "kv_lora_rank": spec.kv_lora_rank, "a key's width": width}

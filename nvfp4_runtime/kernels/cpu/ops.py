@@ -12,7 +12,7 @@ from nvfp4_runtime.batch import ForwardBatch, KVLayer
 from nvfp4_runtime.config import SILU
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.cpu.checks import TYPE_CODES, StepMemo, check_matrix, check_tensor
-from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, RopeSpec
+from nvfp4_runtime.kernels.ops import ActivationSpec, NormSpec, PagedAttentionSpec, ReluSquaredSpec, RopeSpec
 
 KV_TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -61,12 +61,30 @@ class NativeRMSNorm:
         return out, x if residual is None else residual
 
 
+class NativeReluSquared:
+    """See `ReluSquaredSpec`."""
+
+    def __init__(self, context: Any, spec: ReluSquaredSpec) -> None:
+        self._run = context.relu_squared
+        self.width = spec.width
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._types = (TYPE_CODES[self.dtype], TYPE_CODES[self.out_dtype])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        check_matrix("x", x, self.dtype, self.width)
+        out = torch.empty((x.size(0), self.width), dtype=self.out_dtype)
+        self._run(x.data_ptr(), out.data_ptr(), *self._types, x.size(0), self.width)
+        return out
+
+
 class NativeSiluMul:
     """See `ActivationSpec`."""
 
     def __init__(self, context: Any, spec: ActivationSpec) -> None:
         self._run = context.silu_mul if spec.gate == SILU else context.gated
-        self._gate = () if spec.gate == SILU else (GATE_CODES[spec.gate.form], spec.gate.alpha, spec.gate.limit)
+        self.gate_codes = (GATE_CODES[spec.gate.form], spec.gate.alpha, spec.gate.limit)
+        self._gate = () if spec.gate == SILU else self.gate_codes
         self.width, self.gate = spec.width, spec.gate
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
@@ -203,15 +221,13 @@ class NativePagedAttention:
         self._width = spec.num_heads * spec.head_dim
         self._sinks: Tensor | None = None
         self._last: tuple[int, ...] = ()
-        if spec.sinks and not hasattr(context, "gated"):
-            raise KernelError("this extension knows no attention sinks: it is older than this package; build it again")
 
     def __call__(
         self, q: Tensor, kv: KVLayer, batch: ForwardBatch, scale: float, sinks: Tensor | None = None
     ) -> Tensor:
         spec = self.spec
         if sinks is not self._sinks or (sinks is None) is spec.sinks:
-            self._check_sinks(sinks)
+            self.check_sinks(sinks)
         check_tensor("q", q, self.dtype, (-1, spec.num_heads, spec.head_dim))
         self._memo.check_batch(batch)
         cache = self._cache.arguments(kv)
@@ -239,12 +255,15 @@ class NativePagedAttention:
         )
         return out
 
-    def _check_sinks(self, sinks: Tensor | None) -> None:
+    def check_sinks(self, sinks: Tensor | None) -> int:
+        """Their address, 0 for none."""
         if (sinks is not None) != self.spec.sinks:
             raise KernelError(f"this layer was built with sinks={self.spec.sinks}; the call must agree with it")
-        if sinks is not None:
-            check_tensor("sinks", sinks, torch.float32, (self.spec.num_heads,))
-            self._sinks, self._last = sinks, (sinks.data_ptr(),)
+        if sinks is None:
+            return 0
+        check_tensor("sinks", sinks, torch.float32, (self.spec.num_heads,))
+        self._sinks, self._last = sinks, (sinks.data_ptr(),)
+        return sinks.data_ptr()
 
 
 def check_norm_weight(name: str, weight: Tensor, width: int) -> None:

@@ -60,31 +60,24 @@ class NativeMamba2:
         self._run = context.mamba2
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._weights: Mamba2Weights | None = None
+        self.out_dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._row = sum(spec.widths)
+        self._checked: Mamba2Weights | None = None
 
-    def __call__(
-        self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
-    ) -> Tensor:
+    def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
         spec = self.spec
-        check_matrix("xbc", xbc, self.dtype, spec.conv_dim)
-        count = xbc.size(0)
-        check_tensor("dt", dt, self.dtype, (count, spec.num_heads))
-        if weights is not self._weights:
-            self._check_weights(weights)
-        conv, ssm = (spec.conv_width - 1, spec.conv_dim), (spec.num_heads, spec.head_dim, spec.state_size)
-        slots = _check_states(state, batch, count, conv, ssm)
-        out = torch.empty(count, spec.inner, dtype=torch.float32)
+        check_matrix("projected", projected, self.dtype, self._row)
+        count = projected.size(0)
+        if weights is not self._checked:
+            self._addresses, self._checked = self.check_weights(weights), weights
+        slots = _check_batch(batch, count)
+        self.check_state(state)
+        out = torch.empty((count, spec.inner), dtype=self.out_dtype)
         if count:
             self._run(
-                xbc.data_ptr(),
-                dt.data_ptr(),
+                projected.data_ptr(),
                 TYPE_CODES[self.dtype],
-                weights.dt_bias.data_ptr(),
-                weights.a.data_ptr(),
-                weights.min_step,
-                self._taps.data_ptr(),
-                weights.conv_bias.data_ptr(),
-                weights.d.data_ptr(),
+                *self._addresses,
                 state.conv.data_ptr(),
                 state.ssm.data_ptr(),
                 slots.data_ptr(),
@@ -98,16 +91,33 @@ class NativeMamba2:
                 spec.num_groups,
                 spec.conv_width,
                 out.data_ptr(),
+                TYPE_CODES[self.out_dtype],
             )
         return out
 
-    def _check_weights(self, weights: Mamba2Weights) -> None:
+    def check_state(self, state: StateLayer) -> None:
+        spec = self.spec
+        shape = (spec.num_heads, spec.head_dim, spec.state_size)
+        _check_state(state, (spec.conv_width - 1, spec.conv_dim), shape)
+
+    def check_weights(self, weights: Mamba2Weights) -> tuple[int | float, ...]:
+        """What native calls take of them, in order: addresses that live as long as `weights`."""
         spec = self.spec
         check_tensor("conv_weight", weights.conv_weight, torch.float32, (spec.conv_dim, spec.conv_width))
         check_tensor("conv_bias", weights.conv_bias, torch.float32, (spec.conv_dim,))
+        check_tensor("norm", weights.norm, torch.float32, (spec.inner,))
         for name, vector in (("a", weights.a), ("dt_bias", weights.dt_bias), ("d", weights.d)):
             check_tensor(name, vector, torch.float32, (spec.num_heads,))
-        self._weights, self._taps = weights, weights.conv_weight.t().contiguous()
+        return (
+            weights.dt_bias.data_ptr(),
+            weights.a.data_ptr(),
+            weights.min_step,
+            weights.taps.data_ptr(),
+            weights.conv_bias.data_ptr(),
+            weights.d.data_ptr(),
+            weights.norm.data_ptr(),
+            weights.eps,
+        )
 
 
 class NativeDelta:
@@ -129,13 +139,9 @@ class NativeDelta:
         check_tensor("dt", dt, self.dtype, (count, spec.num_value_heads))
         if weights is not self._weights:
             self._check_weights(weights)
-        slots = _check_states(
-            state,
-            batch,
-            count,
-            (spec.conv_width - 1, spec.conv_dim),
-            (spec.num_value_heads, spec.value_dim, spec.key_dim),
-        )
+        slots = _check_batch(batch, count)
+        shape = (spec.num_value_heads, spec.value_dim, spec.key_dim)
+        _check_state(state, (spec.conv_width - 1, spec.conv_dim), shape)
         out = torch.empty(count, spec.values, dtype=torch.float32)
         if count:
             self._run(
@@ -172,15 +178,17 @@ class NativeDelta:
         self._no_bias = torch.zeros(spec.conv_dim)
 
 
-def _check_states(
-    state: StateLayer, batch: ForwardBatch, count: int, conv: tuple[int, ...], ssm: tuple[int, ...]
-) -> Tensor:
-    """The batch's slots, when states of these shapes [slots, ...] and its `count` tokens are as kernels need them."""
+def _check_state(state: StateLayer, conv: tuple[int, ...], ssm: tuple[int, ...]) -> None:
+    """Both are [slots, ...]."""
+    check_tensor("state.conv", state.conv, torch.float32, (-1, *conv))
+    check_tensor("state.ssm", state.ssm, torch.float32, (state.conv.size(0), *ssm))
+
+
+def _check_batch(batch: ForwardBatch, count: int) -> Tensor:
+    """The batch's slots, when its `count` tokens are as kernels need them."""
     slots = batch.state_slots
     if slots is None:
         raise KernelError("a layer that keeps states needs batch.state_slots, found None")
-    check_tensor("state.conv", state.conv, torch.float32, (-1, *conv))
-    check_tensor("state.ssm", state.ssm, torch.float32, (state.conv.size(0), *ssm))
     check_tensor("state_slots", slots, torch.int64, (-1,))
     check_tensor("positions", batch.positions, torch.int64, (count,))
     check_tensor("cu_seqlens_q", batch.cu_seqlens_q, torch.int32, (slots.size(0) + 1,))

@@ -13,8 +13,6 @@ from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     DeltaKernel,
     DeltaSpec,
     GroupedLinearKernel,
@@ -29,6 +27,7 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -40,6 +39,7 @@ from nvfp4_runtime.kernels.reference.linear import reference_linear
 from nvfp4_runtime.kernels.reference.mamba2 import ReferenceMamba2
 from nvfp4_runtime.kernels.reference.mla import ReferenceMLA
 from nvfp4_runtime.kernels.reference.paged_attention import ReferencePagedAttention
+from nvfp4_runtime.kernels.reference.relu_squared import relu_squared
 from nvfp4_runtime.kernels.reference.rms_norm import rms_norm
 from nvfp4_runtime.kernels.reference.rope_and_cache import ReferenceRope
 from nvfp4_runtime.kernels.reference.silu_mul import silu_mul
@@ -110,6 +110,9 @@ class ReferenceBackend:
     def silu_mul(self, spec: ActivationSpec) -> Callable[[Tensor], Tensor]:
         return functools.partial(silu_mul, out_dtype=getattr(torch, spec.out_dtype), by=spec.gate)
 
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
+        return functools.partial(relu_squared, out_dtype=getattr(torch, spec.out_dtype))
+
     def rope_and_cache(self, spec: RopeSpec) -> RopeKernel:
         return ReferenceRope(spec)
 
@@ -127,9 +130,6 @@ class ReferenceBackend:
 
     def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
         return ReferenceDelta(spec)
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        return "the plain kernels are called one by one"
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Mamba-2's convolution and selective scan, token by token, one sequence at a time."""
+"""Mamba-2's convolution, selective scan and gated norm, token by token, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ class ReferenceMamba2:
     def __init__(self, spec: Mamba2Spec) -> None:
         self.spec = spec
 
-    def __call__(
-        self, xbc: Tensor, dt: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch
-    ) -> Tensor:
+    def __call__(self, projected: Tensor, weights: Mamba2Weights, state: StateLayer, batch: ForwardBatch) -> Tensor:
         assert batch.state_slots is not None
-        xbc = xbc.to(torch.float32)
-        steps = torch.nn.functional.softplus(dt.to(torch.float32) + weights.dt_bias).clamp_min(weights.min_step)
+        gate, xbc, dt = torch.split(projected.to(torch.float32), self.spec.widths, dim=-1)
+        steps = torch.nn.functional.softplus(dt + weights.dt_bias).clamp_min(weights.min_step)
         out = torch.empty(xbc.shape[0], self.spec.inner, dtype=torch.float32, device=xbc.device)
         bounds = batch.cu_seqlens_q.tolist()
         for slot, start, stop in zip(batch.state_slots.tolist(), bounds[:-1], bounds[1:], strict=True):
@@ -30,7 +28,13 @@ class ReferenceMamba2:
                 ssm.zero_()
             for t in range(start, stop):
                 out[t] = self._token(xbc[t], steps[t], weights, conv, ssm)
-        return out
+        return self._gated_norm(out, gate, weights)
+
+    def _gated_norm(self, y: Tensor, gate: Tensor, weights: Mamba2Weights) -> Tensor:
+        """RMSNorm of y * silu(gate) over each group, [T, inner]."""
+        gated = (y * torch.nn.functional.silu(gate)).view(len(y), self.spec.num_groups, -1)
+        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + weights.eps)
+        return (normed.flatten(1) * weights.norm).to(getattr(torch, self.spec.out_dtype))
 
     def _token(self, xbc: Tensor, step: Tensor, weights: Mamba2Weights, conv: Tensor, ssm: Tensor) -> Tensor:
         """One token's y [H * P]; `conv` and `ssm` become the states after it."""

@@ -19,8 +19,6 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
-    DecoderKernel,
-    DecoderOps,
     DeltaKernel,
     DeltaSpec,
     GroupedLinearKernel,
@@ -35,6 +33,7 @@ from nvfp4_runtime.kernels.ops import (
     OpSpec,
     PagedAttentionSpec,
     QuantizeSpec,
+    ReluSquaredSpec,
     RMSNormKernel,
     RopeKernel,
     RopeSpec,
@@ -54,6 +53,7 @@ NO_DEVICE = "no CUDA device"
 FLOATS = ("bfloat16", "float32")
 NUMERICS = ("w4a16", "w4a4")
 
+_NO_RELU_SQUARED = "no Triton kernel for relu(x)^2"
 _NO_MAMBA2 = "no Triton kernel for Mamba-2"
 _NO_DELTA = "no Triton kernel for the gated delta rule"
 
@@ -88,6 +88,8 @@ class TritonBackend:
             return None
         if isinstance(spec, Mamba2Spec | DeltaSpec):
             return _NO_MAMBA2 if isinstance(spec, Mamba2Spec) else _NO_DELTA
+        if isinstance(spec, ReluSquaredSpec):
+            return _NO_RELU_SQUARED
         if spec.dtype not in FLOATS:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
         if not isinstance(spec, RopeSpec) and spec.out_dtype not in FLOATS:
@@ -156,14 +158,14 @@ class TritonBackend:
 
         return TritonMLA(spec)
 
+    def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
+        raise KernelError(_NO_RELU_SQUARED)
+
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
         raise KernelError(_NO_MAMBA2)
 
     def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
         raise KernelError(_NO_DELTA)
-
-    def decoder(self, ops: DecoderOps) -> DecoderKernel | str:
-        return "a CUDA graph joins the launches of its kernels"
 
     def describe(self) -> dict[str, Any]:
         if self.missing is not None:

@@ -28,13 +28,16 @@ class Step(Protocol):
     """What the attention of one forward pass is computed by."""
 
     def attend(self, layer_id: int, call: Call) -> Tensor:
-        """[1, T, H, D_v]"""
+        """[B, T, H, D_v]"""
         ...
 
 
 @dataclass(frozen=True)
 class Call:
-    """One layer's queries [1, H, T, D], keys and values [1, H_kv, T, D or D_v] of the new tokens, rope applied."""
+    """One layer's queries [B, H, T, D], keys and values [B, H_kv, T, D or D_v] of the new tokens, rope applied.
+
+    B is 1, or T is: all tokens of a step in one row, or sequences that go on by one token each.
+    """
 
     module: nn.Module
     q: Tensor
@@ -98,8 +101,8 @@ class Probe:
         if layer_id in self.calls:
             raise refused(f"layer {layer_id} has two attentions")
         self.calls[layer_id] = call
-        _, heads, tokens, _ = call.q.shape
-        return call.q.new_zeros(1, tokens, heads, call.v.shape[-1])
+        rows, heads, tokens, _ = call.q.shape
+        return call.q.new_zeros(rows, tokens, heads, call.v.shape[-1])
 
 
 class PagedLayer:
@@ -128,23 +131,23 @@ class PagedLayer:
         qkv, kv = torch.cat(parts, dim=-1), batch.kv_layer(index)
         nowhere = torch.zeros_like(batch.positions)
         q = self.write(qkv, nowhere, self.no_turn, self.no_turn, None, None, 0.0, kv, batch.slot_mapping)
-        out = self.attend(q, kv, batch, call.scale).view(1, qkv.shape[0], call.q.shape[1], self.width)
+        rows, heads, tokens, _ = call.q.shape
+        out = self.attend(q, kv, batch, call.scale).view(rows, tokens, heads, self.width)
         return out[..., : self.v_dim].to(call.q.dtype)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """[1, H, T, D] -> [T, H * width] of the stream's type."""
-        x = nn.functional.pad(x[0].transpose(0, 1), (0, self.width - x.shape[-1]))
+        """[B, H, T, D] -> [B * T, H * width] of the stream's type."""
+        x = nn.functional.pad(x.transpose(1, 2).flatten(0, 1), (0, self.width - x.shape[-1]))
         return x.flatten(1).to(self.stream)
 
 
 @dataclass(frozen=True)
 class PagedStep:
-    """One step's attention. `places`: a layer's number to its place among the layers that have attention."""
+    """One step's attention. `places`: a layer's number to the place of its keys and values in batch.kv."""
 
     batch: ForwardBatch
-    layers: tuple[PagedLayer, ...]
+    layers: dict[int, PagedLayer]
     places: dict[int, int]
 
     def attend(self, layer_id: int, call: Call) -> Tensor:
-        place = self.places[layer_id]
-        return self.layers[place](call, self.batch, place)
+        return self.layers[layer_id](call, self.batch, self.places[layer_id])

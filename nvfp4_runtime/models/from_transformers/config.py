@@ -15,7 +15,8 @@ _NEEDS_MORE = {
     "num_kv_shared_layers": "layers that share their keys and values",
     "index_topk": "sparse attention that chooses its tokens",
 }
-_ATTENTION_TYPES = ("full_attention", "sliding_attention")
+# linear_attention: states in slots (states.py); mlp and moe: feed-forwards alone
+_LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "mlp", "moe")
 
 
 def generic_config(raw: Raw) -> ModelConfig:
@@ -30,7 +31,7 @@ def generic_config(raw: Raw) -> ModelConfig:
         model_type=str(raw.get("model_type", "")),
         hidden_size=hidden,
         intermediate_size=count(raw, "intermediate_size", hidden),
-        num_layers=count(raw, "num_hidden_layers"),
+        num_layers=count(raw, "num_hidden_layers", _listed_layers(raw)),
         num_heads=heads,
         num_kv_heads=count(raw, "num_key_value_heads", heads),
         head_dim=count(raw, "head_dim", max(1, hidden // heads)),
@@ -43,6 +44,12 @@ def generic_config(raw: Raw) -> ModelConfig:
         bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
         eos_token_ids=token_ids(raw, "eos_token_id"),
     )
+
+
+def _listed_layers(raw: Raw) -> int | None:
+    """The number of layers where config.json has a list of them and no number (Nemotron-H)."""
+    listed = next((raw[f] for f in ("layers_block_type", "layer_types", "hybrid_override_pattern") if raw.get(f)), None)
+    return len(listed) if isinstance(listed, list | str) else None
 
 
 def transformers_config(raw: Raw) -> Any:
@@ -66,8 +73,8 @@ def transformers_config(raw: Raw) -> Any:
         if getattr(config, field, None):
             raise refused(f"it has {what} ({field} is {getattr(config, field)})")
     types = getattr(config, "layer_types", None) or ()
-    for other in {*types} - {*_ATTENTION_TYPES}:
-        raise refused(f"its layers of type {other!r} keep states, which this fallback has no place for")
+    for other in {*types} - {*_LAYER_TYPES}:
+        raise refused(f"its layers are of type {other!r}, whose states this fallback has no place for")
     return config
 
 

@@ -1,6 +1,4 @@
 // Linear layers: activations packed once for all threads, then pieces of the weight.
-#include <utility>
-
 #include "context.h"
 #include "parallel.h"
 
@@ -8,30 +6,6 @@ namespace nvfp4 {
 namespace {
 
 constexpr int kRowsAtOnce = 528;       // prefill rows kept packed: 528 x 2048 x 1.5 bytes = 1.6 MB of W4A8
-constexpr int kPlainRowsAtOnce = 512;  // the same for plain weights: 512 x 2048 x 2 bytes = 2 MiB
-
-struct ExpertsCall {
-  const Kernels* kernels;
-  const PackX* packs;
-  const LinearNVFP4* linears;
-  const std::vector<ExpertPiece>* pieces;
-  static void pack(const void* context, int begin, int end, int) {
-    const PlainFloats guard;
-    const auto* call = static_cast<const ExpertsCall*>(context);
-    for (int i = begin; i < end; i++) {
-      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
-      call->kernels->pack_x(call->packs[piece.expert], piece.begin, piece.end);
-    }
-  }
-  static void multiply(const void* context, int begin, int end, int) {
-    const PlainFloats guard;
-    const auto* call = static_cast<const ExpertsCall*>(context);
-    for (int i = begin; i < end; i++) {
-      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
-      call->kernels->linear_nvfp4(call->linears[piece.expert], piece.begin, piece.end);
-    }
-  }
-};
 
 struct PlainCall {
   const Kernels* kernels;
@@ -103,68 +77,6 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
     parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, w.panels(),
                                                   grain_of(w.panels(), panel_bytes(w.k), pool_.threads()));
   }
-}
-
-ExpertsNVFP4::ExpertsNVFP4(std::vector<const PackedNVFP4*> e) : experts(std::move(e)) {
-  for (const auto* w : experts)
-    if (w->n != experts[0]->n || w->k != experts[0]->k || w->numerics != experts[0]->numerics ||
-        w->e8m0 != experts[0]->e8m0)
-      throw std::invalid_argument("experts differ in shape, format or numerics");
-}
-
-void Context::grouped_nvfp4(const ExpertsNVFP4& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
-                            Type out_type) {
-  const std::lock_guard<std::recursive_mutex> lock(mutex_);
-  if (rows == 0) return;
-  const PackedNVFP4& one = *w.experts[0];
-  const int n = one.n, k = one.k;
-  const Operand operand = operand_of(one, type);
-  const int most = kernels_.max_rows(operand);
-  const size_t row_words = static_cast<size_t>(k / kGroup) * words_per_group(operand);
-  size_t stored = 0;  // rows of x as packed: every expert begins a block
-  for (size_t e = 0; e < w.experts.size(); e++)
-    stored += static_cast<size_t>((offsets[e + 1] - offsets[e] + most - 1) / most * most);
-  uint32_t* packed = static_cast<uint32_t*>(x_.bytes(stored * row_words * sizeof(uint32_t)));
-  expert_packs_.clear();
-  expert_linears_.clear();
-  expert_pieces_.clear();
-  for (size_t e = 0; e < w.experts.size(); e++) {
-    const int m = offsets[e + 1] - offsets[e], blocks = (m + most - 1) / most;
-    if (m == 0) continue;
-    const PackedNVFP4& weight = *w.experts[e];
-    PackX pack{};
-    pack.x = static_cast<const char*>(x) + static_cast<size_t>(offsets[e]) * k * type_bytes(type);
-    pack.type = type;
-    pack.m = m;
-    pack.k = k;
-    pack.operand = operand;
-    pack.input_scale = weight.input_scale;
-    pack.packed = packed;
-    LinearNVFP4 a{};
-    a.weights = weight.data();
-    a.e8m0 = weight.e8m0;
-    a.row_scale = weight.row_scale();
-    a.bias = weight.bias();
-    a.x = packed;
-    a.operand = operand;
-    a.m = m;
-    a.n = n;
-    a.k = k;
-    a.out = static_cast<char*>(out) + static_cast<size_t>(offsets[e]) * n * type_bytes(out_type);
-    a.out_type = out_type;
-    for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
-    expert_packs_.push_back(pack);
-    expert_linears_.push_back(a);
-    packed += static_cast<size_t>(blocks) * most * row_words;
-  }
-  const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
-  pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);
-  const int panels = one.panels(), active = static_cast<int>(expert_linears_.size());
-  const int grain = grain_of(panels * active, panel_bytes(k), pool_.threads());
-  expert_pieces_.clear();
-  for (int e = 0; e < active; e++)
-    for (int p = 0; p < panels; p += grain) expert_pieces_.push_back({e, p, std::min(panels, p + grain)});
-  pool_.run(ExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
 }
 
 void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type) {

@@ -53,15 +53,19 @@ void Context::mamba2(Mamba2& a, int sequences, int64_t num_slots) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
   a.pieces = (a.conv_dim() + kConvPiece - 1) / kConvPiece;
   const size_t rows = static_cast<size_t>(a.cu_seqlens[sequences]);
-  a.mixed = x_.floats(rows * static_cast<size_t>(a.conv_dim() + 2 * a.heads));
+  const size_t inner = static_cast<size_t>(a.inner()), kept = a.gate ? inner : 0;
+  a.mixed = x_.floats(rows * (static_cast<size_t>(a.conv_dim()) + 2 * static_cast<size_t>(a.heads) + kept));
   a.steps = a.mixed + rows * static_cast<size_t>(a.conv_dim());
   a.decays = a.steps + rows * static_cast<size_t>(a.heads);
+  if (a.gate) a.y = a.decays + rows * static_cast<size_t>(a.heads);
   parallel<Mamba2, &Kernels::mamba2_steps>(pool_, kernels_, a, static_cast<int>(rows), row_grain(static_cast<size_t>(a.heads) * 4));
   parallel<Mamba2, &Kernels::mamba2_conv>(pool_, kernels_, a, sequences * a.pieces, 1);
   const size_t state = static_cast<size_t>(a.head_dim) * static_cast<size_t>(a.state) * 4;
   const int items = sequences * a.heads, grain = grain_of(items, state, threads());
   if (a.b) parallel<Mamba2, &Kernels::delta_scan>(pool_, kernels_, a, items, grain);
   else parallel<Mamba2, &Kernels::mamba2_scan>(pool_, kernels_, a, items, grain);
+  if (a.gate)
+    parallel<Mamba2, &Kernels::mamba2_norm>(pool_, kernels_, a, static_cast<int>(rows), row_grain(inner * 4));
 }
 
 }  // namespace nvfp4

@@ -1,5 +1,6 @@
-// A decoder up to its head as one call: embedding, the layers' ops of context.h in their order, and the last norm of the
-// rows whose logits are wanted, without a return to Python between them. What is computed is what the same ops compute one by one, bit for bit.
+// A decoder up to its head as one call: embedding, its blocks' ops of context.h in their order, and the last norm of the
+// rows whose logits are wanted, without a return to Python between them. What is computed is what the same ops compute one by
+// one, bit for bit. A block is a norm, which first adds what came before to the residual stream, and a body (bodies.h).
 #pragma once
 #include <memory>
 #include <vector>
@@ -14,16 +15,6 @@ struct NormWeight {
   float eps;
 };
 
-// Fields that a step sets (activations, positions, tables) are left empty here.
-struct DecoderLayer {
-  NormWeight input_norm, post_norm;
-  const Linear *qkv, *o, *gate_up, *down;
-  Rope rope;
-  Attention attention;
-  int64_t num_positions;
-  int num_blocks;
-};
-
 // One ragged batch; the pointers are those of ForwardBatch.
 struct DecoderStep {
   const int64_t* ids;
@@ -34,6 +25,7 @@ struct DecoderStep {
   const int64_t *positions, *slots;
   const int32_t *block_tables, *cu_seqlens, *seq_lens;
   int table_stride, sequences;
+  const int64_t* state_slots;  // [sequences]; null for models without states
 };
 
 struct Embedding {
@@ -42,20 +34,31 @@ struct Embedding {
   int64_t vocab;
 };
 
+// What a block makes of its normed rows.
+struct Body {
+  Context& context;
+  const Type stream, input;
+  Body(Context& c, Type s, Type i) : context(c), stream(s), input(i) {}
+  virtual ~Body() = default;
+  // normed [rows][hidden] of the input type -> out [rows][hidden] of the stream's; throws std::out_of_range
+  virtual void run(const DecoderStep& step, const void* normed, void* out) = 0;
+};
+
 class Decoder {
  public:
   // stream: type of activations between ops; input: of those that enter a multiplication by weights
   Decoder(Context& context, int hidden, Type stream, Type input, Embedding embedding, NormWeight last_norm);
-  void add(const DecoderLayer& layer) { layers_.push_back(layer); }
-  // The cache of one layer: everything of Rope and Attention that points into it.
-  DecoderLayer& layer(int i) { return layers_.at(static_cast<size_t>(i)); }
+  void add(const NormWeight& norm, Body& body) { blocks_.push_back({norm, &body}); }
   void run(const DecoderStep& step);  // throws std::out_of_range
   Type input() const { return input_; }
 
  private:
+  struct Block {
+    NormWeight norm;
+    Body* body;
+  };
   void check(const DecoderStep& step) const;
   void embed(const DecoderStep& step);
-  void run_layer(DecoderLayer& layer, const DecoderStep& step, bool first);
   void finish(const DecoderStep& step);
 
   Context& context_;
@@ -63,8 +66,8 @@ class Decoder {
   const Type stream_, input_;
   const Embedding embedding_;
   const NormWeight last_norm_;
-  std::vector<DecoderLayer> layers_;
-  Scratch residual_, out_, normed_, wide_, narrow_, gated_;
+  std::vector<Block> blocks_;
+  Scratch residual_, out_, normed_, last_;
   void *residual_rows_ = nullptr, *out_rows_ = nullptr;  // stream [rows][hidden]
 };
 

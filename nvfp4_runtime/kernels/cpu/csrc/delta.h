@@ -33,7 +33,7 @@ void delta_scan_as(const Mamba2& a, int begin, int end) {
       float raw[16];
       store(raw, load_upto(static_cast<const T*>(a.b) + at, 1));
       const float beta = 1.f / (1.f + exp1(-raw[0]));
-      float* out = a.out + static_cast<size_t>(t) * a.heads * a.head_dim + head * a.head_dim;
+      float* out = a.y + static_cast<size_t>(t) * a.heads * a.head_dim + head * a.head_dim;
       for (int p = 0; p < a.head_dim; p++) {
         float* s = state + static_cast<size_t>(p) * n;
         V found = zero();

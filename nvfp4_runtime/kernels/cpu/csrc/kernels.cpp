@@ -70,6 +70,7 @@ int block_width(Operand operand, int rows);
 #include "rope.h"
 #include "latent.h"
 #include "mamba2.h"
+#include "between.h"
 #include "delta.h"
 
 int rows_that_share(Operand o) { return max_rows(o); }
@@ -79,7 +80,8 @@ int rows_that_share(Operand o) { return max_rows(o); }
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
     NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, kDenseFirst, kDenseM, pack_plain,
     linear_plain,            convert, rms_norm, silu_mul, rope, attention, attention_merge, latent,
-    mamba2_steps, mamba2_conv, mamba2_scan, delta_scan, quantize, quantize_weight,
+    mamba2_steps, mamba2_conv, mamba2_scan, mamba2_norm, delta_scan, relu_squared, weigh, latent_prepare, latent_queries,
+    quantize, quantize_weight,
 };
 
 }  // namespace nvfp4

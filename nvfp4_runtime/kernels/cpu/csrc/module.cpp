@@ -7,41 +7,9 @@
 #include <nanobind/stl/vector.h>
 
 #include "context.h"
-#include "decoder.h"
+#include "binding.h"
 #include "isa.h"
 #include "limits.h"
-
-namespace nb = nanobind;
-using namespace nvfp4;
-using namespace nb::literals;
-
-namespace {
-
-using Address = uintptr_t;  // 0: absent
-
-// Raised as nvfp4_runtime.errors.KernelError.
-struct Misaligned : std::runtime_error {
-  explicit Misaligned(size_t size)
-      : std::runtime_error("found a tensor whose address is not a multiple of its element size, expected a multiple of " +
-                           std::to_string(size) + "; clone() it before the call") {}
-};
-
-template <class T>
-T* at(Address a) {
-  if (a % alignof(T)) throw Misaligned(alignof(T));
-  return reinterpret_cast<T*>(a);
-}
-void* at(Address a, int type) {
-  const size_t size = type_bytes(Type(type));
-  if (a % size) throw Misaligned(size);
-  return reinterpret_cast<void*>(a);
-}
-
-NormWeight norm_weight(const std::tuple<Address, int, float>& w) {
-  return {at(std::get<0>(w), std::get<1>(w)), Type(std::get<1>(w)), std::get<2>(w)};
-}
-
-}  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels. Use nvfp4_runtime.kernels.cpu.backend.CPUBackend, which checks what this does not.";
@@ -76,8 +44,7 @@ NB_MODULE(_native, m) {
       .def("scale_by", [](PlainWeight& self, Address scale, int rows, int columns) {
         self.scale_by(at<const float>(scale), rows, columns);
       });
-  nb::class_<ExpertsNVFP4>(m, "ExpertsNVFP4")
-      .def(nb::init<std::vector<const PackedNVFP4*>>(), "The caller keeps the weights alive.");
+  nb::class_<Experts>(m, "Experts").def(nb::init<const std::vector<const Linear*>&>(), "The caller keeps the weights alive.");
   m.def(
       "find_nan_e4m3", [](Address codes, int64_t count) { return find_nan_e4m3(at<const uint8_t>(codes), count); }, no_gil,
       "Index of the first NaN among E4M3 codes, or -1.");
@@ -104,10 +71,9 @@ NB_MODULE(_native, m) {
           },
           no_gil)
       .def(
-          "grouped_nvfp4",
-          [](Context& c, const ExpertsNVFP4& w, Address x, int type, Address offsets, int rows, Address out,
-             int out_type) {
-            c.grouped_nvfp4(w, at(x, type), Type(type), at<const int32_t>(offsets), rows, at(out, out_type), Type(out_type));
+          "grouped",
+          [](Context& c, const Experts& w, Address x, int type, Address offsets, int rows, Address out, int out_type) {
+            c.grouped(w, at(x, type), Type(type), at<const int32_t>(offsets), rows, at(out, out_type), Type(out_type));
           },
           no_gil)
       .def(
@@ -131,6 +97,12 @@ NB_MODULE(_native, m) {
           "silu_mul",
           [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
             c.silu_mul({at(x, type), at(out, out_type), Type(type), Type(out_type), width}, rows);
+          },
+          no_gil)
+      .def(
+          "relu_squared",
+          [](Context& c, Address x, Address out, int type, int out_type, int rows, int width) {
+            c.relu_squared({at(x, type), at(out, out_type), Type(type), Type(out_type), width}, rows);
           },
           no_gil)
       .def(
@@ -185,15 +157,29 @@ NB_MODULE(_native, m) {
           no_gil)
       .def(
           "mamba2",
-          [](Context& c, Address xbc, Address dt, int type, Address dt_bias, Address a, float min_step,
-             Address conv_weight, Address conv_bias, Address d, Address conv_state, Address ssm_state, Address slots,
+          [](Context& c, Address projected, int type, Address dt_bias, Address a, float min_step, Address conv_weight,
+             Address conv_bias, Address d, Address norm, float eps, Address conv_state, Address ssm_state, Address slots,
              Address positions, Address cu_seqlens, int sequences, int64_t num_slots, int heads, int head_dim, int state,
-             int groups, int conv_width, Address out) {
-            Mamba2 m{at(xbc, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), min_step,
-                     at<const float>(conv_weight), at<const float>(conv_bias), at<const float>(d), at<float>(conv_state),
-                     at<float>(ssm_state), at<const int64_t>(slots), at<const int64_t>(positions),
-                     at<const int32_t>(cu_seqlens), heads, head_dim, state, groups, conv_width, 0, nullptr, nullptr,
-                     nullptr, at<float>(out), nullptr};
+             int groups, int conv_width, Address out, int out_type) {
+            Mamba2 m{};
+            m.type = Type(type);
+            m.split(at(projected, type), heads, head_dim, state, groups);
+            m.dt_bias = at<const float>(dt_bias);
+            m.a = at<const float>(a);
+            m.min_step = min_step;
+            m.conv_weight = at<const float>(conv_weight);
+            m.conv_bias = at<const float>(conv_bias);
+            m.d = at<const float>(d);
+            m.norm = at<const float>(norm);
+            m.eps = eps;
+            m.conv_state = at<float>(conv_state);
+            m.ssm_state = at<float>(ssm_state);
+            m.slots = at<const int64_t>(slots);
+            m.positions = at<const int64_t>(positions);
+            m.cu_seqlens = at<const int32_t>(cu_seqlens);
+            m.conv_width = conv_width;
+            m.out = at(out, out_type);
+            m.out_type = Type(out_type);
             c.mamba2(m, sequences, num_slots);
           },
           no_gil)
@@ -203,11 +189,28 @@ NB_MODULE(_native, m) {
              Address conv_bias, Address conv_state, Address state, Address slots, Address positions, Address cu_seqlens,
              int sequences, int64_t num_slots, int value_heads, int value_dim, int key_dim, int key_heads, int conv_width,
              Address out) {
-            Mamba2 m{at(qkv, type), at(dt, type), Type(type), at<const float>(dt_bias), at<const float>(a), 0.f,
-                     at<const float>(conv_weight), at<const float>(conv_bias), nullptr, at<float>(conv_state),
-                     at<float>(state), at<const int64_t>(slots), at<const int64_t>(positions),
-                     at<const int32_t>(cu_seqlens), value_heads, value_dim, key_dim, key_heads, conv_width, 0, nullptr,
-                     nullptr, nullptr, at<float>(out), at(b, type)};
+            Mamba2 m{};
+            m.type = Type(type);
+            m.heads = value_heads;
+            m.head_dim = value_dim;
+            m.state = key_dim;
+            m.groups = key_heads;
+            m.xbc = at(qkv, type);
+            m.xbc_row = static_cast<size_t>(m.conv_dim());
+            m.dt = at(dt, type);
+            m.dt_row = static_cast<size_t>(m.heads);
+            m.b = at(b, type);
+            m.dt_bias = at<const float>(dt_bias);
+            m.a = at<const float>(a);
+            m.conv_weight = at<const float>(conv_weight);
+            m.conv_bias = at<const float>(conv_bias);
+            m.conv_state = at<float>(conv_state);
+            m.ssm_state = at<float>(state);
+            m.slots = at<const int64_t>(slots);
+            m.positions = at<const int64_t>(positions);
+            m.cu_seqlens = at<const int32_t>(cu_seqlens);
+            m.conv_width = conv_width;
+            m.y = at<float>(out);
             c.mamba2(m, sequences, num_slots);
           },
           no_gil)
@@ -224,73 +227,64 @@ NB_MODULE(_native, m) {
           },
           no_gil, "For tests: uint8 [rows, k] codes and e4m3 [rows, k / 16] scales.");
 
-  nb::class_<Decoder>(m, "Decoder")
+  nb::class_<Mixture>(m, "Mixture")
       .def(
           "__init__",
-          [](Decoder* self, Context& context, int hidden, int stream, int input, Address embedding, int embedding_type,
-             int64_t vocab, std::tuple<Address, int, float> last_norm) {
-            new (self) Decoder(context, hidden, Type(stream), Type(input), {at(embedding, embedding_type), Type(embedding_type), vocab},
-                               norm_weight(last_norm));
+          [](Mixture* self, Context& context, const Linear& router, Address correction, int experts, int top_k, int groups,
+             int top_groups, bool softmax, bool renormalise, float scale, const Experts& first, const Experts& down, bool gated,
+             std::tuple<int, float, float> gate, int stream, int input) {
+            Route route{};
+            route.correction = at<const float>(correction);
+            route.experts = experts;
+            route.top_k = top_k;
+            route.groups = groups;
+            route.top_groups = top_groups;
+            route.softmax = softmax;
+            route.renormalise = renormalise;
+            route.scale = scale;
+            SiluMul activation{};
+            activation.type = Type(stream);
+            activation.out_type = Type(input);
+            activation.width = down.k;
+            activation.gate = Gate(std::get<0>(gate));
+            activation.alpha = std::get<1>(gate);
+            activation.limit = std::get<2>(gate);
+            new (self) Mixture(context, router, route, first, down, gated, activation, Type(stream), Type(input));
           },
-          nb::keep_alive<1, 2>())
-      .def(
-          "add",
-          [](Decoder& d, std::tuple<Address, int, float> input_norm, std::tuple<Address, int, float> post_norm,
-             const Linear& qkv, const Linear& o, const Linear& gate_up, const Linear& down, int stream, int input,
-             Address cos, Address sin, int64_t num_positions, Address q_norm, Address k_norm, int norm_type, float eps,
-             int heads, int kv_heads, int head_dim, int rotary_dim, float scale, int window) {
-            DecoderLayer layer{};
-            layer.input_norm = norm_weight(input_norm);
-            layer.post_norm = norm_weight(post_norm);
-            layer.qkv = &qkv;
-            layer.o = &o;
-            layer.gate_up = &gate_up;
-            layer.down = &down;
-            Rope& rope = layer.rope;
-            rope.type = Type(stream);
-            rope.cos = at<const float>(cos);
-            rope.sin = at<const float>(sin);
-            rope.q_norm = at(q_norm, norm_type);
-            rope.k_norm = at(k_norm, norm_type);
-            rope.norm_type = Type(norm_type);
-            rope.eps = eps;
-            rope.heads = heads;
-            rope.kv_heads = kv_heads;
-            rope.head_dim = head_dim;
-            rope.rotary_dim = rotary_dim;
-            Attention& a = layer.attention;
-            a.type = Type(stream);
-            a.out_type = Type(input);
-            a.scale = scale;
-            a.heads = heads;
-            a.kv_heads = kv_heads;
-            a.head_dim = head_dim;
-            a.window = window;
-            layer.num_positions = num_positions;
-            d.add(layer);
-          },
-          nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
-      .def("set_cache",
-           [](Decoder& d, int i, Address k, Address v, int type, float k_scale, float v_scale, int num_blocks,
-              int block_size, Address k_blocks, Address v_blocks) {
-             DecoderLayer& layer = d.layer(i);
-             layer.attention.k = layer.rope.k = at(k, type);
-             layer.attention.v = layer.rope.v = at(v, type);
-             layer.rope.kv_type = layer.attention.kv_type = Type(type);
-             layer.rope.k_scale = layer.attention.k_scale = k_scale;
-             layer.rope.v_scale = layer.attention.v_scale = v_scale;
-             layer.rope.block_size = layer.attention.block_size = block_size;
-             layer.attention.k_blocks = layer.rope.k_blocks = at<uint8_t>(k_blocks);
-             layer.attention.v_blocks = layer.rope.v_blocks = at<uint8_t>(v_blocks);
-             layer.num_blocks = num_blocks;
-           })
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 12>(), nb::keep_alive<1, 13>())
       .def(
           "run",
-          [](Decoder& d, Address ids, int rows, Address logits_rows, int wanted, Address out, Address positions,
-             Address slots, Address tables, int table_stride, Address cu_seqlens, Address seq_lens, int sequences) {
-            d.run({at<const int64_t>(ids), rows, at<const int64_t>(logits_rows), wanted, at(out, int(d.input())),
-                   at<const int64_t>(positions), at<const int64_t>(slots), at<const int32_t>(tables),
-                   at<const int32_t>(cu_seqlens), at<const int32_t>(seq_lens), table_stride, sequences});
+          [](Mixture& m, Address x, Address inner_x, int rows, Address shared, Address gate, Address out) {
+            m.run(at(x, int(m.input())), at(inner_x, int(m.input())), rows, at(shared, int(m.stream())), at<const float>(gate),
+                  at(out, int(m.stream())));
+          },
+          no_gil)
+      .def_prop_ro("chosen", &Mixture::chosen, "Experts that the last call chose, token by token, best first.");
+
+  nb::class_<LatentLayer>(m, "LatentLayer")
+      .def(
+          "__init__",
+          [](LatentLayer* self, Context& context, std::tuple<int, int, int, int, int, int> sizes, bool interleaved, float scale,
+             std::tuple<Address, int, float> q_norm, const Linear* q_b, std::tuple<Address, int, float> kv_norm,
+             const Experts& keys, const Experts& values, Address cos, Address sin, int64_t num_positions, int stream, int input) {
+            const auto [heads, nope, rope, rank, value, query_width] = sizes;
+            new (self) LatentLayer(context, {heads, nope, rope, rank, value, query_width, interleaved, scale}, norm_weight(q_norm),
+                                   q_b, norm_weight(kv_norm), keys, values, at<const float>(cos), at<const float>(sin),
+                                   num_positions, Type(stream), Type(input));
+          },
+          nb::arg("context"), nb::arg("sizes"), nb::arg("interleaved"), nb::arg("scale"), nb::arg("q_norm"),
+          nb::arg("q_b").none(), nb::arg("kv_norm"), nb::arg("keys"), nb::arg("values"), nb::arg("cos"), nb::arg("sin"),
+          nb::arg("num_positions"), nb::arg("stream"), nb::arg("input"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 7>(),
+          nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>())
+      .def(
+          "run",
+          [](LatentLayer& l, Address projected, int rows, Address positions, Address slots, Address tables, Address seq_lens,
+             int table_stride, Address cache, int block_size, int num_blocks, Address out) {
+            l.run({at(projected, int(l.stream())), rows, at<const int64_t>(positions), at<const int64_t>(slots),
+                   at<const int32_t>(tables), at<const int32_t>(seq_lens), table_stride, at(cache, int(l.input())), block_size,
+                   num_blocks, at(out, int(l.input()))});
           },
           no_gil);
+
+  bind_decoder(m);
 }

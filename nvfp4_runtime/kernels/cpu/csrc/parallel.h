@@ -40,6 +40,7 @@ class [[maybe_unused]] PlainFloats {
 #endif
 };
 
+constexpr int kPlainRowsAtOnce = 512;  // prefill rows kept packed for plain weights: 512 x 2048 x 2 bytes = 2 MiB
 constexpr size_t kPieceBytes = 96 * 1024;  // weights a thread takes at a time
 
 // Pieces of `unit_bytes` items for `threads`: small enough to balance, large enough to be worth a hand-over.

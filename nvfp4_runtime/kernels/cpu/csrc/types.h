@@ -224,13 +224,13 @@ static constexpr size_t latent_scratch(int rank, int rope) {
   return static_cast<size_t>(kLatentTile) * round16(rank + rope) + kLatentHeads * (2 * static_cast<size_t>(round16(rank + rope)) + 2 * 16 + kLatentTile);
 }
 
-// Mamba-2's convolution and scan; see Mamba2Kernel in kernels/ops.py. All float32 but xbc and dt.
+// Mamba-2's convolution, scan and gated norm; see Mamba2Kernel in kernels/ops.py. All float32 but gate, xbc, dt, b and `out`.
 //
 // The gated delta rule (DeltaKernel) has the same convolution, steps and decays, and other names: heads are value heads,
-// groups key heads, `state` is a key's width; its channels go queries, keys, values. There is no d, and there is b.
+// groups key heads, `state` is a key's width; its channels go queries, keys, values. There is no d, no gate, and there is b.
 struct Mamba2 {
-  const void* xbc;  // [t][conv_dim] of `type`
-  const void* dt;   // [t][heads] of `type`
+  const void *gate, *xbc, *dt;  // [t][inner], or null; [t][conv_dim]; [t][heads]: of `type`
+  size_t xbc_row, dt_row;       // elements between their tokens; the gate's lie as xbc's
   Type type;
   const float* dt_bias;      // [heads]
   const float* a;            // [heads], negative
@@ -238,22 +238,43 @@ struct Mamba2 {
   const float* conv_weight;  // [conv_width][conv_dim], oldest first
   const float* conv_bias;    // [conv_dim]
   const float* d;            // [heads]
+  const float* norm;         // [inner]
+  float eps;
   float* conv_state;         // [slots][conv_width - 1][conv_dim]
   float* ssm_state;          // [slots][heads][head_dim][state]
   const int64_t* slots;      // per sequence
   const int64_t* positions;  // per token
   const int32_t* cu_seqlens;
   int heads, head_dim, state, groups, conv_width;
-  int pieces;    // of kConvPiece channels: an item of the convolution is one sequence and one piece
+  void* out;  // [t][inner] of out_type
+  Type out_type;
+  int pieces;     // of kConvPiece channels: an item of the convolution is one sequence and one piece
   float* mixed;   // [t][conv_dim], what the convolution gives and the scan reads
   float* steps;   // [t][heads]: max(softplus(dt + dt_bias), min_step)
   float* decays;  // [t][heads]: exp(step * a)
-  float* out;    // [t][heads * head_dim]
+  float* y;       // [t][inner], what the scan gives and the norm reads; the delta rule's result
   const void* b;  // [t][heads] of `type`: its sigmoid is how much of a value is written
-  int conv_dim() const { return heads * head_dim + 2 * groups * state; }
+  int inner() const { return heads * head_dim; }
+  int conv_dim() const { return inner() + 2 * groups * state; }
+  // Mamba-2's input: [t][inner + conv_dim + heads], the gate, the convolution's input, the steps.
+  void split(const void* projected, int num_heads, int dim, int state_size, int num_groups) {
+    heads = num_heads;
+    head_dim = dim;
+    state = state_size;
+    groups = num_groups;
+    const size_t bytes = type == Type::f32 ? 4 : 2;
+    gate = projected;
+    xbc = static_cast<const char*>(gate) + static_cast<size_t>(inner()) * bytes;
+    dt = static_cast<const char*>(xbc) + static_cast<size_t>(conv_dim()) * bytes;
+    xbc_row = dt_row = static_cast<size_t>(inner()) + static_cast<size_t>(conv_dim()) + static_cast<size_t>(heads);
+  }
 };
 
 constexpr int kConvPiece = 256;
+
+}  // namespace nvfp4
+#include "layer_types.h"
+namespace nvfp4 {
 
 // One ISA's kernels. Every function works on [begin, end) of its outermost axis and touches nothing else, so any split
 // over threads gives the same bits.
@@ -277,7 +298,12 @@ struct Kernels {
   void (*mamba2_steps)(const Mamba2&, int begin, int end);            // tokens
   void (*mamba2_conv)(const Mamba2&, int begin, int end);             // items
   void (*mamba2_scan)(const Mamba2&, int begin, int end);             // sequences x heads
+  void (*mamba2_norm)(const Mamba2&, int begin, int end);             // tokens
   void (*delta_scan)(const Mamba2&, int begin, int end);              // sequences x value heads
+  void (*relu_squared)(const ReluSquared&, int begin, int end);       // tokens
+  void (*weigh)(const Weigh&, int begin, int end);                    // tokens
+  void (*latent_prepare)(const LatentPrepare&, int begin, int end);   // tokens
+  void (*latent_queries)(const LatentQueries&, int begin, int end);   // tokens
   void (*quantize)(const PackX&, uint8_t* codes, uint8_t* scales);  // codes as codec.quantize_activation gives them
   void (*quantize_weight)(const QuantizeWeight&, int begin, int end);  // rows
 };

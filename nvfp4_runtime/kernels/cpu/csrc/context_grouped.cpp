@@ -1,0 +1,191 @@
+// Many weights over rows sorted by weight: the rows of all are packed once, then the threads share the pieces of all weights at
+// once, so that weights with few rows leave no thread idle.
+#include <utility>
+
+#include "context.h"
+#include "parallel.h"
+
+namespace nvfp4 {
+namespace {
+
+struct ExpertsCall {
+  const Kernels* kernels;
+  const PackX* packs;
+  const LinearNVFP4* linears;
+  const std::vector<ExpertPiece>* pieces;
+  static void pack(const void* context, int begin, int end, int) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const ExpertsCall*>(context);
+    for (int i = begin; i < end; i++) {
+      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
+      call->kernels->pack_x(call->packs[piece.expert], piece.begin, piece.end);
+    }
+  }
+  static void multiply(const void* context, int begin, int end, int) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const ExpertsCall*>(context);
+    for (int i = begin; i < end; i++) {
+      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
+      call->kernels->linear_nvfp4(call->linears[piece.expert], piece.begin, piece.end);
+    }
+  }
+};
+
+struct PlainExpertsCall {
+  const Kernels* kernels;
+  const PackPlain* packs;
+  const LinearPlain* linears;
+  const std::vector<ExpertPiece>* pieces;
+  float* const* scratch;
+  static void pack(const void* context, int begin, int end, int) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const PlainExpertsCall*>(context);
+    for (int i = begin; i < end; i++) {
+      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
+      call->kernels->pack_plain(call->packs[piece.expert], piece.begin, piece.end);
+    }
+  }
+  static void multiply(const void* context, int begin, int end, int thread) {
+    const PlainFloats guard;
+    const auto* call = static_cast<const PlainExpertsCall*>(context);
+    for (int i = begin; i < end; i++) {
+      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
+      call->kernels->linear_plain(call->linears[piece.expert], piece.begin, piece.end, call->scratch[thread]);
+    }
+  }
+};
+
+}  // namespace
+
+Experts::Experts(const std::vector<const Linear*>& e) {
+  for (const Linear* w : e) {
+    if (w->n != e[0]->n || w->k != e[0]->k) throw std::invalid_argument("experts differ in shape");
+    if (const auto* p = dynamic_cast<const PackedNVFP4*>(w)) packed.push_back(p);
+    if (const auto* p = dynamic_cast<const PlainWeight*>(w)) plain.push_back(p);
+  }
+  if (e.empty() || (packed.size() != e.size() && plain.size() != e.size()))
+    throw std::invalid_argument("experts differ in format");
+  for (const auto* w : packed)
+    if (w->numerics != packed[0]->numerics || w->e8m0 != packed[0]->e8m0)
+      throw std::invalid_argument("experts differ in format or numerics");
+  for (const auto* w : plain)
+    if (w->weight.weight_type != plain[0]->weight.weight_type) throw std::invalid_argument("experts differ in type");
+  n = e[0]->n;
+  k = e[0]->k;
+}
+
+void Context::grouped(const Experts& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
+                      Type out_type) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (rows == 0) return;
+  w.plain.empty() ? grouped_nvfp4(w.packed, x, type, offsets, out, out_type)
+                  : grouped_plain(w.plain, x, type, offsets, out, out_type);
+}
+
+void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void* x, Type type, const int32_t* offsets,
+                            void* out, Type out_type) {
+  const PackedNVFP4& one = *w[0];
+  const int n = one.n, k = one.k;
+  const Operand operand = operand_of(one, type);
+  const int most = kernels_.max_rows(operand);
+  const size_t row_words = static_cast<size_t>(k / kGroup) * words_per_group(operand);
+  size_t stored = 0;  // rows of x as packed: every expert begins a block
+  for (size_t e = 0; e < w.size(); e++)
+    stored += static_cast<size_t>((offsets[e + 1] - offsets[e] + most - 1) / most * most);
+  uint32_t* packed = static_cast<uint32_t*>(x_.bytes(stored * row_words * sizeof(uint32_t)));
+  expert_packs_.clear();
+  expert_linears_.clear();
+  expert_pieces_.clear();
+  for (size_t e = 0; e < w.size(); e++) {
+    const int m = offsets[e + 1] - offsets[e], blocks = (m + most - 1) / most;
+    if (m == 0) continue;
+    const PackedNVFP4& weight = *w[e];
+    PackX pack{};
+    pack.x = static_cast<const char*>(x) + static_cast<size_t>(offsets[e]) * k * type_bytes(type);
+    pack.type = type;
+    pack.m = m;
+    pack.k = k;
+    pack.operand = operand;
+    pack.input_scale = weight.input_scale;
+    pack.packed = packed;
+    LinearNVFP4 a{};
+    a.weights = weight.data();
+    a.e8m0 = weight.e8m0;
+    a.row_scale = weight.row_scale();
+    a.bias = weight.bias();
+    a.x = packed;
+    a.operand = operand;
+    a.m = m;
+    a.n = n;
+    a.k = k;
+    a.out = static_cast<char*>(out) + static_cast<size_t>(offsets[e]) * n * type_bytes(out_type);
+    a.out_type = out_type;
+    for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
+    expert_packs_.push_back(pack);
+    expert_linears_.push_back(a);
+    packed += static_cast<size_t>(blocks) * most * row_words;
+  }
+  const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
+  pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);
+  const int panels = one.panels(), active = static_cast<int>(expert_linears_.size());
+  const int grain = grain_of(panels * active, panel_bytes(k), pool_.threads());
+  expert_pieces_.clear();
+  for (int e = 0; e < active; e++)
+    for (int p = 0; p < panels; p += grain) expert_pieces_.push_back({e, p, std::min(panels, p + grain)});
+  pool_.run(ExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
+}
+
+void Context::grouped_plain(const std::vector<const PlainWeight*>& w, const void* x, Type type, const int32_t* offsets,
+                            void* out, Type out_type) {
+  const LinearPlain& one = w[0]->weight;
+  const int n = one.n, k = one.k;
+  const bool pairs = kernels_.pairs && type == Type::bf16 && (one.weight_type == Type::bf16 || one.weight_type == Type::e4m3);
+  const size_t packed_row = static_cast<size_t>(plain_vectors(k, pairs)) * 64;
+  const size_t x_row = static_cast<size_t>(k) * type_bytes(type), out_row = static_cast<size_t>(n) * type_bytes(out_type);
+  int most = 0;
+  for (size_t e = 0; e < w.size(); e++) most = std::max(most, offsets[e + 1] - offsets[e]);
+  if (most > kPlainRowsAtOnce) {  // each of them keeps the threads busy
+    for (size_t e = 0; e < w.size(); e++) {
+      const size_t first = static_cast<size_t>(offsets[e]);
+      if (offsets[e + 1] > offsets[e])
+        linear_plain(w[e]->weight, static_cast<const char*>(x) + first * x_row, type, offsets[e + 1] - offsets[e],
+                     static_cast<char*>(out) + first * out_row, out_type);
+    }
+    return;
+  }
+  char* packed = static_cast<char*>(x_.bytes(packed_row * static_cast<size_t>(offsets[w.size()])));
+  plain_packs_.clear();
+  plain_linears_.clear();
+  expert_pieces_.clear();
+  for (size_t e = 0; e < w.size(); e++) {
+    const int m = offsets[e + 1] - offsets[e];
+    if (m == 0) continue;
+    const size_t first = static_cast<size_t>(offsets[e]);
+    const int panels = m <= kernels_.plain_first ? 1 : (m + kernels_.plain_width - 1) / kernels_.plain_width;
+    const int width = (m + panels - 1) / panels, pack = static_cast<int>(plain_packs_.size());
+    char* to = packed + first * packed_row;
+    plain_packs_.push_back({static_cast<const char*>(x) + first * x_row, type, one.weight_type, m, k, width, to});
+    for (int p = 0; p < (m + width - 1) / width; p++) expert_pieces_.push_back({pack, p, p + 1});
+    LinearPlain a = w[e]->weight;
+    a.pairs = pairs;
+    a.out_type = out_type;
+    a.x = to;
+    a.m = m;
+    a.width = width;
+    a.out = static_cast<char*>(out) + first * out_row;
+    plain_linears_.push_back(a);
+  }
+  addresses_.clear();
+  const size_t scratch = most <= kernels_.plain_first ? 0 : plain_scratch(k, pairs);
+  for (auto& s : per_thread_) addresses_.push_back(static_cast<float*>(s.bytes(scratch)));
+  const PlainExpertsCall call{&kernels_, plain_packs_.data(), plain_linears_.data(), &expert_pieces_, addresses_.data()};
+  pool_.run(PlainExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), row_grain(packed_row));
+  const int groups = (n + 15) / 16, active = static_cast<int>(plain_linears_.size());
+  const int grain = grain_of(groups * active, static_cast<size_t>(k) * 16 * type_bytes(one.weight_type), pool_.threads());
+  expert_pieces_.clear();
+  for (int e = 0; e < active; e++)
+    for (int g = 0; g < groups; g += grain) expert_pieces_.push_back({e, g, std::min(groups, g + grain)});
+  pool_.run(PlainExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
+}
+
+}  // namespace nvfp4
