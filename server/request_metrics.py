@@ -10,6 +10,8 @@ from server.request_log import is_probe
 from server.request_record import RequestRecord
 
 _SECONDS = [0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
+# Any other is a stranger's word: a label for each would let strangers make series.
+_METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
 NO_HANDLER = "none"  # what no route answered: paths are strangers' words and no labels
 
 
@@ -50,8 +52,9 @@ class RequestMetrics:
             return
         status = record.status or 499
         handler = record.handler or NO_HANDLER
-        self._requests.labels(handler, record.method, f"{status // 100}xx").inc()
+        method = record.method if record.method in _METHODS else "other"
+        self._requests.labels(handler, method, f"{status // 100}xx").inc()
         self._responses.labels(str(status)).inc()
-        self._seconds.labels(handler, record.method).observe(record.seconds)
+        self._seconds.labels(handler, method).observe(record.seconds)
         if counts := [choice.num_tokens for choice in record.choices]:
             self._max_tokens.observe(max(counts))

@@ -33,7 +33,7 @@ class GrammarQueue:
 
     The library's own limits end a compile; `COMPILE_SECONDS` says how long a request waits for that, from when its turn
     has come: what others took is not held against it. Grammars that need a trial may take seconds and have a thread of
-    their own; the others do not wait for them, and among them short ones need not wait for many long ones.
+    their own; the others do not wait for them. In each thread tenants take turns, and of each short ones go first.
     `fileno` becomes readable when a request has become ready, so that an idle engine can sleep until then.
     """
 
@@ -59,7 +59,7 @@ class GrammarQueue:
             return False
         waiting = self._waiting[submit.request_id] = _Waiting(submit)
         line = self._tried if self._grammars.needs_trial(spec) else self._quick
-        waiting.done = line.submit(len(spec.value), partial(self._compile, spec, waiting))
+        waiting.done = line.submit(submit.tenant, len(spec.value), partial(self._compile, spec, waiting))
         waiting.done.add_done_callback(self._wake)
         return True
 

@@ -21,7 +21,7 @@ from nvfp4_runtime.engine.phases import Phases
 from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
-from nvfp4_runtime.models import load_model
+from nvfp4_runtime.models import describe_model, load_model
 from tests.engine.helpers import run_to_end, submit, tokens_of
 from tests.engine.twin import TwinDevice
 from tests.tiny import tiny_nvfp4_llama, tiny_qwen3
@@ -58,7 +58,8 @@ def on_twin(
 ) -> tuple[Engine, TwinGpu, Kernels, Phases, list[tuple[str, float]]]:
     """`config` as build_engine would start it on a GPU, and what start-up left behind."""
     checkpoint = Checkpoint.open(config.model)
-    kernels = Kernels(available_backends("auto", config.threads), build._resolve_dtype(config, checkpoint.raw_config))
+    dtype = build._resolve_dtype(config, describe_model(checkpoint.raw_config).dtype)
+    kernels = Kernels(available_backends("auto", config.threads), dtype)
     model = load_model(checkpoint, kernels, config.cache.kv_dtype, plain.info.max_model_len)
     progress: list[tuple[str, float]] = []
     phases, gpu = Phases(lambda name, fraction: progress.append((name, fraction))), TwinGpu(lag)

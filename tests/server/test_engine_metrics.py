@@ -116,6 +116,9 @@ async def test_http_requests_are_counted_by_route_and_not_by_path(serve: Serve) 
     assert await server.metric("http_requests_total", **completions, status="2xx") == 1
     assert await server.metric("http_requests_total", **completions, status="4xx") == 1
     assert await server.metric("http_requests_total", handler="none", status="4xx") == 1
+    await server.http.request("PROPFIND", "/v1/completions")
+    await server.http.request("MKCOL", "/v1/completions")
+    assert await server.metric("http_requests_total", method="other", status="4xx") == 2
     assert await server.metric("http_request_duration_seconds_count", **completions) == 2
     for code, count in (("200", 1), ("400", 1), ("404", 1)):
         assert await server.metric("nvfp4_http_responses_total", code=code) == count
