@@ -12,7 +12,7 @@ from typing import NoReturn
 from nvfp4_runtime import __version__
 from nvfp4_runtime.engine.logs import LOG_FORMATS, configure_logs
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error, printable
-from server.commands import evaluate, flags, inspect, limits, parallel, quantize, reliability, security, top
+from server.commands import distill, evaluate, flags, inspect, limits, parallel, quantize, reliability, security, top
 from server.reasoning.parsers import REASONING_PARSERS
 from server.tools.parsers import TOOL_PARSERS
 
@@ -78,6 +78,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
     quantize.add_parser(commands)
     inspect.add_parser(commands)
+    distill.add_parser(commands)
     evaluate.add_parser(commands)
     top.add_parser(commands)
 

@@ -32,6 +32,8 @@ HOSTS_OWN = (
     "shutdown_timeout",
     "otlp_traces_endpoint",
 )
+# Flags about several processes of one server, which nothing here starts.
+SEVERAL_PROCESSES = ("tensor_parallel_size", "data_parallel_size")
 
 
 async def embedded_app(flags: Sequence[str]) -> FastAPI:
@@ -45,6 +47,10 @@ async def embedded_app(flags: Sequence[str]) -> FastAPI:
         if getattr(args, name) != serve.get_default(name):
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} belongs to who owns the port, which is not this process; leave it out", flag)
+    for name in SEVERAL_PROCESSES:
+        if getattr(args, name, 1) != 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is not supported without a port of our own; use `nvfp4 serve`", flag)
     config = server_config(args, args.model)
     model = ""
     if not args.simulate:

@@ -39,6 +39,7 @@ MAY_IMPORT["text"] = {"errors"}
 MAY_IMPORT["structured"] = {"errors", "process"}
 MAY_IMPORT["quantize"] = {p for group in CHAIN[:5] for p in group}
 MAY_IMPORT["evaluate"] = {p for group in CHAIN for p in group} | {"text", "quantize"}
+MAY_IMPORT["distill"] = {p for group in CHAIN for p in group} | {"text", "quantize", "evaluate", "llm"}
 MAY_IMPORT["llm"] = {p for group in CHAIN for p in group} | {"text"}  # the offline door: engine and text in one process
 MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the names it offers
 
@@ -85,6 +86,9 @@ TORCH_FREE = (
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
 FORBIDDEN_TRUE = {"allow_pickle", "trust_remote_code", "shell"}
+
+
+_TRAINS = f"{RUNTIME}.distill.hf"  # teachers, and the modules that students are built in
 
 
 def sources(*packages: str) -> list[Path]:
@@ -140,8 +144,8 @@ def runtime_violations(module: str, imported: str) -> str | None:
     top = imported.split(".")[0]
     if top in PRODUCT and top != RUNTIME:
         return f"the runtime does not know {top}"
-    if top == "transformers" and not module.startswith(f"{RUNTIME}.models.from_transformers."):
-        return "transformers is for models/from_transformers, tests and benchmarks"
+    if top == "transformers" and not module.startswith(f"{RUNTIME}.models.from_transformers.") and module != _TRAINS:
+        return f"transformers is for models/from_transformers, {_TRAINS}, tests and benchmarks"
     if top != RUNTIME:
         return None
     part, target = part_of(module), part_of(imported)
@@ -218,6 +222,10 @@ def test_every_part_of_the_runtime_has_its_place():
         ("nvfp4_runtime.quantize.ptq", "nvfp4_runtime.engine.engine", False),
         ("nvfp4_runtime.evaluate.scorer", "nvfp4_runtime.engine.build", True),
         ("nvfp4_runtime.engine.engine", "nvfp4_runtime.evaluate.scorer", False),
+        ("nvfp4_runtime.distill.synthesize", "nvfp4_runtime.llm", True),
+        ("nvfp4_runtime.distill.hf", "transformers", True),
+        ("nvfp4_runtime.distill.trainer", "transformers", False),
+        ("nvfp4_runtime.quantize.ptq", "nvfp4_runtime.distill.run", False),
         ("nvfp4_runtime.engine.core", "server.app", False),
         ("nvfp4_runtime.sampling.params", "nvfp4_runtime.structured.spec", True),
         ("nvfp4_runtime.structured.compiler", "nvfp4_runtime.text.tokenizer", False),

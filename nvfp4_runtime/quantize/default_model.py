@@ -52,6 +52,11 @@ def ensure_default_model(progress: bool = True) -> Path:
     return _ensure(cache_folder() / f"{NAME}-NVFP4", _make_nvfp4, progress)
 
 
+def distilled_folder() -> Path:
+    """Where `nvfp4 distill --preset default` puts the default model it recovers; nothing looks there by itself."""
+    return cache_folder() / f"{NAME}-NVFP4-QAD"
+
+
 def cache_folder() -> Path:
     """Where this version of the default model lives: $XDG_CACHE_HOME or ~/.cache, then nvfp4/default-<version>."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

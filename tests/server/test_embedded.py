@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from nvfp4_runtime.errors import ConfigError
+from server.cli import _parser
 from server.embedded import embedded_app, why_unhealthy
 
 
@@ -30,6 +31,14 @@ async def test_it_answers_as_serve_would_and_ends_its_engine_with_its_lifespan()
 async def test_a_flag_of_the_port_is_refused_and_named(flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=flags[0]):
         await embedded_app(["--simulate", *flags])
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--data-parallel-size"])
+async def test_what_it_does_not_start_is_refused_and_not_left_out_silently(flag: str) -> None:
+    if flag not in _parser()[1].format_help():
+        pytest.skip(f"serve has no {flag} yet")
+    with pytest.raises(ConfigError, match=flag):
+        await embedded_app(["--simulate", flag, "2"])
 
 
 async def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:
