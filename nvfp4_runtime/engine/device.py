@@ -78,7 +78,7 @@ def resolve_device(asked: DeviceName, backend: str, index: int = 0) -> torch.dev
         return torch.device("cpu")
     reason = why_no_gpu()
     if reason is None:
-        if index >= torch.cuda.device_count():
+        if index and index >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {index} of this host needs a GPU of its own; there are {torch.cuda.device_count()}"
             )
