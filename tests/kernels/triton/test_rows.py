@@ -64,8 +64,8 @@ def test_gates_are_the_reference_s(triton_backend, rows, width, dtype, out, gate
     x = random_tensor(rows, 2 * width, seed=1, dtype=getattr(torch, dtype)) * 8
     x[0, :4] = torch.tensor([100.0, -100.0, -87.5, 0.0])
     expected, found = REFERENCE.silu_mul(spec)(x), triton_backend.silu_mul(spec)(*device_of(triton_backend, x))
-    # Where 1 + tanh cancels, tanh's last bit (2^-23 of a half, twice) is all that is left: times gate (6 at most where it
-    # is not 0) times up (40 at most here).
+    # Where 1 + tanh cancels, tanh's last bit, 2^-24, is all that is left: times the gate (6 at most where it is not 0)
+    # times up (40 at most here).
     atol = 6 * 40 * 2**-24 if gate.form == "gelu_tanh" else 1e-6
     torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=TOLERANCE[out], atol=atol)
 
