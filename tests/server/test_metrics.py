@@ -36,6 +36,7 @@ OURS = {
     "nvfp4_weight_bytes", "nvfp4_kv_cache_bytes", "nvfp4_kv_cache_blocks", "nvfp4_kv_cache_used_blocks",
     "nvfp4_event_loop_lag_seconds", "nvfp4_invalid_outputs", "nvfp4_step_faults", "nvfp4_step_memory_faults",
     "nvfp4_degenerate_outputs", "nvfp4_engine_restarts", "nvfp4_engine_stalls", "nvfp4_engine_up",
+    "nvfp4_queued_prompt_tokens", "nvfp4_max_queued_prompt_tokens",
     "nvfp4_tokens_per_second", "nvfp4_layer_kernel_info", "nvfp4_numerics_info", "nvfp4_startup_seconds",
     "nvfp4_engine_steps", "nvfp4_step_seconds", "nvfp4_step_duration_seconds", "nvfp4_queue_age_seconds",
     "nvfp4_stall_seconds", "nvfp4_scratch_bytes", "nvfp4_layer_weight_bytes", "nvfp4_backend_info",
