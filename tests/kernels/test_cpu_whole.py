@@ -59,7 +59,8 @@ def make(
         plain.activation = backend.silu_mul(ActivationSpec(INNER, stream, dtype))
     else:
         plain.activation = backend.relu_squared(ReluSquaredSpec(INNER, stream, dtype))
-    plain.dtype, plain.bounds = getattr(torch, dtype), torch.arange(EXPERTS + 1)
+    plain.dtype, plain.bounds, plain.has_all = getattr(torch, dtype), torch.arange(EXPERTS + 1), True
+    plain.stream, plain.width = getattr(torch, stream), HIDDEN
     router = backend.linear(
         DenseWeight(random_tensor(EXPERTS, HIDDEN, seed=50)),
         LinearSpec(EXPERTS, HIDDEN, "bf16", None, dtype, "float32"),
