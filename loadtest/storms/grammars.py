@@ -21,6 +21,7 @@ from loadtest.storms.verdict import Verdict, percentile
 COUNT, SHORT_COUNT = 10_000, 60
 CLIENTS = 8
 COMPILE_SECONDS = 2.0
+YIELD_SECONDS = 25.0  # for which a grammar of half a megabyte lets shorter ones past (docs/structured-output.md)
 # The short form runs in CI, beside other tests: there it says that nothing hangs, not how fast it is.
 SHORT_PATIENCE = 8.0
 ANSWER_SECONDS = 60.0
@@ -196,7 +197,9 @@ async def storm(server: Target, count: int, warm: int, rss_mib: float, patience:
     verdict.at_most(
         "seconds that an ordinary grammar took, p99", percentile(ordinary, 0.99), COMPILE_SECONDS * patience
     )
-    verdict.at_most("seconds that a bomb took, worst", max(bombs), COMPILE_SECONDS * CLIENTS * patience)
+    verdict.at_most(
+        "seconds that a bomb took, worst", max(bombs), (COMPILE_SECONDS * CLIENTS + YIELD_SECONDS) * patience
+    )
     verdict.at_most("event loop lag p99, ms", lag * 1e3, 20 * patience)
     verdict.equal("plain requests that failed", plain.failures, 0)
     verdict.at_most("RSS growth, MiB", (after_footprint.rss_bytes - footprint.rss_bytes) / MIB, rss_mib)
