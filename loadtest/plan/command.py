@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -244,7 +245,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 def run_validate(args: argparse.Namespace) -> int:
     candidate = parse_model(f"server={args.model}")
     limits = Limits(args.max_num_seqs, args.max_num_batched_tokens, args.max_context)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say = partial(print, file=sys.stderr, flush=True)
     measured = read_measured(args.measured) if args.measured else calibrate(candidate, limits, say)
     machine, tokenize = measured_machine(measured)
     loads = [Load(args.workload, Arrival("closed", float(each))) for each in args.concurrency.split(",") if each]
