@@ -11,7 +11,6 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.norm import RMSNorm
 from nvfp4_runtime.layers.rope import rope_tables
@@ -30,13 +29,9 @@ class Decoder(Stack):
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config, self.kv_dtype = config, kv_dtype
-        self.stream = getattr(torch, kernels.stream)
-        self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self.embedding = kernels.place(embedding)
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions)
         # rounded as the model was trained: the embedding's type, not the stream's
-        self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(embedding.dtype))
+        self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype))
         assert config.local_rope is not None
         ropes = {}
         for windowed, rope in ((True, config.local_rope), (False, config.rope)):
@@ -46,12 +41,10 @@ class Decoder(Stack):
             DecoderLayer(ckpt, kernels, config, i, *ropes[window is not None], kv_dtype)
             for i, window in enumerate(config.layer_windows)
         ]
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", hidden, eps, zero_centred=config.zero_centred)
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(
             attention_spec(ckpt, config, i, f"{config.root}.layers.{i}.self_attn") for i in range(config.num_layers)
         )
+        self.end(ckpt, kernels, lm_head_dtype)
 
 
 class DecoderLayer:

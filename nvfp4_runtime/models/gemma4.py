@@ -13,7 +13,6 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import Gemma4Layer, HeadDtype, KVDtype, ModelConfig, MoEConfig
 from nvfp4_runtime.kernels.ops import PagedAttentionSpec, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.linear import Linear, linear_kernel, load_weight
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.moe import Experts, route
@@ -34,14 +33,9 @@ class Decoder(Stack):
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config, self.kv_dtype = config, kv_dtype
-        self.stream = getattr(torch, kernels.stream)
-        self.max_positions = max_positions or config.max_position_embeddings
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, hidden))
-        self.embedding = kernels.place(embedding)
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions)
         # rounded as the model was trained: the embedding's type, not the stream's
-        self.embedding_scale = float(torch.tensor(hidden**0.5).to(embedding.dtype))
+        self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(self.embedding.dtype))
         ropes: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         for layer in config.gemma4:
             rope = config.local_rope if layer.windowed else config.rope
@@ -53,12 +47,11 @@ class Decoder(Stack):
             DecoderLayer(ckpt, kernels, config, i, *ropes[layer.windowed, layer.head_dim], kv_dtype)
             for i, layer in enumerate(config.gemma4)
         ]
-        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", hidden, eps)
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(
             attention_spec(ckpt, of_layer(config, layer), i, f"{config.root}.layers.{i}.self_attn")
             for i, layer in enumerate(config.gemma4)
         )
+        self.end(ckpt, kernels, lm_head_dtype)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As Stack's; logits are pulled into ±final_softcap."""

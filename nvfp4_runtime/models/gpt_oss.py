@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
+from nvfp4_runtime.kernels.whole_ops import BlockOps
 from nvfp4_runtime.layers.attention import Attention
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.moe import MoE
 from nvfp4_runtime.layers.norm import RMSNorm
-from nvfp4_runtime.layers.rope import rope_tables
 from nvfp4_runtime.models.stack import Stack, attention_spec
 
 
@@ -29,19 +27,14 @@ class Decoder(Stack):
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config, self.kv_dtype = config, kv_dtype
-        self.stream = getattr(torch, kernels.stream)
-        self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self.embedding = kernels.place(embedding)
-        tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
-        cos, sin = (kernels.place(table) for table in tables)
-        self.layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
-        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", config.hidden_size, config.rms_norm_eps)
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions)
+        cos, sin = self.rope_tables(kernels)
+        layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
+        self.layers = layers
         self.kv_specs = tuple(
             attention_spec(ckpt, config, i, f"{config.root}.layers.{i}.self_attn") for i in range(config.num_layers)
         )
+        self.end(ckpt, kernels, lm_head_dtype, [block for layer in layers for block in layer.ops()])
 
 
 class DecoderLayer:
@@ -70,3 +63,10 @@ class DecoderLayer:
         fed, residual = self.input_norm.fed(x, residual)
         normed, residual = self.post_attention_norm(self.attention(fed, batch), residual)
         return self.mlp(normed, batch.adapters), residual
+
+    def ops(self) -> list[BlockOps]:
+        """The same layer for a backend that runs all of them as one call."""
+        return [
+            BlockOps(self.input_norm.op, self.attention.ops()),
+            BlockOps(self.post_attention_norm.op, self.mlp.ops()),
+        ]

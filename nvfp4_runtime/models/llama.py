@@ -8,7 +8,6 @@ ModelConfig.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
@@ -16,21 +15,17 @@ from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec, LatentSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.kernels.whole_ops import BlockOps, DecoderOps
+from nvfp4_runtime.kernels.whole_ops import BlockOps
 from nvfp4_runtime.layers.attention import Attention
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mla import LatentAttention
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.moe import MoE
 from nvfp4_runtime.layers.norm import RMSNorm
-from nvfp4_runtime.layers.rope import rope_tables
+from nvfp4_runtime.models.stack import Stack
 
 
-class Decoder:
+class Decoder(Stack):
     """Token ids in, float32 logits out.
-
-    kv_specs  what each layer wants cached, in layer order: batch.kv[i] is made for kv_specs[i]
-    kv_dtype  the type of that cache
 
     `max_positions` bounds positions (and the rope tables' memory); None: the config's max_position_embeddings.
     """
@@ -44,42 +39,13 @@ class Decoder:
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config = config
-        self.kv_dtype = kv_dtype
-        self.stream: torch.dtype = getattr(torch, kernels.stream)
-        self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self.embedding = kernels.place(embedding)
-        tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
-        cos, sin = (kernels.place(table) for table in tables)
-        self.layers = [
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions)
+        cos, sin = self.rope_tables(kernels)
+        self.layers: list[DecoderLayer] = [
             DecoderLayer(ckpt, kernels, config, layer_id, cos, sin, kv_dtype) for layer_id in range(config.num_layers)
         ]
-        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", config.hidden_size, config.rms_norm_eps)
-        blocks = [block for layer in self.layers for block in layer.ops()]
-        self.run_as_one = kernels.decoder(DecoderOps(self.embedding, blocks, self.norm.op))
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
         self.kv_specs = tuple(_kv_spec(ckpt, config, layer) for layer in self.layers)
-
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
-        return self.lm_head(self.hidden(batch))
-
-    def hidden(self, batch: ForwardBatch) -> Tensor:
-        """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
-        as_one = self.run_as_one
-        if as_one is None or batch.adapters is not None or (as_one.decodes_only and batch.max_query_len != 1):
-            return self._op_by_op(batch)
-        return as_one(batch)
-
-    def _op_by_op(self, batch: ForwardBatch) -> Tensor:
-        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
-        residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch)
-        assert residual is not None  # a config has at least one layer
-        rows = batch.logits_rows
-        return self.norm(x[rows], residual[rows])[0]
+        self.end(ckpt, kernels, lm_head_dtype, [block for layer in self.layers for block in layer.ops()])
 
 
 class DecoderLayer:

@@ -13,16 +13,16 @@ from nvfp4_runtime.cache.specs import AttentionSpec, CacheSpec
 from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
-from nvfp4_runtime.kernels.whole_ops import BlockOps, DecoderOps
+from nvfp4_runtime.kernels.whole_ops import BlockOps
 from nvfp4_runtime.layers.attention import Attention
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mamba2 import Mamba2
 from nvfp4_runtime.layers.mlp import PlainMLP
 from nvfp4_runtime.layers.moe import MoE
 from nvfp4_runtime.layers.norm import RMSNorm
+from nvfp4_runtime.models.stack import Stack
 
 
-class Decoder:
+class Decoder(Stack):
     """Token ids in, float32 logits out; as models/llama.py's Decoder.
 
     kv_specs  keys and values of the layers of attention, states of the Mamba-2 layers, in layer order
@@ -37,40 +37,19 @@ class Decoder:
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config, self.kv_dtype = config, kv_dtype
-        self.stream: torch.dtype = getattr(torch, kernels.stream)
-        root = config.root
-        embedding = ckpt.tensor(f"{root}.embeddings.weight", (config.vocab_size, config.hidden_size))
-        self.embedding = kernels.place(embedding)
-        self.max_positions = max_positions or config.max_position_embeddings
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions, embedding="embeddings")
         no_turn = kernels.place(torch.empty(self.max_positions, 0, dtype=torch.float32))
         specs: list[CacheSpec] = []
         self.layers: list[Layer] = []
         for i in range(config.num_layers):
-            self.layers.append(Layer(ckpt, kernels, config, f"{root}.layers.{i}", i, no_turn, kv_dtype, len(specs)))
+            self.layers.append(
+                Layer(ckpt, kernels, config, f"{config.root}.layers.{i}", i, no_turn, kv_dtype, len(specs))
+            )
             if (spec := self.layers[-1].spec(ckpt)) is not None:
                 specs.append(spec)
         self.kv_specs = tuple(specs)
-        self.norm = RMSNorm(ckpt, kernels, f"{root}.norm_f", config.hidden_size, config.rms_norm_eps)
         blocks = [BlockOps(layer.norm.op, layer.mixer.ops()) for layer in self.layers]
-        self.run_as_one = kernels.decoder(DecoderOps(self.embedding, blocks, self.norm.op))
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
-
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Write the new tokens' K and V and states; return logits fp32 [R, vocab] of batch.logits_rows."""
-        return self.lm_head(self.hidden(batch))
-
-    def hidden(self, batch: ForwardBatch) -> Tensor:
-        """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
-        if self.run_as_one is not None and batch.adapters is None:
-            return self.run_as_one(batch)
-        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
-        residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch)
-        assert residual is not None  # a config has at least one layer
-        rows = batch.logits_rows
-        return self.norm(x[rows], residual[rows])[0]
+        self.end(ckpt, kernels, lm_head_dtype, blocks, norm="norm_f")
 
 
 class Layer:

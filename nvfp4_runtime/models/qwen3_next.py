@@ -3,7 +3,6 @@ experts in each. Norms' weights are stored less 1."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
@@ -13,11 +12,9 @@ from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.gated_attention import GatedAttention
 from nvfp4_runtime.layers.gated_delta import GatedDeltaNet
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.moe import MoE
 from nvfp4_runtime.layers.norm import RMSNorm
-from nvfp4_runtime.layers.rope import rope_tables
 from nvfp4_runtime.models.stack import Stack, attention_spec
 
 
@@ -36,19 +33,12 @@ class Decoder(Stack):
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config, self.kv_dtype = config, kv_dtype
-        self.stream = getattr(torch, kernels.stream)
-        self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor(f"{config.root}.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self.embedding = kernels.place(embedding)
-        tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
-        cos, sin = (kernels.place(table) for table in tables)
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions)
+        cos, sin = self.rope_tables(kernels)
         layers = [DecoderLayer(ckpt, kernels, config, i, cos, sin, kv_dtype) for i in range(config.num_layers)]
         self.layers = layers
         self.kv_specs = tuple(layer.spec for layer in layers)
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.norm = RMSNorm(ckpt, kernels, f"{config.root}.norm", hidden, eps, zero_centred=config.zero_centred)
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
+        self.end(ckpt, kernels, lm_head_dtype)
 
 
 class DecoderLayer:

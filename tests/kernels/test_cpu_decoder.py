@@ -29,6 +29,7 @@ from tests.tiny import (
     write_modelopt,
     write_plain,
 )
+from tests.tiny_families import gpt_oss_config
 
 TOKENS = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(3)).tolist()
 # new tokens per sequence and step: a prompt, its chunks beside decodes, decodes alone
@@ -100,6 +101,7 @@ FAMILIES = {
     "glm4_moe": glm4_moe_config(),
     "deepseek_v3": deepseek_v3_config(),
     "nemotron_h": nemotron_h_config(),
+    "gpt_oss": gpt_oss_config(),
 }
 
 
