@@ -82,10 +82,16 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, config: dict[str, Any], log: Path, profile: bool = False, steps: bool = False
+        self,
+        name: str,
+        config: dict[str, Any],
+        log: Path,
+        profile: bool = False,
+        steps: bool = False,
+        absorbed: bool = False,
     ) -> None:
         self.name = name
-        flags = [*["--profile"] * profile, *["--steps"] * steps]
+        flags = [*["--profile"] * profile, *["--steps"] * steps, *["--absorbed"] * absorbed]
         self._worker = Worker("nvfp4_runtime.engine.bench", [json.dumps(config), *flags], log)
         answer = self._worker.read()
         if "refused" in answer:

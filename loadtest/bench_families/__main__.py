@@ -1,6 +1,7 @@
 """Decode speed of mixtures, hybrids and latent attention on a CPU, as times what the touched memory alone would take.
 
-    python -m loadtest.bench_families [--only NAME ...] [--batches 1 8 32] [--docs FILE] [--json FILE]
+    python -m loadtest.bench_families [--only NAME ...] [--batches 1 8 32] [--prompts 512 2048]
+                                     [--docs FILE] [--json FILE]
 
 Three synthetic models with random NVFP4 weights (written once into ~/.cache/nvfp4, 3 GB), run by the engine in its own
 process, greedy, after 16-token prompts. Of the steps in which every sequence got one token, medians. A step touches
@@ -11,6 +12,8 @@ process, greedy, after 16-token prompts. Of the steps in which every sequence go
     keys and values, or latent vectors                  of all earlier tokens, per sequence
 
 and the bound is these bytes over the read bandwidth measured before and after. Asked: at most 1.3 times that bound.
+
+Of latent attention also prompts of --prompts tokens, expanded and absorbed in turn (prompts.py).
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from loadtest.bench_cpu.measure import Limits
 from loadtest.bench_cpu.profile import SKIPPED_STEPS, step_profile
 from loadtest.bench_cpu.workers import Engine, MachineLimits
 from loadtest.bench_engine import machine
+from loadtest.bench_families import prompts as of_prompts
 from loadtest.bench_families.checkpoints import ensure
-from loadtest.bench_families.families import FAMILIES, Family
+from loadtest.bench_families.families import FAMILIES, LATENT, Family
 from loadtest.neighbours import BUSY_CORES, Neighbours
 
 ASKED = 1.3
@@ -157,6 +161,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], metavar="TOKENS")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=cache_folder())
@@ -177,18 +182,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, folder in folders.items():
             say(describe(FAMILIES[name]))
             found[name] = measure(FAMILIES[name], folder, args, limits, Path(scratch) / f"{name}.log")
+        prompts: of_prompts.Seconds | None = None
+        if args.prompts and LATENT.name in folders:
+            settings, log = config(folders[LATENT.name], args.threads), Path(scratch) / "prompts.log"
+            prompts = of_prompts.measure(settings, args.prompts, args.rounds, log)
         others = neighbours.cores()
         limits.close()
     busy = others is not None and others > BUSY_CORES
     what = f"{started} UTC, commit {docs.commit()}, {args.rounds} round(s), {args.threads} threads."
     if busy:
         what += f" NOT A QUIET MACHINE: others used {others:.2f} cores."
-    body = "\n\n".join([table(found), what])
+    tables = [table(found)]
+    if prompts is not None:
+        tables.append(of_prompts.table(LATENT.name, prompts))
+    body = "\n\n".join([*tables, what])
     print(f"\n{machine()}\n\n{body}")
     if args.docs:
         docs.write_sections(args.docs, {"families": body})
     if args.json:
-        report = {"made_at": started, "machine": machine() | {"cores_used_by_others": others}, "families": found}
+        report = {
+            "made_at": started,
+            "machine": machine() | {"cores_used_by_others": others},
+            "families": found,
+            "prompts": prompts,
+        }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """The engine behind a pipe, for measurements: the real engine process, its socket and its messages, without HTTP.
 
-    python -m nvfp4_runtime.engine.bench CONFIG [--steps | --profile]
+    python -m nvfp4_runtime.engine.bench CONFIG [--steps | --profile] [--absorbed]
 
 CONFIG is an EngineConfig as JSON; what it leaves out has its default. The first line of stdout is {"ready": EngineInfo}
 or {"refused": reason}. Then one JSON command per line of stdin gives one answer:
@@ -11,6 +11,7 @@ Greedy, EOS ignored; seconds count from the moment before the first prompt is se
 after stdin is closed, {"steps": [...]}: per step its new tokens, its seconds from one message of outputs to the next,
 and its "experts": how many experts it ran, summed over the layers. With --profile also the seconds inside each timed
 part; "native", the calls into the compiled kernels, lies inside "forward". Its timers slow a step down a little.
+With --absorbed latent attention takes long parts of prompts as it takes single tokens: layers/mla_prompt.py rests.
 """
 
 from __future__ import annotations
@@ -38,12 +39,20 @@ from nvfp4_runtime.sampling.params import SamplingParams
 class EngineProcess:
     """An engine in a child process, spoken to in its own messages. `info` after start; ConfigError when it refuses."""
 
-    def __init__(self, config: EngineConfig, record: Path | None = None, profile: bool = False) -> None:
+    def __init__(
+        self, config: EngineConfig, record: Path | None = None, profile: bool = False, absorbed: bool = False
+    ) -> None:
         ours, theirs = socket.socketpair()
         fd = str(theirs.fileno())
         module = ["nvfp4_runtime.engine.core", fd]
         if record is not None:
-            module = ["nvfp4_runtime.engine.bench_steps", fd, str(record), *["--profile"] * profile]
+            module = [
+                "nvfp4_runtime.engine.bench_steps",
+                fd,
+                str(record),
+                *["--profile"] * profile,
+                *["--absorbed"] * absorbed,
+            ]
         self._process = subprocess.Popen([sys.executable, "-P", "-m", *module], pass_fds=[theirs.fileno()])
         theirs.close()
         self._sock, self._frames, self._sent = ours, FrameBuffer(), 0
@@ -110,7 +119,7 @@ def _refuse_unknown(raw: dict[str, Any], known: Any, where: str) -> None:
             _refuse_unknown(value, getattr(known, name), f"{where}{name}.")
 
 
-def serve(config: str, record: bool, profile: bool) -> None:
+def serve(config: str, record: bool, profile: bool, absorbed: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to stderr
 
@@ -118,9 +127,9 @@ def serve(config: str, record: bool, profile: bool) -> None:
         print(msgspec.json.encode(value).decode(), file=answers, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        steps = Path(folder) / "steps.json" if record or profile else None
+        steps = Path(folder) / "steps.json" if record or profile or absorbed else None
         try:
-            engine = EngineProcess(parse_config(config), steps, profile)
+            engine = EngineProcess(parse_config(config), steps, profile, absorbed)
         except ConfigError as error:
             answer({"refused": str(error)})
             return
@@ -129,7 +138,8 @@ def serve(config: str, record: bool, profile: bool) -> None:
             command = json.loads(line)
             answer({"arrivals": engine.generate(command["prompts"], command["max_tokens"])})
         engine.close()
-        if steps is not None:
+        if record or profile:
+            assert steps is not None
             answer({"steps": json.loads(steps.read_text())})
 
 
@@ -138,8 +148,9 @@ def main() -> int:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--absorbed", action="store_true")
     args = parser.parse_args()
-    serve(args.config, args.steps, args.profile)
+    serve(args.config, args.steps, args.profile, args.absorbed)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The engine's process as engine/bench.py starts it to record steps: python -m ... FD FILE [--profile]."""
+"""The engine's process as engine/bench.py starts it to record steps: python -m ... FD FILE [--profile] [--absorbed]."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from nvfp4_runtime.engine import core, runner, scheduler
 from nvfp4_runtime.engine.messages import FromEngine, Outputs
 from nvfp4_runtime.kernels.cpu import backend
 from nvfp4_runtime.kernels.cpu.whole import NativeMixture
+from nvfp4_runtime.layers import mla
 from nvfp4_runtime.layers.moe import Experts
-from nvfp4_runtime.models import llama, nemotron_h
+from nvfp4_runtime.models.stack import Stack
 from nvfp4_runtime.sampling.sampler import BatchSampler
 
 
@@ -100,15 +101,16 @@ class RecordingCore(core.EngineCore):
             self._last, self._parts = time.perf_counter(), dict(self._timer.seconds)
 
 
-def run(fd: int, result: Path, profile: bool) -> int:
+def run(fd: int, result: Path, profile: bool, absorbed: bool) -> int:
     """`core.main`, recorded; with `profile` there are timers round its parts. Writes the steps when told to stop."""
+    if absorbed:
+        mla.FEWEST = sys.maxsize  # no part of a prompt is as long
     timer, routed = PartTimer(), RoutedExperts()
     routed.wrap()
     if profile:
         if backend._native is not None:
             timer.wrap_native(backend._native)
-        for model in (llama, nemotron_h):
-            timer.wrap(model.Decoder, "forward", "forward")
+        timer.wrap(Stack, "forward", "forward")
         timer.wrap(runner.ModelRunner, "prepare", "prepare batch")
         timer.wrap(BatchSampler, "sample", "sample")
         timer.wrap(scheduler.Scheduler, "schedule", "schedule")
@@ -120,4 +122,4 @@ def run(fd: int, result: Path, profile: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1]), Path(sys.argv[2]), "--profile" in sys.argv[3:]))
+    sys.exit(run(int(sys.argv[1]), Path(sys.argv[2]), "--profile" in sys.argv[3:], "--absorbed" in sys.argv[3:]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.bench_cpu.workers import Engine
+from loadtest.bench_families import prompts
 from loadtest.bench_families.__main__ import config, dense_bytes, expert_bytes, reading, step_bytes, table
 from loadtest.bench_families.checkpoints import ensure
 from loadtest.bench_families.families import FAMILIES, HYBRID, LATENT, MIXTURE, Family, hybrid, latent, mixture
@@ -60,3 +61,12 @@ def test_the_engine_runs_it_and_says_how_many_experts_each_step_ran(family: Fami
     assert len(steps) >= 10
     for step in steps:
         assert family.top_k * family.moe_layers <= step["experts"] <= 2 * family.top_k * family.moe_layers
+
+
+def test_prompts_run_expanded_and_absorbed_and_their_table_has_the_ratio(tmp_path: Path) -> None:
+    found = prompts.measure(config(ensure(TINY[2], tmp_path), 1), [70], 2, tmp_path / "log")
+    assert {way: [len(of) for of in lengths.values()] for way, lengths in found.items()} == {
+        "expanded": [2],
+        "absorbed": [2],
+    }
+    assert "| 70 | 35 | 70 | 2.00 |" in prompts.table("f", {"expanded": {70: [1.0]}, "absorbed": {70: [2.0]}})
