@@ -19,8 +19,9 @@ from nvfp4_runtime.text.processor import TextProcessor
 from server.app import create_app
 from server.cli import _parser
 from server.commands.reliability import supervision
+from server.configs import engine_config, server_config
 from server.health import why_not_healthy
-from server.serve import engine_config, resolve_model, sampling_defaults, server_config
+from server.model_source import resolve_model, sampling_defaults
 
 # Flags that say something to a port or process which is not ours here.
 HOSTS_OWN = (
