@@ -8,11 +8,20 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
-from nvfp4_runtime.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, SimulatedConfig
+from nvfp4_runtime.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SimulatedConfig,
+)
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.text.processor import TextProcessor
 from server.commands import limits, security
+from server.commands.parallel import kv_events
 from server.commands.reliability import simulated_faults
 from server.config import ServerConfig
 from server.reasoning.parsers import reasoning_style
@@ -58,6 +67,17 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         log_prompts=args.log_prompts,
         ui=not args.no_ui,
     )
+
+
+def whole_engine_config(
+    args: argparse.Namespace, model: str, place: ParallelConfig, config: ServerConfig
+) -> EngineConfig:
+    """Of a server, with what one rank's alone lacks. ConfigError for an adapter that has the model's name."""
+    engine = replace(engine_config(args, model), parallel=place, kv_events=kv_events(args.kv_events_config))
+    for adapter in engine.adapters:
+        if adapter.name in config.served_model_names:
+            raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
+    return engine
 
 
 def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
@@ -115,18 +135,18 @@ def adapter_flags(values: Sequence[str]) -> tuple[AdapterConfig, ...]:
             try:
                 given = json.loads(value)
             except ValueError as error:
-                raise no_adapter(value, f"it is no JSON: {error}") from error
+                raise _no_adapter(value, f"it is no JSON: {error}") from error
             unknown = given.keys() - {"name", "path", "base_model_name"}
             if unknown:
-                raise no_adapter(value, f"unknown {', '.join(sorted(unknown))}")
+                raise _no_adapter(value, f"unknown {', '.join(sorted(unknown))}")
             name, path = given.get("name", ""), given.get("path", "")
         if not all(isinstance(part, str) and part.strip() for part in (name, path)):
-            raise no_adapter(value, "expected name=path")
+            raise _no_adapter(value, "expected name=path")
         if any(name == other.name for other in found):
-            raise no_adapter(value, f"the name {name!r} is given twice")
+            raise _no_adapter(value, f"the name {name!r} is given twice")
         found.append(AdapterConfig(name, os.path.expanduser(path)))
     return tuple(found)
 
 
-def no_adapter(value: str, why: str) -> ConfigError:
+def _no_adapter(value: str, why: str) -> ConfigError:
     return ConfigError(f"{value[:200]!r} names no LoRA adapter: {why}", "--lora-modules")

@@ -24,10 +24,10 @@ from nvfp4_runtime.engine.replicas import Replicas
 from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
 from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
-from server.commands.parallel import kv_events, parallel_config
+from server.commands.parallel import parallel_config
 from server.commands.reliability import supervision
 from server.config import ServerConfig, launcher_variables, traces_wanted
-from server.configs import engine_config, no_adapter, server_config
+from server.configs import server_config, whole_engine_config
 from server.loading import LoadingGate
 from server.model_source import model_argument, model_folder, sampling_defaults
 from server.replica_metrics import ReplicaMetrics
@@ -70,11 +70,7 @@ def serve(args: argparse.Namespace) -> int:
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    events = kv_events(args.kv_events_config)
-    engine = replace(engine_config(args, model or ""), parallel=place, kv_events=events)
-    for adapter in engine.adapters:
-        if adapter.name in config.served_model_names:
-            raise no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
+    engine = whole_engine_config(args, model or "", place, config)
     tracer = None if exporter is None else Tracer(exporter)
     try:
         return _run(_serve(args, engine, policy, config, socks, started, tracer))
@@ -131,7 +127,7 @@ async def _serve(
     stop = _StopSignal()
     gate = LoadingGate(socks)
     progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
-    launch = asyncio.create_task(_launch(engine_config, policy, progress))
+    launch = asyncio.create_task(launch_engines(engine_config, policy, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
         beside = asyncio.gather(
@@ -162,10 +158,25 @@ async def _serve(
         await engine.close()
 
 
-async def _launch(config: EngineConfig, policy: Supervision, progress: ProgressCallback) -> SupervisedEngine | Replicas:
+async def launch_engines(
+    config: EngineConfig, policy: Supervision, progress: ProgressCallback | None = None
+) -> SupervisedEngine | Replicas:
+    """As many as `config.parallel.replicas`, each with its ranks."""
     if config.parallel.replicas > 1:
         return await Replicas.launch(config, policy, progress)
     return await SupervisedEngine.launch(config, policy, progress)
+
+
+def application(
+    engine: SupervisedEngine | Replicas, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None
+) -> FastAPI:
+    """`create_app`, with the metrics of several engines where there are several."""
+    from server.app import create_app
+
+    app = create_app(engine, text, config, tracer)
+    if isinstance(engine, Replicas):
+        ReplicaMetrics(app.state.server.metrics.registry, config.served_model_names[0], engine)
+    return app
 
 
 async def _run_http(
@@ -178,11 +189,7 @@ async def _run_http(
     tracer: Tracer | None,
     announce: Callable[[EngineInfo, ServerConfig, str], None],
 ) -> int:
-    from server.app import create_app
-
-    app = create_app(engine, text, config, tracer)
-    if isinstance(engine, Replicas):
-        ReplicaMetrics(app.state.server.metrics.registry, config.served_model_names[0], engine)
+    app = application(engine, text, config, tracer)
     server = _make_server(app, config)
     gate.stop()
     serving = asyncio.create_task(server.serve(sockets=socks))
