@@ -79,6 +79,7 @@ class Context {
   const Kernels& kernels_;
   Pool pool_;
   std::recursive_mutex mutex_;  // a decoder holds it over the ops it calls
+  Arena arena_;
   Scratch x_;
   std::vector<Scratch> per_thread_;
   std::vector<float*> addresses_;  // of per_thread_

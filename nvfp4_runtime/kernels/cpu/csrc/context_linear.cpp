@@ -36,7 +36,7 @@ int64_t find_nan_e4m3(const uint8_t* codes, int64_t count) {
 std::unique_ptr<PackedNVFP4> Context::pack(const std::vector<NVFP4Rows>& parts, const float* row_scale,
                                            const float* bias, int k, Numerics numerics, float input_scale, bool e8m0) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
-  return std::make_unique<PackedNVFP4>(pool_, parts, row_scale, bias, k, numerics, input_scale, e8m0);
+  return std::make_unique<PackedNVFP4>(pool_, arena_, parts, row_scale, bias, k, numerics, input_scale, e8m0);
 }
 
 Operand Context::operand_of(const PackedNVFP4& w, Type type) const {

@@ -4,7 +4,8 @@
 // chain per block, whose lanes are multiplied by the block's scale and added up before the tree.
 //
 // Up to kDenseFirst rows of x meet each weight as it comes from memory: row after row, one stream, which the hardware
-// prefetches (two rows side by side run at 40 % of that). More rows meet 16 rows of weights that were decoded once, in
+// prefetches (on AMD two rows side by side run at 40 % of that; without pairs some rows go together, see rows_side_by_side).
+// More rows meet 16 rows of weights that were decoded once, in
 // tiles of kDenseN x kDenseM. A vector (64 bytes) is 16 floats or 32 bfloat16; kPlainChunk k make whole vectors.
 
 #if defined(__AVX512BF16__)
@@ -108,28 +109,39 @@ inline void add_up(V (*acc)[M], const float* scale, Sums sums) {
     UNROLL for (int m = 0; m < M; m++) sums[m][n] = scale ? fma(acc[n][m], set1(scale[n]), sums[m][n]) : acc[n][m];
 }
 
-// One row of weights, from memory, times M rows of x: chunks of 64 k.
-template <class W, bool pairs, int M>
-inline void stream_row(const W* w, int k, const char* x, const float* scale, Sums sums) {
+// N rows of weights, from memory, times M rows of x: chunks of 64 k. Several rows have a chain each, so that one chain's latency
+// is another's work; the rows that come after them are asked for in the order in which they lie, which keeps memory to
+// one stream.
+template <class W, bool pairs, int N, int M>
+inline void stream_rows(const W* w, int k, const char* x, const float* scale, Sums sums) {
   using Vec = typename VectorOf<pairs>::type;
-  constexpr int vectors = pairs ? 2 : 4;
-  V acc[1][M];
-  UNROLL for (int m = 0; m < M; m++) acc[0][m] = zero();
+  constexpr int vectors = pairs ? 2 : 4, lines = N * static_cast<int>(sizeof(W)) * kPlainChunk / 64;
+  const char* ahead = reinterpret_cast<const char*>(w + static_cast<size_t>(N) * k);
+  V acc[N][M];
+  UNROLL for (int n = 0; n < N; n++)
+    UNROLL for (int m = 0; m < M; m++) acc[n][m] = zero();
   for (int i = 0; i < k; i += kPlainChunk) {
-    Vec v[vectors];
-    if (i + kPlainChunk <= k)
-      decode_chunk(w + i, kPlainChunk, v);
-    else
-      decode_chunk(w + i, k - i, v);
-    UNROLL for (int j = 0; j < vectors; j++)
-      UNROLL for (int m = 0; m < M; m++) {
-        Vec u;
-        load_vector(x + (j * M + m) * 64, u);
-        acc[0][m] = times(acc[0][m], v[j], u);
-      }
+    if (N > 1) {
+      UNROLL for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + 64 * l, 0, 2);
+      ahead += 64 * lines;
+    }
+    UNROLL for (int n = 0; n < N; n++) {
+      const W* row = w + static_cast<size_t>(n) * k;
+      Vec v[vectors];
+      if (i + kPlainChunk <= k)
+        decode_chunk(row + i, kPlainChunk, v);
+      else
+        decode_chunk(row + i, k - i, v);
+      UNROLL for (int j = 0; j < vectors; j++)
+        UNROLL for (int m = 0; m < M; m++) {
+          Vec u;
+          load_vector(x + (j * M + m) * 64, u);
+          acc[n][m] = times(acc[n][m], v[j], u);
+        }
+    }
     x += vectors * M * 64;
   }
-  add_up<1, M>(acc, scale, sums);
+  add_up<N, M>(acc, scale, sums);
 }
 
 // Weights that will be wanted next: N rows `stride` bytes apart, of which a vector's worth is `bytes`. Null: none.
@@ -219,15 +231,19 @@ void stream_group(const LinearPlain& a, int group) {
     for (int n = 0; n < 16; n++) sums[m][n] = zero();
   const char* x = static_cast<const char*>(a.x);
   if (g.by_row) {
-    for (int n = 0; n < g.count; n++)
-      stream_row<W, pairs, M>(g.row(n), a.k, x, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
+    constexpr int N = rows_side_by_side(M);
+    int n = 0;
+    for (; n + N <= g.count; n += N)
+      stream_rows<W, pairs, N, M>(g.row(n), a.k, x, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
+    for (; n < g.count; n++)
+      stream_rows<W, pairs, 1, M>(g.row(n), a.k, x, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
   } else {
     const int blocks = (a.k + g.block - 1) / g.block;
     for (int n = 0; n < g.count; n++) {
       const float* scale = a.scale + static_cast<size_t>((g.column + n) / a.scale_rows) * blocks;
       for (int b = 0; b < blocks; b++) {
         const int k = b * g.block, left = a.k - k < g.block ? a.k - k : g.block;
-        stream_row<W, pairs, M>(g.row(n) + k, left, x + static_cast<size_t>(k / kPlainChunk) * vectors_per_chunk * M * 64,
+        stream_rows<W, pairs, 1, M>(g.row(n) + k, left, x + static_cast<size_t>(k / kPlainChunk) * vectors_per_chunk * M * 64,
                                 scale + b, reinterpret_cast<Sums>(&sums[0][n]));
       }
     }

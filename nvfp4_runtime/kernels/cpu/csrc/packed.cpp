@@ -13,7 +13,12 @@
 namespace nvfp4 {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = size_t{2} << 20, kLine = 64;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kRun = 0;  // every weight by itself: reads beyond its end are seen
+#else
+constexpr size_t kRun = 16 * kHugePage;
+#endif
 constexpr uint64_t kLowNibbles = 0x0f0f0f0f0f0f0f0full, kEvenBytes = 0x00ff00ff00ff00ffull;
 constexpr uint64_t kHighNibbles = 0x0000f0f00000f0f0ull, kLowWords = 0x0000ffff0000ffffull;
 
@@ -82,6 +87,20 @@ struct Packing {
   }
 };
 
+constexpr size_t rounded(size_t size, size_t to) { return (size + to - 1) / to * to; }
+
+// In huge pages where it fills one; `size` becomes what was allocated.
+void* allocate(size_t& size) {
+  const size_t alignment = size >= kHugePage ? kHugePage : kLine;
+  size = rounded(size, alignment);
+  void* data = std::aligned_alloc(alignment, size);
+  if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) (void)madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
 }  // namespace
 
 Scratch::~Scratch() { std::free(data_); }
@@ -91,26 +110,32 @@ void* Scratch::bytes(size_t size) {
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
-    const size_t alignment = size >= kHugePage ? kHugePage : 64;
-    const size_t rounded = (size + alignment - 1) / alignment * alignment;
-    data_ = std::aligned_alloc(alignment, rounded);
-    if (!data_) throw std::bad_alloc();
-    size_ = rounded;
-#if defined(MADV_HUGEPAGE)
-    if (alignment == kHugePage) (void)madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
+    data_ = allocate(size);
+    size_ = size;
   }
   return data_;
 }
 
-PackedNVFP4::PackedNVFP4(Pool& pool, const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
-                         int k_in, Numerics numerics_in, float input_scale_in, bool e8m0_in)
+std::shared_ptr<uint8_t> Arena::bytes(size_t size) {
+  if (!run_ || rounded(size, kLine) > size_ - used_) {
+    size_t whole = std::max({size, kRun, size_t{1}});
+    run_ = std::shared_ptr<uint8_t>(static_cast<uint8_t*>(allocate(whole)), std::free);
+    size_ = whole;
+    used_ = 0;
+  }
+  const std::shared_ptr<uint8_t> part(run_, run_.get() + used_);
+  used_ += rounded(size, kLine);
+  return part;
+}
+
+PackedNVFP4::PackedNVFP4(Pool& pool, Arena& arena, const std::vector<NVFP4Rows>& parts, const float* row_scale,
+                         const float* bias, int k_in, Numerics numerics_in, float input_scale_in, bool e8m0_in)
     : numerics(numerics_in), input_scale(input_scale_in), e8m0(e8m0_in) {
   k = k_in;
   for (const NVFP4Rows& part : parts) n += part.n;
   bytes = panel_bytes(k) * panels();
-  panels_ = static_cast<uint8_t*>(weights_.bytes(bytes));
-  Packing packing{parts, panels_, n, k, e8m0};
+  panels_ = arena.bytes(bytes);
+  Packing packing{parts, panels_.get(), n, k, e8m0};
   pool.run(Packing::work, &packing, panels(), std::max(1, static_cast<int>((size_t{1} << 20) / panel_bytes(k))));
   const int64_t bad = packing.bad;
   if (bad >= 0)

@@ -1,5 +1,6 @@
 // Weights in the panel layout of types.h, made once at load.
 #pragma once
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -22,6 +23,17 @@ class Scratch {
  private:
   void* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Memory of many weights, side by side in whole huge pages: experts and heads are smaller than one, and 4 KiB pages cost their
+// reader look-ups. It goes back with the last weight in its run of pages. Not for several threads at once.
+class Arena {
+ public:
+  std::shared_ptr<uint8_t> bytes(size_t size);  // aligned to a cache line
+
+ private:
+  std::shared_ptr<uint8_t> run_;
+  size_t used_ = 0, size_ = 0;
 };
 
 // The arithmetic of a layer: how W4A16, W4A8 or W4A4 takes its activations is the ISA's choice (see Operand).
@@ -51,17 +63,17 @@ struct PackedNVFP4 final : Linear {
 
   // Joins the rows of `parts`. row_scale fp32 [n] and bias fp32 [n] or null. Throws std::invalid_argument, naming the
   // place, on a NaN scale.
-  PackedNVFP4(Pool& pool, const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias, int k,
-              Numerics numerics, float input_scale, bool e8m0);
-  const uint8_t* data() const { return panels_; }
+  PackedNVFP4(Pool& pool, Arena& arena, const std::vector<NVFP4Rows>& parts, const float* row_scale, const float* bias,
+              int k, Numerics numerics, float input_scale, bool e8m0);
+  const uint8_t* data() const { return panels_.get(); }
   const float* row_scale() const { return row_scales_; }
   const float* bias() const { return biases_; }
   int panels() const { return (n + kPanel - 1) / kPanel; }
   void run(Context& context, const void* x, Type type, int m, void* out, Type out_type) const override;
 
  private:
-  Scratch weights_, scale_memory_, bias_memory_;
-  uint8_t* panels_ = nullptr;
+  std::shared_ptr<uint8_t> panels_;
+  Scratch scale_memory_, bias_memory_;
   float *row_scales_ = nullptr, *biases_ = nullptr;
 };
 
