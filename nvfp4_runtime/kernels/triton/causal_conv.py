@@ -19,7 +19,7 @@ from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.compilation import Compilation
 
 BLOCK = 256  # channels of a program
-TOKENS = 16  # of a program, where prompts are computed
+TOKENS = 8  # of a program, where prompts are computed
 
 
 @triton.jit
