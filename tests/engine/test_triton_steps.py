@@ -37,7 +37,7 @@ def hybrid_of(config: tiny.Config) -> Callable[[Path], Path]:
 MODELS = {
     "nvfp4 llama": tiny_nvfp4_llama,
     "nemotron_h": hybrid_of(tiny.nemotron_h_config()),
-    "qwen3_next": hybrid_of(tiny_families.qwen3_next_config()),
+    "qwen3_5": hybrid_of(tiny_families.qwen3_5_config()),
 }
 
 

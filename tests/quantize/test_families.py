@@ -23,7 +23,6 @@ from tests.models.paged import PagedRunner
 from tests.models.test_vision import LAYOUTS, prefixed
 
 PROMPT = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(1)).tolist()
-Turn = Callable[[Tensor], Tensor]
 
 
 def stacked(tensors: tiny.Tensors, turned: bool) -> tiny.Tensors:
@@ -42,11 +41,11 @@ def stacked(tensors: tiny.Tensors, turned: bool) -> tiny.Tensors:
     return rest
 
 
-def vision(layout: str, change: Turn | None = None, **tower: Tensor) -> tuple[tiny.Config, tiny.Tensors]:
+def vision(layout: str) -> tuple[tiny.Config, tiny.Tensors]:
     architecture, text, nested, root, head, name = LAYOUTS[layout]
     config = {**nested({**text, "architectures": None}), "architectures": [architecture], "model_type": "vl"}
     tensors = prefixed(tiny.random_tensors(text, seed=4), root, head)
-    return config, tensors | {name: torch.ones(32, 32)} | tower
+    return config, tensors | {name: torch.ones(32, 32)}
 
 
 def qwen3_vl_moe() -> tuple[tiny.Config, tiny.Tensors]:
@@ -132,29 +131,27 @@ def logits(folder: Path) -> Tensor:
     return found[0]
 
 
-def as_stored(original: tiny.Tensors, plain: tiny.Tensors, alternate: bool) -> tiny.Tensors:
-    """The dequantised tensors `plain` where and as `original` keeps them."""
+def as_stored(original: tiny.Tensors, plain: tiny.Tensors, turned: bool, alternate: bool) -> tiny.Tensors:
+    """The dequantised tensors `plain` where and as `original` keeps them.
+
+    turned     stacks are of transposed matrices
+    alternate  gate and up take turns in them
+    """
     made = {}
     for name, tensor in original.items():
         if name in plain:
             made[name] = plain[name]
             continue
         prefix, _, leaf = name.rpartition(".")
-        leaf, kind = (leaf.removesuffix("_bias"), "bias") if leaf.endswith("_bias") else (leaf, "weight")
+        kind = "bias" if leaf.endswith("_bias") else "weight"
         experts = []
         for e in range(len(tensor)):
-            if leaf == "down_proj":
+            if leaf.startswith("down_proj"):
                 matrix = plain[f"{prefix}.{e}.down_proj.{kind}"]
             else:
                 pair = [plain[f"{prefix}.{e}.{half}_proj.{kind}"] for half in ("gate", "up")]
                 matrix = torch.stack(pair, dim=1).flatten(0, 1) if alternate else torch.cat(pair)
-            experts.append(
-                matrix
-                if matrix.shape == tensor[e].shape and not alternate
-                else matrix.t()
-                if matrix.dim() == 2
-                else matrix
-            )
+            experts.append(matrix.t() if turned and kind == "weight" else matrix)
         made[name] = torch.stack(experts).contiguous()
     return made
 
@@ -172,7 +169,7 @@ def test_the_result_computes_what_its_dequantised_weights_do_in_the_files_own_la
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert section["quant_method"] == "modelopt"
     plain: dict[str, Any] = tiny.unpack(tensors)
-    again = as_stored(original, plain, alternate=name == "gpt-oss")
+    again = as_stored(original, plain, turned=name in ("gpt-oss", "Qwen3-VL-MoE"), alternate=name == "gpt-oss")
     for stored, tensor in original.items():
         # a value is at most half a step of 2 off under its block's scale, the largest of the tensor at most 6 of them
         room = float(tensor.abs().max()) / E2M1_MAX * (1 + 2.0**-3)
