@@ -8,8 +8,9 @@ reads (413, 408); those that nobody reads end here, with their connection.
 from __future__ import annotations
 
 import asyncio
+import time
 from enum import Enum, auto
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -20,6 +21,7 @@ from server.errors import status_body
 BODY_GRACE_SECONDS = 5.0  # for the middleware's 408 to come first
 LINGER_SECONDS = 1.0  # a connection closed while its client still writes is reset, and the answer lost with it
 _VERSIONS = ("1.0", "1.1")  # the parser also takes 0.9 and 2.0, whose answers look otherwise
+ARRIVED = "nvfp4.arrived"  # in the scope: time.monotonic() at the request's first byte
 _FIELD_OVERHEAD = 4  # ": " and the line's end
 
 
@@ -77,6 +79,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast(dict[str, Any], self.scope)[ARRIVED] = time.monotonic()
         self._phase, self._parsed = Phase.HEAD, True
         self._head_bytes = self._body_bytes = 0
 

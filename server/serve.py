@@ -25,6 +25,7 @@ from nvfp4_runtime.config import (
     AdapterConfig,
     CacheConfig,
     EngineConfig,
+    ParallelConfig,
     SchedulerConfig,
     SimulatedConfig,
 )
@@ -92,11 +93,7 @@ def serve(args: argparse.Namespace) -> int:
         config = replace(config, model_root=model, default_sampling=sampling_defaults(Path(model), args))
         if args.served_model_name is None:
             config = replace(config, served_model_names=(Path(model).name, *{model} - {Path(model).name}))
-    events = kv_events(args.kv_events_config)
-    engine = replace(engine_config(args, model or ""), parallel=place, kv_events=events)
-    for adapter in engine.adapters:
-        if adapter.name in config.served_model_names:
-            raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
+    engine = whole_engine_config(args, model or "", place, config)
     tracer = None if exporter is None else Tracer(exporter)
     try:
         return _run(_serve(args, engine, policy, config, socks, started, tracer))
@@ -143,6 +140,17 @@ def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
         log_prompts=args.log_prompts,
         ui=not args.no_ui,
     )
+
+
+def whole_engine_config(
+    args: argparse.Namespace, model: str, place: ParallelConfig, config: ServerConfig
+) -> EngineConfig:
+    """Of a server, with what one rank's alone lacks. ConfigError for an adapter that has the model's name."""
+    engine = replace(engine_config(args, model), parallel=place, kv_events=kv_events(args.kv_events_config))
+    for adapter in engine.adapters:
+        if adapter.name in config.served_model_names:
+            raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
+    return engine
 
 
 def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
@@ -351,7 +359,7 @@ async def _serve(
     stop = _StopSignal()
     gate = LoadingGate(socks)
     progress = ProgressLine() if args.log_format == "text" else LoggedProgress()
-    launch = asyncio.create_task(_launch(engine_config, policy, progress))
+    launch = asyncio.create_task(launch_engines(engine_config, policy, progress))
     try:
         # While the engine's process loads, this one imports the web stack and reads the tokenizer.
         beside = asyncio.gather(
@@ -382,10 +390,25 @@ async def _serve(
         await engine.close()
 
 
-async def _launch(config: EngineConfig, policy: Supervision, progress: ProgressCallback) -> SupervisedEngine | Replicas:
+async def launch_engines(
+    config: EngineConfig, policy: Supervision, progress: ProgressCallback | None = None
+) -> SupervisedEngine | Replicas:
+    """As many as `config.parallel.replicas`, each with its ranks."""
     if config.parallel.replicas > 1:
         return await Replicas.launch(config, policy, progress)
     return await SupervisedEngine.launch(config, policy, progress)
+
+
+def application(
+    engine: SupervisedEngine | Replicas, text: TextProcessor, config: ServerConfig, tracer: Tracer | None = None
+) -> FastAPI:
+    """`create_app`, with the metrics of several engines where there are several."""
+    from server.app import create_app
+
+    app = create_app(engine, text, config, tracer)
+    if isinstance(engine, Replicas):
+        ReplicaMetrics(app.state.server.metrics.registry, config.served_model_names[0], engine)
+    return app
 
 
 async def _run_http(
@@ -398,11 +421,7 @@ async def _run_http(
     tracer: Tracer | None,
     announce: Callable[[EngineInfo, ServerConfig, str], None],
 ) -> int:
-    from server.app import create_app
-
-    app = create_app(engine, text, config, tracer)
-    if isinstance(engine, Replicas):
-        ReplicaMetrics(app.state.server.metrics.registry, config.served_model_names[0], engine)
+    app = application(engine, text, config, tracer)
     server = _make_server(app, config)
     gate.stop()
     serving = asyncio.create_task(server.serve(sockets=socks))
