@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Backends whose ops wait for the device inside a step, and why: what they run cannot be captured.
-NOT_CAPTURED = {"reference": "the reference's attention and recurrences read lengths on the host"}
+NOT_CAPTURED = {"reference": "the reference's attention, or recurrence, reads lengths on the host"}
 _CHOSEN_ON_HOST = (
     "rows with logprobs, a grammar, min_tokens, penalties, edited logits or a thinking budget that may be spent are "
     "chosen on the host"
