@@ -142,5 +142,5 @@ def compilations() -> list[Compilation]:
     signature = dict.fromkeys(("mixed", "out", "ssm", "a", "dt_bias"), "*fp32") | {"b": "*bf16", "dt": "*bf16"}
     signature |= {"slots": "*i64", "positions": "*i64", "bounds": "*i32"}
     return [
-        Compilation("delta_rule", delta_rule_kernel, signature, kernel.constants(), expect=("MUFU.RSQ", "MUFU.LG2"))
+        Compilation("delta_rule", delta_rule_kernel, signature, kernel.constants(), expect=("MUFU.RSQ", "MUFU.EX2"))
     ]
