@@ -8,18 +8,23 @@ reads (413, 408); those that nobody reads end here, with their connection.
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
+from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.config import ServerConfig
 from server.errors import status_body
+from server.request_record import Observer, RequestRecord
 
 BODY_GRACE_SECONDS = 5.0  # for the middleware's 408 to come first
 LINGER_SECONDS = 1.0  # a connection closed while its client still writes is reset, and the answer lost with it
 _VERSIONS = ("1.0", "1.1")  # the parser also takes 0.9 and 2.0, whose answers look otherwise
+ARRIVED = "nvfp4.arrived"  # in the scope: time.monotonic() at the request's first byte
 _FIELD_OVERHEAD = 4  # ": " and the line's end
 
 
@@ -36,12 +41,14 @@ class BoundedProtocol(HttpToolsProtocol):
     max_body_bytes: ClassVar[int]
     header_seconds: ClassVar[float]
     body_seconds: ClassVar[float]
+    observers: ClassVar[Sequence[Observer]]
 
     @classmethod
-    def within(cls, config: ServerConfig) -> type[BoundedProtocol]:
-        """The protocol with the bounds of `config`."""
+    def within(cls, config: ServerConfig, observers: Sequence[Observer] = ()) -> type[BoundedProtocol]:
+        """The protocol with the bounds of `config`; its refusals are told to `observers`, as the middleware's are."""
         names = ("max_header_bytes", "max_body_bytes", "header_seconds", "body_seconds")
-        return type("BoundedProtocol", (cls,), {name: getattr(config, name) for name in names})
+        bounds = {name: getattr(config, name) for name in names}
+        return type("BoundedProtocol", (cls,), {**bounds, "observers": tuple(observers)})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,6 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast(dict[str, Any], self.scope)[ARRIVED] = time.monotonic()
         self._phase, self._parsed = Phase.HEAD, True
         self._head_bytes = self._body_bytes = 0
 
@@ -163,8 +171,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
             return
         body = orjson.dumps(status_body(status, message))
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        now = time.monotonic()
+        scope = cast(dict[str, Any] | None, self.scope)  # None before a connection's first request
+        arrived = now if scope is None else scope.get(ARRIVED, now)
+        record = RequestRecord(secrets.token_hex(16), "", "", arrived, status=status, seconds=now - arrived)
+        head = (
+            b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n"
+            % (len(body), record.request_id.encode())
+        )
         self.transport.write(STATUS_LINE[status] + head + body)
+        for observer in self.observers:
+            observer.ended(record)
         self._refused = True
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,8 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.config import hash_key
 from server.errors import error_body, error_response, in_dialect, json_response, status_response
 from server.generation import ClientDisconnected
+from server.http_protocol import ARRIVED
 from server.request_log import is_probe
-from server.request_record import RequestRecord, begin
+from server.request_record import Observer, RequestRecord, begin
 from server.state import sane_request_id
 from server.terms import set_tenant
 from server.tracing import Tracer
@@ -31,12 +31,6 @@ def _header(scope: Scope, name: bytes) -> str | None:
             found: str = value.decode("latin-1")
             return found
     return None
-
-
-class Observer(Protocol):
-    """Told of every request when it is over."""
-
-    def ended(self, record: RequestRecord) -> None: ...
 
 
 class RequestContext:
@@ -55,7 +49,8 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = sane_request_id(_header(scope, b"x-request-id")) or secrets.token_hex(16)
-        record = RequestRecord(request_id, scope["method"], scope["path"], time.monotonic())
+        arrived = scope.get(ARRIVED) or time.monotonic()  # another host's port does not say when
+        record = RequestRecord(request_id, scope["method"], scope["path"], arrived)
         begin(record)
         added = [(b"x-request-id", request_id.encode())]
         observers = self._observers
@@ -69,6 +64,8 @@ class RequestContext:
                 record.status = message["status"]
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
+            if not record.first_byte and message.get("body"):
+                record.first_byte = time.monotonic()
 
         try:
             await self._app(scope, receive, send_with_id)

@@ -59,6 +59,8 @@ def _facts(record: RequestRecord) -> dict[str, Any]:
         "status": record.status,
         "duration_seconds": round(record.seconds, 6),
     }
+    if record.first_byte:
+        facts["first_byte_seconds"] = round(record.first_byte - record.started, 6)
     if record.outcome:
         facts["outcome"] = record.outcome
     if not record.choices:

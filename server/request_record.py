@@ -31,11 +31,18 @@ class Choice(Protocol):
     def job(self) -> Job: ...
 
 
+class Observer(Protocol):
+    """Told of every request when it is over."""
+
+    def ended(self, record: RequestRecord) -> None: ...
+
+
 @dataclass
 class RequestRecord:
     """One request, from its first byte on.
 
-    started      time.monotonic()
+    started      time.monotonic(), as first_byte
+    first_byte   when the answer's first byte after its head had been handed to the system; 0 before
     handler      the route's path with its parameters' names; "" while unknown and where nothing answers
     status       0 until an answer begins
     seconds      until the last byte, once it is over
@@ -51,6 +58,7 @@ class RequestRecord:
     started: float
     handler: str = ""
     status: int = 0
+    first_byte: float = 0.0
     seconds: float = 0.0
     model: str = ""
     answer_id: str = ""

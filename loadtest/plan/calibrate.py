@@ -2,36 +2,41 @@
 
 Decode: so many users that began together; the median gap is a step with as many rows. Prefill: the server's own time
 to the first token of lone prompts, from its metrics, less one decode step. What the client sees beyond the server's own
-time to the first token is what HTTP and the tokenizer take.
+time to the first token is what HTTP and the tokenizer take. Then a mixed load, by whose steps all that is put right
+(fit.py): with other lengths than any workload has, so that none is planned from its own measurement.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 
 from loadtest.compare.machine import describe
 from loadtest.compare.scrape import facts
 from loadtest.compare.sides import Candidate
-from loadtest.plan.steps import Knots, Measured
+from loadtest.plan.fit import fit, seen_steps
+from loadtest.plan.steps import Knots, Measured, MeasuredTimes
 from loadtest.server_process import nvfp4_server
 from loadtest.storms.target import Metrics, parse_metrics
 from loadtest.traffic.call import Call, Conversation, Outcome
 from loadtest.traffic.drive import closed_loop, run
 from loadtest.traffic.wire import Endpoint
-from loadtest.traffic.workloads import conversations, find_workload
+from loadtest.traffic.workloads import Lengths, Workload, conversations, find_workload
 
 READY_SECONDS = 1800.0
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = (32, 128, 256, 512, 1024)
 SHORT, DECODE_TOKENS, REPEATS = 8, 40, 3
 CONTEXT_USERS = 4
+MIXED_USERS, MIXED_EACH = (1, 3, 8), 8
+MIXED_PROMPT, MIXED_ANSWER = 96, 40  # words, tokens
 TTFT, COMPUTED = "vllm:time_to_first_token_seconds", "vllm:request_prefill_kv_computed_tokens"
 
 
@@ -77,8 +82,8 @@ def measure(url: str, candidate: Candidate, limits: Limits, say: Callable[[str],
         fronts.append(lone.client_seconds - lone.server_seconds)
         say(f"prefill, {lone.computed:.0f} tokens: {1e3 * lone.server_seconds:.1f} ms")
     template, per_word = probe.tokens()
-    return Measured(
-        format="nvfp4-step-times-1",
+    probed = Measured(
+        format="nvfp4-step-times-2",
         made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine=describe(Path(__file__).parents[2]),
         model=Path(candidate.model).name,
@@ -94,6 +99,30 @@ def measure(url: str, candidate: Candidate, limits: Limits, say: Callable[[str],
         pair_seconds=_pair_seconds(probe, decode, prefill, limits, say),
         template_tokens=template,
         tokens_per_word=per_word,
+    )
+    return _in_company(probe, probed, limits, say)
+
+
+def _in_company(probe: _Probe, probed: Measured, limits: Limits, say: Callable[[str], None]) -> Measured:
+    """`probed`, put right by the steps of a mixed load."""
+    shortest = probed.decode[0][1]
+    steps = [step for users in MIXED_USERS for step in seen_steps(probe.mixed(users, limits), shortest)]
+    times = MeasuredTimes(probed)
+    parts = np.array([times.parts(step.rows, step.prompt, step.context) for step in steps])
+    found = fit(steps, parts[:, 0], parts[:, 1])
+    say(
+        f"{found.num_steps} steps of a mixed load: decode x {found.decode:.2f}, prefill x {found.prefill:.2f}, "
+        f"{1e3 * found.newcomer_seconds:.1f} ms for a newcomer; mean error of a step {100 * found.error:.0f} %"
+    )
+    return msgspec.structs.replace(
+        probed,
+        decode=[(rows, found.decode * seconds) for rows, seconds in probed.decode],
+        prefill=[(count, found.prefill * seconds) for count, seconds in probed.prefill],
+        context_seconds=found.decode * probed.context_seconds,
+        pair_seconds=found.prefill * probed.pair_seconds,
+        newcomer_seconds=found.newcomer_seconds,
+        scatter=found.scatter,
+        prompt_scatter=found.prompt_scatter,
     )
 
 
@@ -154,6 +183,13 @@ class _Probe:
             found.append((*grown, outcome.ttft))
         return _Lone(*(float(np.median(column)) for column in zip(*found, strict=True)))
 
+    def mixed(self, users: int, limits: Limits) -> list[Outcome]:
+        """Of `users`, or as many as the server takes, who each ask MIXED_EACH times."""
+        users = min(users, limits.max_num_seqs)
+        prompt = Lengths(min(MIXED_PROMPT, limits.max_context / 2), 0.7)
+        source = self._conversations(Workload("mixed", prompt, Lengths(MIXED_ANSWER, 0.6)))
+        return self._checked([next(source) for _ in range(users * MIXED_EACH)], users)
+
     def tokens(self) -> tuple[int, float]:
         """Tokens of the chat template, and per word, by a line through all prompts."""
         words, tokens = np.array(self._seen, dtype=float).T
@@ -161,14 +197,21 @@ class _Probe:
         return max(0, round(template)), float(per_word)
 
     def _talks(self, workload: str, count: int) -> list[Conversation]:
-        self._count += 1
-        source = conversations(find_workload(workload), f"calibrate {time.time_ns()} {self._count}")
+        source = self._conversations(find_workload(workload))
         return [Conversation((_only(next(source)),)) for _ in range(count)]
 
-    def _answers(self, talks: Sequence[Conversation], users: int, words: int) -> list[Outcome]:
+    def _conversations(self, workload: Workload) -> Iterator[Conversation]:
+        self._count += 1
+        return conversations(workload, f"calibrate {time.time_ns()} {self._count}")
+
+    def _checked(self, talks: Sequence[Conversation], users: int) -> list[Outcome]:
         outcomes = run(closed_loop(self._endpoint, talks, users)).outcomes
         if failed := [outcome.failure for outcome in outcomes if outcome.failure is not None]:
             raise RuntimeError(f"a request of the calibration failed: {failed[0]}")
+        return outcomes
+
+    def _answers(self, talks: Sequence[Conversation], users: int, words: int) -> list[Outcome]:
+        outcomes = self._checked(talks, users)
         self._seen += [(words, outcome.prompt_tokens or 0) for outcome in outcomes]
         return outcomes
 

@@ -99,6 +99,7 @@ class _Replica:
     arrived: list[_Job] = field(default_factory=list)
     running: Schedule | None = None
     busy_seconds: float = 0.0
+    owed_seconds: float = 0.0  # that the running step takes longer, for those who came meanwhile
 
 
 class Simulation:
@@ -175,6 +176,8 @@ class Simulation:
             self._router.ended(replica)
             self._fail(talk, outcome, due, "HTTP 429")
             return
+        if self._replicas[replica].running is not None:
+            self._replicas[replica].owed_seconds += self._machine.times.newcomer_seconds
         job = _Job(talk, outcome, replica, work, self._request(call, prompt))
         self._at(due + self._machine.front_seconds, lambda now: self._arrive(job, now))
 
@@ -218,6 +221,11 @@ class Simulation:
         self._at(now + seconds, lambda at: self._finish_step(replica, at))
 
     def _finish_step(self, replica: _Replica, now: float) -> None:
+        if (owed := replica.owed_seconds) > 0:
+            replica.owed_seconds = 0.0
+            replica.busy_seconds += owed
+            self._at(now + owed, lambda at: self._finish_step(replica, at))
+            return
         schedule = replica.running
         assert schedule is not None
         for entry in schedule.entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Literal, Protocol
 
 import msgspec
@@ -15,9 +16,13 @@ Knots = list[tuple[float, float]]  # (count, seconds), counts rising
 
 
 class StepTimes(Protocol):
-    """`source` says whether its times were measured."""
+    """`source` says whether its times were measured.
+
+    newcomer_seconds  that a step takes longer for each request that comes while it runs
+    """
 
     source: str
+    newcomer_seconds: float
 
     def seconds(self, schedule: Schedule) -> float: ...
 
@@ -30,11 +35,14 @@ class Measured(msgspec.Struct, forbid_unknown_fields=True):
     prefill           what so many prompt tokens, from position 0 on, add to a step
     context_seconds   what each token of context adds to a decode step
     pair_seconds      what each (prompt token, earlier token of former steps) pair adds
+    newcomer_seconds  what a request that comes while a step runs adds to it: the same cores parse and tokenise it
+    scatter           quantiles of what steps without prompt tokens take over what they take on average; mean 1
+    prompt_scatter    the same of steps with some
     template_tokens   of the chat template, around an empty message
     tokens_per_word   of the workloads' words
     """
 
-    format: Literal["nvfp4-step-times-1"]
+    format: Literal["nvfp4-step-times-2"]
     made_at: str
     machine: dict[str, str]
     model: str
@@ -50,14 +58,20 @@ class Measured(msgspec.Struct, forbid_unknown_fields=True):
     pair_seconds: float
     template_tokens: int
     tokens_per_word: float
+    newcomer_seconds: float = 0.0
+    scatter: tuple[float, ...] = (1.0,)
+    prompt_scatter: tuple[float, ...] = (1.0,)
 
 
 class MeasuredTimes:
-    """Straight lines between what was measured; beyond the last count, on as between the last two."""
+    """Straight lines between what was measured; beyond the last count, on as between the last two. Each step is a draw
+    from what was seen around its mean."""
 
-    def __init__(self, measured: Measured) -> None:
+    def __init__(self, measured: Measured, seed: str = "0") -> None:
         self.source = f"measured {measured.made_at} on {measured.machine.get('cpu', 'this machine')}"
+        self.newcomer_seconds = measured.newcomer_seconds
         self._measured = measured
+        self._draw = random.Random(f"steps {seed}")
         self._decode, self._prefill = _line(measured.decode), _line([(0.0, 0.0), *measured.prefill])
 
     def seconds(self, schedule: Schedule) -> float:
@@ -69,12 +83,19 @@ class MeasuredTimes:
             else:
                 prompt += entry.count
                 pairs += entry.count * entry.start
-        extra = self._measured.context_seconds * context + self._measured.pair_seconds * pairs
-        return _at(self._decode, max(rows, 1)) + _at(self._prefill, prompt) + extra
+        scatter = self._measured.prompt_scatter if prompt else self._measured.scatter
+        return sum(self.parts(rows, prompt, context, pairs)) * self._draw.choice(scatter)
+
+    def parts(self, rows: int, prompt: int, context: int, pairs: int = 0) -> tuple[float, float]:
+        """Mean seconds of a step for its decode rows, and for its prompt tokens."""
+        decode = _at(self._decode, max(rows, 1)) + self._measured.context_seconds * context
+        return decode, _at(self._prefill, prompt) + self._measured.pair_seconds * pairs
 
 
 class Modelled:
     """The larger of arithmetic and memory traffic, each at a share of the data sheet that good kernels reach."""
+
+    newcomer_seconds = 0.0
 
     def __init__(self, gpu: Gpu, cost: ModelCost, numerics: str) -> None:
         self.source = f"MODELLED from the data sheet of {gpu.name}, not measured"

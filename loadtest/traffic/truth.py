@@ -2,9 +2,9 @@
 
 Two servers are asked. Clockwork (clockwork.py) does nothing but keep time, and writes down when it really sent each
 event: what the client says of it is the client's own error. The simulated engine is our server with steps of a known
-length, and logs how long each answer took from its first byte to its last, and its first token within the engine. What
-the client sees of a first token beyond that is HTTP's, the template's and the tokenizer's time, so it is shown and not
-judged.
+length; it logs the seconds from a request's first byte to its answer's first one and to its last, stamped where the
+bytes are read from and written to the socket. What of the first token was HTTP's, the template's and the tokenizer's
+time, beside the engine's, is the server's and not the client's error: it is shown and not judged.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def simulated_truth(
         log = Path(folder) / "server.log"
         with nvfp4_server(flags, {}, 60, log) as server:
             traffic = _traffic(Endpoint(server.url, "simulated"), rate, seconds, tokens, progress)
-        errors = against_simulated(traffic.outcomes, _logged(log, "ttft_seconds"))
+        errors = against_simulated(traffic.outcomes, _logged(log, "first_byte_seconds"))
     return Truth("simulated engine", len(traffic.outcomes), rate, errors, traffic.condition)
 
 
@@ -133,16 +133,22 @@ def against_clockwork(traffic: Traffic, logged: Logged) -> tuple[Errors, ...]:
 
 
 def against_simulated(outcomes: Sequence[Outcome], logged: Logged) -> tuple[Errors, ...]:
-    """RuntimeError as `_both`."""
-    first, gaps, whole = [], [], []
+    """The chunk before the first text leaves with it, so the answer's first byte is its first token's. RuntimeError as
+    `_both`."""
+    first, gaps, whole, around = [], [], [], []
     for outcome, server in _both(outcomes, logged):
-        first.append(outcome.ttft - server["ttft_seconds"])
+        first.append(outcome.ttft - server["first_byte_seconds"])
         whole.append(outcome.e2e - server["duration_seconds"])
-        decode = server["duration_seconds"] - server["ttft_seconds"]
+        decode = server["duration_seconds"] - server["first_byte_seconds"]
         assert outcome.tpot is not None
         gaps.append(outcome.tpot - decode / (server["output_tokens"] - 1))
-    beyond = Errors.of("first token beyond the engine's own time (not judged)", first, judged=False)
-    return Errors.of("whole answer", whole), Errors.of("time per later token", gaps), beyond
+        around.append(server["first_byte_seconds"] - server["ttft_seconds"])
+    return (
+        Errors.of("time to first token", first),
+        Errors.of("time per later token", gaps),
+        Errors.of("whole answer", whole),
+        Errors.of("not the client's: the server's own time to first token beyond its engine's", around, judged=False),
+    )
 
 
 def _both(outcomes: Sequence[Outcome], logged: Logged) -> list[tuple[Outcome, dict[str, Any]]]:

@@ -39,6 +39,22 @@ RELEASES: dict[str, dict[str, Any]] = {
         "image": {"pullSecrets": ["registry"]},
         "tolerations": [{"key": "spot", "operator": "Exists"}],
     },
+    "groups": {
+        "device": "cuda",
+        "tensorParallel": {"pods": 2},
+        "flags": {"kv-cache-memory": "8GiB"},
+        "resources": {
+            "requests": {"cpu": "4", "memory": "32Gi", "ephemeral-storage": "2Gi"},
+            "limits": {"cpu": None, "memory": "32Gi", "ephemeral-storage": "16Gi"},
+        },
+    },
+    "groups on CPUs, scaled": {
+        "tensorParallel": {"pods": 4},
+        "monitoring": {"enabled": True},
+        "keda": {"enabled": True},
+        "inferencePool": {"enabled": True},
+        "podLabels": {"team": "a"},
+    },
     "without keys": {"allowUnauthenticated": True, "apiKeys": {"secret": ""}, "model": {"subPath": "a/b"}},
 }
 # Each set of manifests that somebody may apply.

@@ -38,12 +38,7 @@ def containers(manifests: list[Manifest]) -> list[Manifest]:
 
 def flags(container: Manifest) -> Any:
     """What serve understands; a flag that it has not, or a value that it does not take, ends the test."""
-    parser, serve_flags = _parser()
-    if (
-        any("tensor-parallel" in arg for arg in container["args"])
-        and "--tensor-parallel-size" not in serve_flags.format_help()
-    ):
-        pytest.skip("serve has no --tensor-parallel-size yet")
+    parser, _ = _parser()
     return parser.parse_args(["serve", *container["args"]])
 
 
@@ -243,12 +238,13 @@ def test_an_update_or_a_node_that_is_drained_leaves_a_server(manifests: list[Man
     assert budget["spec"]["maxUnavailable"] == 1
 
 
-def test_a_scaled_deployment_names_no_number_of_replicas(manifests: list[Manifest]) -> None:
-    (deployment, *_) = [*of_kind(manifests, "Deployment"), None]
+def test_what_is_scaled_names_no_number_of_replicas(manifests: list[Manifest]) -> None:
+    (server,) = [*of_kind(manifests, "Deployment"), *of_kind(manifests, "LeaderWorkerSet")]
     scaled = of_kind(manifests, "ScaledObject")
-    assert deployment is None or ("replicas" in deployment["spec"]) != bool(scaled)
+    assert ("replicas" in server["spec"]) != bool(scaled)
     for one in scaled:
-        assert one["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+        target = {"apiVersion": server["apiVersion"], "kind": server["kind"], "name": server["metadata"]["name"]}
+        assert one["spec"]["scaleTargetRef"] == target
         assert one["spec"]["minReplicaCount"] <= one["spec"]["maxReplicaCount"]
         for trigger in one["spec"]["triggers"]:
             namespace = set(re.findall(r'namespace="([^"]*)"', trigger["metadata"]["query"]))
@@ -264,8 +260,9 @@ def test_the_gateway_waits_longer_than_the_server() -> None:
     assert [backend["name"] for backend in rule["backendRefs"]] == [pool["metadata"]["name"]]
 
 
-def test_a_group_has_as_many_gpus_as_ranks_and_all_its_pods_start_alike() -> None:
-    manifests = kustomized("tensor-parallel")
+@pytest.mark.parametrize("name", ["kustomize tensor-parallel", "helm groups", "helm groups on CPUs, scaled"])
+def test_a_group_has_as_many_pods_as_ranks_and_all_of_them_start_alike(name: str) -> None:
+    manifests = rendered(name)
     assert not of_kind(manifests, "Deployment")
     (group,) = of_kind(manifests, "LeaderWorkerSet")
     leader, worker = containers(manifests)
@@ -273,12 +270,40 @@ def test_a_group_has_as_many_gpus_as_ranks_and_all_its_pods_start_alike() -> Non
     assert leader["env"] == worker["env"]
     assert leader["resources"] == worker["resources"]
     size = group["spec"]["leaderWorkerTemplate"]["size"]
-    ranks = next(int(arg.partition("=")[2]) for arg in leader["args"] if arg.startswith("--tensor-parallel-size="))
-    assert ranks == size * int(leader["resources"]["limits"]["nvidia.com/gpu"])
+    assert flags(leader).tensor_parallel_size == size
+    assert leader["resources"]["limits"].get("nvidia.com/gpu", "1") == "1", "a rank has one GPU"
     assert group["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
     assert "readinessProbe" not in worker, "only rank 0 answers HTTP"
+    answering = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}.items()
     (service,) = of_kind(manifests, "Service")
-    assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+    assert answering <= service["spec"]["selector"].items()
+    for pool in of_kind(manifests, "InferencePool"):
+        assert answering <= pool["spec"]["selector"]["matchLabels"].items()
+    if leader["resources"]["limits"].get("nvidia.com/gpu"):
+        args = flags(leader)
+        assert args.kv_cache_memory or args.num_kv_blocks, "ranks on GPUs do not start without"
+    assert any(  # what the ranks say to each other
+        rule == {"from": [{"podSelector": policy["spec"]["podSelector"]}]}
+        for policy in of_kind(manifests, "NetworkPolicy")
+        for rule in policy["spec"]["ingress"]
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gpus": 2},
+        {"flags": {"kv-cache-memory": "8GiB", "tensor-parallel-size": 2}},
+        {"flags": {"kv-cache-memory": "8GiB", "data-parallel-size": 2}},
+        {"device": "cuda", "flags": {}},
+        {"tensorParallel": {"pods": 0}},
+        {"tensorParallel": {"size": 2}},
+    ],
+)
+def test_the_chart_refuses_a_group_that_would_not_start(values: Manifest) -> None:
+    merged = {"tensorParallel": {"pods": 2}} | values
+    with pytest.raises(AssertionError, match="values don't meet"):
+        helm_template(merged)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +320,14 @@ def test_a_group_has_as_many_gpus_as_ranks_and_all_its_pods_start_alike() -> Non
                 },
             },
         ),
+        ("tensor-parallel", RELEASES["groups"]),
     ],
 )
 def test_the_chart_makes_the_pods_that_kustomize_makes(overlay: str, values: dict[str, Any]) -> None:
     def pods(manifests: list[Manifest]) -> list[Manifest]:
         found = [as_pod(copy.deepcopy(template))["spec"] for template in pod_templates(manifests)]
         for spec in found:
-            for constraint in spec["topologySpreadConstraints"]:
+            for constraint in spec.get("topologySpreadConstraints", []):
                 constraint["labelSelector"]["matchLabels"].pop("app.kubernetes.io/instance", None)
             for container in spec["containers"]:
                 container.pop("imagePullPolicy", None)

@@ -19,6 +19,7 @@ import yaml
 
 from server.cli import _parser
 from tests.deploy.manifests import DEPLOY, ROOT
+from tests.tiny import tiny_llama
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[serve]'")
 serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed: pip install 'ray[serve]'")
@@ -46,11 +47,11 @@ def url() -> Iterator[str]:
         ray.shutdown()
 
 
-def run(**options: Any) -> None:
+def run(flags: list[str] | None = None, **options: Any) -> None:
     import nvfp4_ray
 
     deployment = nvfp4_ray.Replica.options(ray_actor_options={"num_cpus": 0.5}, max_ongoing_requests=8, **options)
-    serve.run(deployment.bind(FLAGS), name="nvfp4", route_prefix="/")
+    serve.run(deployment.bind(flags or FLAGS), name="nvfp4", route_prefix="/")
 
 
 def replicas() -> int:
@@ -179,6 +180,25 @@ async def test_a_killed_replica_costs_its_own_streams_and_is_replaced(http: http
     await until(lambda: replicas() == 2 and processes("ray::ServeReplica:nvfp4") - {victim, other} != set(), 60)
     print(f"{broken} of 12 streams broken, replaced after {time.monotonic() - killed:.1f} s")
     await until(lambda: not engine & processes("nvfp4_runtime.engine"), 10)  # no engine outlives its replica
+
+
+async def test_one_replica_has_several_engines_and_ranks_and_all_end_with_it(
+    http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    folder = str(tiny_llama(tmp_path / "model", seed=5, eos_token_id=None))
+    flags = [folder, "--dtype=float32", "--device=cpu", "--threads=1", "--num-kv-blocks=65", "--no-self-test"]
+    texts = []
+    for more in ([], ["--tensor-parallel-size=2", "--data-parallel-size=2"]):
+        run([*flags, "--served-model-name=simulated", *more], num_replicas=1)
+        await until(lambda: replicas() == 1 and len(processes("ray::ServeReplica:nvfp4")) == 1, 60)
+        texts += await asyncio.gather(*(stream(http, 20) for _ in range(4)))
+    assert len(set(texts)) == 1
+    assert texts[0]
+    (replica,) = processes("ray::ServeReplica:nvfp4")
+    started = {part: descendants(replica) & processes(f"nvfp4_runtime.engine.{part}") for part in ("core", "rank")}
+    assert {part: len(pids) for part, pids in started.items()} == {"core": 2, "rank": 2}
+    os.kill(replica, signal.SIGKILL)
+    await until(lambda: not set.union(*started.values()) & processes("nvfp4_runtime.engine"), 10)
 
 
 async def test_replicas_follow_the_requests_there_are(http: httpx.AsyncClient) -> None:

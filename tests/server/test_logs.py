@@ -69,7 +69,7 @@ async def test_one_record_a_request_tells_lengths_times_and_reasons(
     assert found["model"] == "tiny"
     assert found["queue_seconds"] == 0
     assert found["ttft_seconds"] == pytest.approx(0.001, abs=1e-4)
-    assert found["duration_seconds"] >= 0
+    assert 0 < found["first_byte_seconds"] <= found["duration_seconds"]
     line = TextFormatter(TEXT).format(record)
     for text in (line, json.dumps(found)):
         assert SECRET not in text

@@ -18,6 +18,7 @@ class Constant:
     """Steps of 10 ms, and 1 ms for each prompt token."""
 
     source = "made up"
+    newcomer_seconds = 0.0
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -47,6 +48,18 @@ def test_one_request_takes_its_steps():
     assert outcome.gaps == pytest.approx([0.01] * 4)
     assert result.seconds == pytest.approx(1.57)
     assert result.busy == pytest.approx(0.07 / 1.57)
+
+
+def test_who_comes_while_a_step_runs_makes_it_longer():
+    box = machine(front_seconds=0.001)
+    box.times.newcomer_seconds = 0.003
+    talks = [
+        talk(1, 5),
+        talk(1, 2, at=0.015, first="b"),
+    ]  # 2 tokens of prompt: a first step of 12 ms, of which at 15 ms
+    one, two = Simulation(box, 1, talks, WordTokens()).run().outcomes
+    assert one.gaps == pytest.approx([0.013, 0.012, 0.010, 0.010])  # the second had the newcomer, the third its prompt
+    assert two.arrivals[0] == pytest.approx(one.arrivals[2])
 
 
 def test_a_long_prompt_is_cut_into_chunks_by_the_real_scheduler():

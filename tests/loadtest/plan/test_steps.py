@@ -17,7 +17,7 @@ from loadtest.plan.steps import Measured, MeasuredTimes, Modelled
 from nvfp4_runtime.engine.cost import ModelCost
 
 MEASURED = Measured(
-    "nvfp4-step-times-1", "now", {"cpu": "2 x test"}, "model", [], 8, 256, 16, 4096, 0.005,
+    "nvfp4-step-times-2", "now", {"cpu": "2 x test"}, "model", [], 8, 256, 16, 4096, 0.005,
     [(1.0, 0.010), (4.0, 0.016)], [(100.0, 0.1), (200.0, 0.3)], 1e-6, 1e-7, 20, 1.0,
 )  # fmt: skip
 
