@@ -145,7 +145,8 @@ def _blockwise(
     rows = rows.first(schedule.steps * schedule.batch_rows)
     run = Blockwise(
         folder, start, wishes.act, rows, held, schedule, work,
-        dtype=DTYPES[wishes.dtype], device=device, block_scales=wishes.block_scales, identity=_identity(wishes), progress=wishes.progress,
+        device=device, block_scales=wishes.block_scales, dtype=DTYPES[wishes.dtype], identity=_identity(wishes),
+        progress=wishes.progress,
     )  # fmt: skip
     results = run.run()
     run.export(out)
