@@ -158,6 +158,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse_head(self) -> None:
         self._refuse(431, f"the request's line and headers are larger than {self.max_header_bytes} bytes")
 
+    def refuse_unfinished(self, message: str) -> None:
+        """503 to a request whose body has not all come: nothing of it was accepted."""
+        if self._phase is Phase.BODY:
+            self._refuse(503, message)
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
 
