@@ -104,7 +104,7 @@ class RecordingCore(core.EngineCore):
 def run(fd: int, result: Path, profile: bool, absorbed: bool) -> int:
     """`core.main`, recorded; with `profile` there are timers round its parts. Writes the steps when told to stop."""
     if absorbed:
-        mla.FEWEST = sys.maxsize  # no part of a prompt is as long
+        mla.long_parts = lambda batch: []
     timer, routed = PartTimer(), RoutedExperts()
     routed.wrap()
     if profile:
