@@ -111,6 +111,8 @@ def _measure(
     found = figures(outcomes, course.slo)
     if found.whole == 0:
         complaints = [*complaints, f"no whole answer: {', '.join(found.failures)}"]
+    elif found.output_tokens == 0:
+        complaints = [*complaints, "no usage: the server does not count its tokens, and nobody else does"]
     if candidate.url is None and not _lives(endpoint.url):
         complaints = [*complaints, "the server died"]
     return Run(
