@@ -69,14 +69,18 @@ def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> F
 
 def listener_rss_bytes(url: str) -> int | None:
     """Of this machine's processes that listen at `url`; None where it is elsewhere or they may not be looked at."""
+    return sum(_rss_bytes(Path(f"/proc/{pid}")) for pid in listeners(url)) or None
+
+
+def listeners(url: str) -> list[int]:
+    """Processes of this machine that listen at `url`; none where it is elsewhere or they may not be looked at."""
     host, port = httpx.URL(url).host, httpx.URL(url).port
     if host not in ("127.0.0.1", "localhost", "::1") or port is None:
-        return None
+        return []
     sockets = {
         f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening(Path("/proc/net") / table, port)
     }
-    found = [_rss_bytes(folder) for folder in Path("/proc").glob("[0-9]*") if sockets & _open_files(folder)]
-    return sum(found) or None
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if sockets & _open_files(folder)]
 
 
 def _listening(table: Path, port: int) -> list[str]:
