@@ -154,6 +154,13 @@ class ForwardBatch:
     adapters: AdapterRows | None = None
     state_slots: Tensor | None = None
 
+    @cached_property
+    def sequence_of_token(self) -> Tensor:
+        """int64 [T]: the place in the batch of each new token's sequence."""
+        counts = self.cu_seqlens_q.diff()
+        sequences = torch.arange(len(counts), device=counts.device)
+        return sequences.repeat_interleave(counts, output_size=len(self.positions))
+
     def kv_layer(self, layer_id: int) -> KVLayer:
         """The keys and values of a layer that keeps them."""
         layer = self.kv[layer_id]

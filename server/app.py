@@ -23,9 +23,10 @@ from server.fault_metrics import FaultMetrics
 from server.loop_lag import watch_loop_lag
 from server.metrics import ENGINE, Metrics
 from server.metrics_port import MetricsPort
-from server.middleware import LimitBody, Observer, RequestContext, RequireKey
+from server.middleware import LimitBody, RequestContext, RequireKey
 from server.openapi import document
 from server.request_log import RequestLog
+from server.request_record import Observer
 from server.response_store import ResponseStore
 from server.routes import (
     chat,
@@ -111,6 +112,7 @@ def create_app(engine: AsyncEngine, text: TextProcessor, config: ServerConfig, t
     if config.log_requests:
         observers.append(RequestLog(text.tokenizer.decode if config.log_prompts else None))
     app.add_middleware(RequestContext, observers=observers, tracer=tracer)
+    app.state.observers = observers  # the port's own refusals are told to them too
     return app
 
 

@@ -19,15 +19,10 @@ from nvfp4_runtime.text.processor import TextProcessor
 from server.cli import _parser
 from server.commands.parallel import parallel_config
 from server.commands.reliability import supervision
+from server.configs import server_config, whole_engine_config
 from server.health import why_not_healthy
-from server.serve import (
-    application,
-    launch_engines,
-    resolve_model,
-    sampling_defaults,
-    server_config,
-    whole_engine_config,
-)
+from server.model_source import resolve_model, sampling_defaults
+from server.serve import application, launch_engines
 
 # Flags that say something to a port or process which is not ours here.
 HOSTS_OWN = (

@@ -8,7 +8,9 @@ reads (413, 408); those that nobody reads end here, with their connection.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any, ClassVar, cast
 
@@ -17,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.config import ServerConfig
 from server.errors import status_body
+from server.request_record import Observer, RequestRecord
 
 BODY_GRACE_SECONDS = 5.0  # for the middleware's 408 to come first
 LINGER_SECONDS = 1.0  # a connection closed while its client still writes is reset, and the answer lost with it
@@ -38,12 +41,14 @@ class BoundedProtocol(HttpToolsProtocol):
     max_body_bytes: ClassVar[int]
     header_seconds: ClassVar[float]
     body_seconds: ClassVar[float]
+    observers: ClassVar[Sequence[Observer]]
 
     @classmethod
-    def within(cls, config: ServerConfig) -> type[BoundedProtocol]:
-        """The protocol with the bounds of `config`."""
+    def within(cls, config: ServerConfig, observers: Sequence[Observer] = ()) -> type[BoundedProtocol]:
+        """The protocol with the bounds of `config`; its refusals are told to `observers`, as the middleware's are."""
         names = ("max_header_bytes", "max_body_bytes", "header_seconds", "body_seconds")
-        return type("BoundedProtocol", (cls,), {name: getattr(config, name) for name in names})
+        bounds = {name: getattr(config, name) for name in names}
+        return type("BoundedProtocol", (cls,), {**bounds, "observers": tuple(observers)})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -153,6 +158,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse_head(self) -> None:
         self._refuse(431, f"the request's line and headers are larger than {self.max_header_bytes} bytes")
 
+    def refuse_unfinished(self, message: str) -> None:
+        """503 to a request whose body has not all come: nothing of it was accepted."""
+        if self._phase is Phase.BODY:
+            self._refuse(503, message)
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
 
@@ -166,8 +176,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
             return
         body = orjson.dumps(status_body(status, message))
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        now = time.monotonic()
+        scope = cast(dict[str, Any] | None, self.scope)  # None before a connection's first request
+        arrived = now if scope is None else scope.get(ARRIVED, now)
+        record = RequestRecord(secrets.token_hex(16), "", "", arrived, status=status, seconds=now - arrived)
+        head = (
+            b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n"
+            % (len(body), record.request_id.encode())
+        )
         self.transport.write(STATUS_LINE[status] + head + body)
+        for observer in self.observers:
+            observer.ended(record)
         self._refused = True
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +17,7 @@ from server.errors import error_body, error_response, in_dialect, json_response,
 from server.generation import ClientDisconnected
 from server.http_protocol import ARRIVED
 from server.request_log import is_probe
-from server.request_record import RequestRecord, begin
+from server.request_record import Observer, RequestRecord, begin
 from server.state import sane_request_id
 from server.terms import set_tenant
 from server.tracing import Tracer
@@ -32,12 +31,6 @@ def _header(scope: Scope, name: bytes) -> str | None:
             found: str = value.decode("latin-1")
             return found
     return None
-
-
-class Observer(Protocol):
-    """Told of every request when it is over."""
-
-    def ended(self, record: RequestRecord) -> None: ...
 
 
 class RequestContext:

@@ -15,6 +15,7 @@ from nvfp4_runtime.text.processor import TextProcessor
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from server.protocol.chat import ChatCompletionRequest, ChatMessage
 from server.protocol.embeddings import EmbeddingRequest
+from server.protocol.fields import TEXT_ALONE
 from server.protocol.generation import GenerationRequest
 from server.tools.describe import calls_as_text, described
 
@@ -188,7 +189,8 @@ def _text_of(content: str | Sequence[dict[str, Any]] | None, position: int) -> s
         value = part.get("refusal" if kind == "refusal" else "text")
         if kind not in ("text", "refusal", "input_text", "output_text"):
             raise InvalidParameterError(
-                f"messages.{position}.content: this server takes text parts only, found a part of type {kind!r:.64}",
+                f"messages.{position}.content: this server takes text parts only ({TEXT_ALONE}), found a part of type "
+                f"{kind!r:.64}",
                 "messages",
             )
         if not isinstance(value, str):

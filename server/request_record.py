@@ -31,6 +31,12 @@ class Choice(Protocol):
     def job(self) -> Job: ...
 
 
+class Observer(Protocol):
+    """Told of every request when it is over."""
+
+    def ended(self, record: RequestRecord) -> None: ...
+
+
 @dataclass
 class RequestRecord:
     """One request, from its first byte on.

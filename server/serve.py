@@ -7,46 +7,32 @@ import asyncio
 import contextlib
 import errno
 import gc
-import json
 import logging
 import math
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvfp4_runtime.config import (
-    AdapterConfig,
-    CacheConfig,
-    EngineConfig,
-    ParallelConfig,
-    SchedulerConfig,
-    SimulatedConfig,
-)
+from nvfp4_runtime.config import EngineConfig
 from nvfp4_runtime.engine.client import ProgressCallback
 from nvfp4_runtime.engine.messages import EngineInfo
 from nvfp4_runtime.engine.replicas import Replicas
 from nvfp4_runtime.engine.supervisor import SupervisedEngine, Supervision
-from nvfp4_runtime.errors import ConfigError, EngineDeadError, InvalidParameterError, NVFP4Error
-from nvfp4_runtime.sampling.params import SamplingParams
+from nvfp4_runtime.errors import ConfigError, EngineDeadError, NVFP4Error
 from nvfp4_runtime.text.processor import TextProcessor
-from nvfp4_runtime.text.tokenizer import read_json
-from server.commands import limits, security
-from server.commands.parallel import kv_events, parallel_config
-from server.commands.reliability import simulated_faults, supervision
-from server.config import ServerConfig, environment_flags, launcher_variables, traces_wanted
+from server.commands.parallel import parallel_config
+from server.commands.reliability import supervision
+from server.config import ServerConfig, launcher_variables, traces_wanted
+from server.configs import server_config, whole_engine_config
 from server.loading import LoadingGate
-from server.reasoning.parsers import reasoning_style
+from server.model_source import model_argument, model_folder, sampling_defaults
 from server.replica_metrics import ReplicaMetrics
 from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
-from server.tools.parsers import tool_style
 from server.tracing import Tracer, otlp_exporter
 
 if TYPE_CHECKING:
@@ -59,15 +45,6 @@ T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048  # uvicorn's
 COLLECT_AFTER_OBJECTS = 20_000  # Python's 700 are fewer than one step of a few hundred streams makes
-# generation_config.json's name -> ours, and its type
-_SAMPLING_DEFAULTS: dict[str, tuple[str, type[int] | type[float]]] = {
-    "temperature": ("temperature", float),
-    "top_p": ("top_p", float),
-    "top_k": ("top_k", int),
-    "min_p": ("min_p", float),
-    "repetition_penalty": ("repetition_penalty", float),
-    "max_new_tokens": ("max_tokens", int),
-}
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -101,215 +78,6 @@ def serve(args: argparse.Namespace) -> int:
         if tracer is not None:
             tracer.close()
         gc.freeze()  # the interpreter's last collection would walk all of it, a quarter of a second for nothing
-
-
-def server_config(args: argparse.Namespace, model: str | None) -> ServerConfig:
-    names = args.served_model_name or ["simulated"]
-    if not all(name.strip() for name in names):
-        raise ConfigError("an empty name is no request's; give one, or leave the flag out", "--served-model-name")
-    if not args.simulate:
-        for flag, given in (("step-seconds", args.simulate_step_seconds), ("script", args.simulate_script)):
-            if given is not None:
-                raise ConfigError(f"--simulate-{flag} says how to simulate; it needs --simulate", f"--simulate-{flag}")
-    elif not 0 <= (args.simulate_step_seconds or 0.0) < math.inf:
-        raise ConfigError(f"expected seconds, 0 or more, found {args.simulate_step_seconds}", "--simulate-step-seconds")
-    tool_style(args.tool_call_parser, None, True)  # a name that is not known ends the start here, not after loading
-    reasoning_style(args.reasoning_parser, None)
-    secured = security.config_fields(args)
-    if not secured["api_key_hashes"] and not security.is_loopback(args.host):
-        logger.warning("listening on %s without --api-key-file: everybody who reaches it may use it", args.host)
-    if not 0 < args.response_store_ttl < math.inf:
-        raise ConfigError(f"expected seconds, more than 0, found {args.response_store_ttl}", "--response-store-ttl")
-    return ServerConfig(
-        served_model_names=tuple(names),
-        model_root=model or "",
-        shutdown_timeout_seconds=args.shutdown_timeout,
-        drain_delay_seconds=args.drain_delay,
-        stall_seconds=args.stall_timeout,
-        enable_prompt_tokens_details=args.enable_prompt_tokens_details,
-        tool_call_parser=args.tool_call_parser,
-        reasoning_parser=args.reasoning_parser,
-        trust_request_chat_template=args.trust_request_chat_template,
-        enable_tokenizer_info=args.enable_tokenizer_info_endpoint,
-        pooling=args.embedding_pooling,
-        stored_responses_bytes=args.response_store_memory,
-        stored_responses_seconds=args.response_store_ttl,
-        **secured,
-        **limits.config_fields(args),
-        log_requests=not args.no_log_requests,
-        log_prompts=args.log_prompts,
-        ui=not args.no_ui,
-    )
-
-
-def whole_engine_config(
-    args: argparse.Namespace, model: str, place: ParallelConfig, config: ServerConfig
-) -> EngineConfig:
-    """Of a server, with what one rank's alone lacks. ConfigError for an adapter that has the model's name."""
-    engine = replace(engine_config(args, model), parallel=place, kv_events=kv_events(args.kv_events_config))
-    for adapter in engine.adapters:
-        if adapter.name in config.served_model_names:
-            raise _no_adapter(adapter.name, "the model has that name; choose another, or another --served-model-name")
-    return engine
-
-
-def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
-    simulated = None
-    if args.simulate:
-        tokenizer = TextProcessor.simulated().tokenizer
-        simulated = SimulatedConfig(
-            vocab_size=tokenizer.vocab_size,
-            max_model_len=SimulatedConfig.max_model_len if args.max_model_len is None else args.max_model_len,
-            script=tuple(tokenizer.encode_plain(args.simulate_script or "")),
-            eos_token_id=tokenizer.eos_token_ids[0],
-            step_seconds=args.simulate_step_seconds or 0.0,
-            faults=simulated_faults(args.simulate_fault, tokenizer.encode_plain),
-        )
-    return EngineConfig(
-        model=model,
-        dtype=args.dtype,
-        numerics=args.numerics,
-        lm_head_dtype=args.lm_head_dtype,
-        model_impl=args.model_impl,
-        adapters=adapter_flags(args.lora_modules or []),
-        max_lora_rank=args.max_lora_rank,
-        device=args.device,
-        backend=args.backend,
-        cuda_graphs=not args.no_cuda_graphs,
-        self_test=not args.no_self_test,
-        machine_limits=args.machine_limits,
-        log_format=args.log_format,
-        threads=args.threads,
-        seed=args.seed,
-        cache=CacheConfig(
-            num_blocks=args.num_kv_blocks,
-            memory_bytes=args.kv_cache_memory,
-            kv_dtype=args.kv_cache_dtype,
-            enable_prefix_caching=not args.no_prefix_caching,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-        ),
-        scheduler=SchedulerConfig(
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_model_len=args.max_model_len,
-            max_queued_requests=args.max_queued_requests,
-            max_queued_tokens=args.max_queued_tokens,
-        ),
-        simulated=simulated,
-    )
-
-
-def adapter_flags(values: Sequence[str]) -> tuple[AdapterConfig, ...]:
-    """`name=path`, or vLLM's JSON object with name and path, as often as given. ConfigError for what is neither."""
-    found: list[AdapterConfig] = []
-    for value in values:
-        name, _, path = value.partition("=")
-        if value.lstrip().startswith("{"):
-            try:
-                given = json.loads(value)
-            except ValueError as error:
-                raise _no_adapter(value, f"it is no JSON: {error}") from error
-            unknown = given.keys() - {"name", "path", "base_model_name"}
-            if unknown:
-                raise _no_adapter(value, f"unknown {', '.join(sorted(unknown))}")
-            name, path = given.get("name", ""), given.get("path", "")
-        if not all(isinstance(part, str) and part.strip() for part in (name, path)):
-            raise _no_adapter(value, "expected name=path")
-        if any(name == other.name for other in found):
-            raise _no_adapter(value, f"the name {name!r} is given twice")
-        found.append(AdapterConfig(name, os.path.expanduser(path)))
-    return tuple(found)
-
-
-def _no_adapter(value: str, why: str) -> ConfigError:
-    return ConfigError(f"{value[:200]!r} names no LoRA adapter: {why}", "--lora-modules")
-
-
-def model_argument(args: argparse.Namespace) -> str | None:
-    """MODEL as it was given, on the command line or in the environment."""
-    model = args.model or environment_flags(["model"]).get("model")
-    return None if model is None else os.path.expanduser(model)
-
-
-def model_folder(args: argparse.Namespace) -> Path:
-    """The local folder to load; see `resolve_model`."""
-    return resolve_model(model_argument(args), args.allow_download)
-
-
-def resolve_model(model: str | None, allow_download: bool) -> Path:
-    """The local folder to load. Raises ConfigError when there is none and none may be fetched."""
-    if model is None:
-        return default_model()
-    if Path(model).is_dir():
-        return Path(model)
-    if not allow_download:
-        raise ConfigError(
-            f"there is no model folder {model}; give a local folder, or --allow-download to fetch a hub id",
-            "--allow-download",
-        )
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            f"fetching {model} needs the package huggingface_hub: pip install huggingface_hub", "--allow-download"
-        ) from error
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
-    try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ConfigError(f"{model} could not be fetched: {error}", "--allow-download") from error
-
-
-def default_model() -> Path:
-    """The default model's folder in the cache, made there on first use by a process of its own (it needs torch)."""
-    from nvfp4_runtime.quantize.default_model import cached_default_model
-
-    folder = cached_default_model()
-    if folder is None:
-        # -P: modules of the working directory must not take the place of ours
-        command = [sys.executable, "-P", "-m", "server.cli", "prepare"]
-        code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
-        if code != 0:
-            raise SystemExit(code)  # it has said why
-        folder = cached_default_model()
-        assert folder is not None, "prepare ended well and made nothing"
-    return folder
-
-
-def sampling_defaults(folder: Path, args: argparse.Namespace) -> dict[str, float | int]:
-    """The checkpoint's own defaults, as vLLM takes them from generation_config.json.
-
-    Raises ConfigError for a value that no request could be served with.
-    """
-    if args.generation_config == "none":
-        return {}
-    declared = read_json(folder / "generation_config.json")
-    found = {
-        ours: _sampling_default(theirs, declared[theirs], kind)
-        for theirs, (ours, kind) in _SAMPLING_DEFAULTS.items()
-        if declared.get(theirs) is not None
-    }
-    try:
-        SamplingParams(**found).validate()  # type: ignore[arg-type]  # each is of its field's type: made so above
-    except InvalidParameterError as error:
-        theirs = next(theirs for theirs, (ours, _) in _SAMPLING_DEFAULTS.items() if ours == error.param)
-        raise _unusable_default(theirs, str(error)) from error
-    return found
-
-
-def _sampling_default(name: str, value: object, kind: type[int] | type[float]) -> float | int:
-    whole = kind is float or (isinstance(value, int | float) and value == value // 1)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not whole or abs(value) >= 2**63:
-        expected = "a number" if kind is float else "a whole number"
-        raise _unusable_default(name, f"expected {expected}, found {value!r:.64}")
-    return kind(value)
-
-
-def _unusable_default(name: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"generation_config.json: {name}: {why}; correct the file, or start with --generation-config none",
-        "--generation-config",
-    )
 
 
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
@@ -474,7 +242,7 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            http=BoundedProtocol.within(config),
+            http=BoundedProtocol.within(config, app.state.observers),
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.02
 LAST_EVENTS_SECONDS = 2  # for what is written when streams are cut off
 _RETRY_SECONDS = 5.0
+_SHUTTING_DOWN = "the server is shutting down"
 _CUT_OFF = "the server is shutting down and the time for running requests is over"
 # Probes and scrapes are answered to the end.
 _ALWAYS = ("/health", "/ping", "/metrics")
@@ -46,8 +47,13 @@ class Shutdown:
         self._task = asyncio.create_task(self._drain(drain_delay))
 
     async def _drain(self, drain_delay: float) -> None:
+        from server.http_protocol import BoundedProtocol  # brings uvicorn, for which no start waits
+
         await asyncio.sleep(drain_delay)
         self._state.refusing = True
+        for connection in list(self._server.server_state.connections):
+            if isinstance(connection, BoundedProtocol):  # its client had the delay to send the rest
+                connection.refuse_unfinished(_SHUTTING_DOWN)
         if not await self._idle(self._state.config.shutdown_timeout_seconds):
             logger.warning("requests still run after the shutdown timeout; their streams end with an error")
             await self._state.engine.close(_CUT_OFF)
@@ -81,6 +87,6 @@ class RefuseNew:
         if scope["type"] != "http" or not self._state.refusing or scope["path"].startswith(_ALWAYS):
             await self._app(scope, receive, send)
             return
-        response = error_response(EngineDeadError("the server is shutting down", _RETRY_SECONDS), scope["path"])
+        response = error_response(EngineDeadError(_SHUTTING_DOWN, _RETRY_SECONDS), scope["path"])
         response.headers["connection"] = "close"
         await response(scope, receive, send)

@@ -43,14 +43,15 @@ MAY_IMPORT["distill"] = {p for group in CHAIN for p in group} | {"text", "quanti
 MAY_IMPORT["llm"] = {p for group in CHAIN for p in group} | {"text"}  # the offline door: engine and text in one process
 MAY_IMPORT[""] = {"llm", "sampling"}  # nvfp4_runtime/__init__.py: lazily, the names it offers
 
-# The server knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; serve.py asks
-# where the default model is cached, of a module that TORCH_FREE holds to its lightness.
+# The server knows no tensors. cli.py and commands/ reach the rest, for the sub-commands that compute; model_source.py
+# asks where the default model is cached, of a module that TORCH_FREE holds to its lightness.
 SERVER_MAY_IMPORT = (
     "errors", "config", "text", "structured.spec", "structured.thinking", "sampling.params", "engine.messages",
     "engine.client", "engine.token_stream",
 )  # fmt: skip
-SERVE_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "engine.replicas", "quantize.default_model")
-STARTERS = ("server.serve", "server.embedded")  # these launch an engine; nobody else does
+# These launch an engine; nobody else does.
+STARTER_MAY_IMPORT = (*SERVER_MAY_IMPORT, "engine.supervisor", "engine.replicas")
+STARTERS = ("server.serve", "server.embedded")
 # The scheduler and what it stands on, for simulating it: all without torch.
 PLAN_MAY_IMPORT = (
     "config", "cache.block_pool", "sampling.params", "engine.messages", "engine.request", "engine.scheduler",
@@ -174,7 +175,9 @@ def server_violations(module: str, imported: str) -> str | None:
         return f"the server does not know {top}" if not computes or top != "torch" else None
     if top != RUNTIME or rest == "" or computes:
         return None
-    names = SERVE_MAY_IMPORT if module in STARTERS else SERVER_MAY_IMPORT
+    names = STARTER_MAY_IMPORT if module in STARTERS else SERVER_MAY_IMPORT
+    if module == "server.model_source":
+        names = (*names, "quantize.default_model")
     allowed = any(rest == name or rest.startswith(f"{name}.") for name in names)
     return None if allowed else f"only cli.py and commands/ reach beyond {names}"
 
@@ -244,8 +247,8 @@ def test_every_part_of_the_runtime_has_its_place():
         ("server.app", "torch", False),
         ("server.cli", "nvfp4_runtime.quantize", True),
         ("server.commands.quantize", "nvfp4_runtime.quantize.pipeline", True),
-        ("server.serve", "nvfp4_runtime.quantize.default_model", True),
-        ("server.serve", "nvfp4_runtime.quantize.pipeline", False),
+        ("server.model_source", "nvfp4_runtime.quantize.default_model", True),
+        ("server.model_source", "nvfp4_runtime.quantize.pipeline", False),
         ("server.app", "nvfp4_runtime.quantize.default_model", False),
         ("loadtest.bench_engine", "nvfp4_runtime", False),
         ("loadtest.plan.simulate", "nvfp4_runtime.engine.scheduler", True),

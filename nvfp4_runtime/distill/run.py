@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["full", "blockwise", "scales"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_TEACHERS = ("default", "default-bf16")
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 START_WINDOWS = 16  # of 512 tokens: what the start is calibrated on
 
 QAT_WARNING = (
@@ -49,6 +50,7 @@ class Wishes:
     synthesize      completions to sample from the teacher and train on; data, if given, are then the prompts
     student         an NVFP4 folder in ModelOpt's layout; None: AWQ on the beginning of data. One that `distill` made is
                     gone on with from its float32 weights, where its `.training` folder still stands beside it
+    dtype           what teacher and student compute in; the rounded operands are the same
     tokens          to train on, rounded up to whole steps of batch_tokens
     """
 
@@ -66,6 +68,7 @@ class Wishes:
     micro_tokens: int = 2048
     held_rows: int = 16
     schedule: Schedule = field(default_factory=Schedule)
+    dtype: str = "bfloat16"
     device: str = "auto"
     threads: int | None = None
     work: Path | None = None
@@ -107,11 +110,14 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
     if wishes.mode == "blockwise":
         return _blockwise(folder, start, out, work, rows, held, schedule, wishes, device)
     train: Train = "scales" if wishes.mode == "scales" else wishes.train
-    student = build_student(folder, start, wishes.act, device=device, block_scales=wishes.block_scales, train=train)
+    dtype = DTYPES[wishes.dtype]
+    student = build_student(
+        folder, start, wishes.act, dtype=dtype, device=device, block_scales=wishes.block_scales, train=train
+    )
     if (before := _masters_before(wishes)) is not None:
         load_masters(student, before)
         logger.info("going on from the float32 weights in %s", before)
-    plain = load_plain(folder, torch.bfloat16, device)
+    plain = load_plain(folder, dtype, device)
     trainer = Trainer(plain, student, rows, held, schedule, work, identity=_identity(wishes), progress=wishes.progress)
     result = trainer.run()
     if distributed.rank() == 0:
@@ -139,7 +145,8 @@ def _blockwise(
     rows = rows.first(schedule.steps * schedule.batch_rows)
     run = Blockwise(
         folder, start, wishes.act, rows, held, schedule, work,
-        device=device, block_scales=wishes.block_scales, identity=_identity(wishes), progress=wishes.progress,
+        device=device, block_scales=wishes.block_scales, dtype=DTYPES[wishes.dtype], identity=_identity(wishes),
+        progress=wishes.progress,
     )  # fmt: skip
     results = run.run()
     run.export(out)
@@ -188,6 +195,7 @@ def _check(wishes: Wishes) -> None:
         ("--train", wishes.train, ("all", "layers")),
         ("--block-scales", wishes.block_scales, BLOCK_SCALES),
         ("--act", wishes.act, ("w4a4", "w4a16")),
+        ("--dtype", wishes.dtype, tuple(DTYPES)),
     ):
         if value not in known:
             raise ConfigError(f"unknown value {value!r}; expected one of {', '.join(known)}", flag)
@@ -275,5 +283,6 @@ def _identity(wishes: Wishes) -> dict[str, str]:
         "act": wishes.act,
         "mode": wishes.mode,
         "train": wishes.train,
+        "dtype": wishes.dtype,
         "block_scales": wishes.block_scales,
     }

@@ -51,8 +51,6 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None,
     backends, device, max_len = loaded.backends, loaded.device, loaded.max_len
     _warn_of_missing_scales(model)
     states = state_bytes(model.kv_specs, config.scheduler.max_num_seqs + 1)
-    if states and gpu is not None:
-        raise ConfigError(f"{model.config.architecture} keeps states, and runs on CPUs only: --device cpu", "--device")
     if states and config.cache.enable_prefix_caching:
         logger.info("no prefix caching: %s keeps states that are not found again by prefix", model.config.architecture)
     caching = config.cache.enable_prefix_caching and not states

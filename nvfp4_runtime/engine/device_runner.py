@@ -314,6 +314,7 @@ class DeviceRunner(ModelRunner):
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
             adapters=adapters,
+            state_slots=layout.view(self._staged, "state_slots") if self._has_states else None,
         )
 
     # -- start-up --------------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ class DeviceRunner(ModelRunner):
         self.execute(self._idle(1, 1))
 
     def warm_up(self) -> None:
-        """Steps of several sizes in the null block: kernels are compiled and tuned before the first request."""
+        """Steps of several sizes in the null block and slot 0: kernels are compiled and tuned before any request."""
         capacity = self._capacity
         sizes = [1]
         while sizes[-1] < capacity.tokens:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Backends whose ops wait for the device inside a step, and why: what they run cannot be captured.
-NOT_CAPTURED = {"reference": "the reference's attention reads lengths on the host"}
+NOT_CAPTURED = {"reference": "the reference's attention, or recurrence, reads lengths on the host"}
 _CHOSEN_ON_HOST = (
     "rows with logprobs, a grammar, min_tokens, penalties, edited logits or a thinking budget that may be spent are "
     "chosen on the host"
@@ -146,7 +146,8 @@ class Gpu:
         sampler, sizes = device_sampler(kernels, vocab_size), decode_sizes(config, kernels)
 
         def runner(num_blocks: int, longest: int) -> DeviceRunner:
-            kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, self.device)
+            slots = config.scheduler.max_num_seqs + 1  # as many when measured: states leave less for blocks
+            kv = allocate(model.kv_specs, model.kv_dtype, num_blocks, block_size, self.device, slots)
             capacity = Capacity(config.scheduler.max_num_batched_tokens, most_seqs(config), longest, vocab_size)
             names = [adapter.name for adapter in config.adapters]
             return DeviceRunner(model, kv, BatchSampler(), self.stream(), sampler, capacity, names)

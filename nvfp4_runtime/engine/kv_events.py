@@ -30,6 +30,7 @@ from nvfp4_runtime.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FLAG = "--kv-events-config"
+LINGER_MS = 200  # for what was published to leave, once the engine ends
 _END = (-1).to_bytes(8, "big", signed=True)  # what a replay ends with, in place of a sequence number
 
 
@@ -133,12 +134,15 @@ class Publisher:
         self._socket.send_multipart((self._topic, number.to_bytes(8, "big"), payload), self._zmq.NOBLOCK)
 
     def close(self) -> None:
-        self._context.destroy(linger=200)
+        """Each thread closes its own socket: libzmq ends the process where one is closed while another is in it."""
+        self._socket.close(LINGER_MS)
+        self._context.term()  # ends the other thread's wait, and waits until it has closed its own
 
     def _bind(self, kind: int, endpoint: str, replica: int, hwm: int) -> Any:
         address = of_replica(endpoint, replica)
         sock = self._context.socket(kind)
         sock.set_hwm(hwm)
+        sock.linger = LINGER_MS
         try:
             sock.bind(address)
         except self._zmq.ZMQError as error:
@@ -149,21 +153,20 @@ class Publisher:
 
     def _replay(self, router: Any) -> None:
         """Answer requests, each the first sequence number that is wanted, until the context ends."""
-        while True:
-            try:
-                peer, *_, start = router.recv_multipart()
-                with self._lock:
-                    kept = list(self._kept)
-                for number, payload in kept:
-                    if number >= int.from_bytes(start, "big"):
-                        router.send_multipart((peer, b"", number.to_bytes(8, "big"), payload))
-                router.send_multipart((peer, b"", _END, b""))
-            except self._zmq.ContextTerminated:
-                return
-            except self._zmq.ZMQError as error:
-                logger.warning("a request for past KV events could not be answered: %s", error)
-                if router.closed:
+        with router:
+            while True:
+                try:
+                    peer, *_, start = router.recv_multipart()
+                    with self._lock:
+                        kept = list(self._kept)
+                    for number, payload in kept:
+                        if number >= int.from_bytes(start, "big"):
+                            router.send_multipart((peer, b"", number.to_bytes(8, "big"), payload))
+                    router.send_multipart((peer, b"", _END, b""))
+                except self._zmq.ContextTerminated:
                     return
+                except self._zmq.ZMQError as error:
+                    logger.warning("a request for past KV events could not be answered: %s", error)
 
 
 def of_replica(endpoint: str, replica: int) -> str:

@@ -118,7 +118,11 @@ class Recovery:
         if not entries:
             return [_NOT_COMPUTED] * len(schedule.entries)
         self._restore(entries)
-        results = dict(zip(map(id, entries), self.execute(Schedule(tuple(entries))), strict=True))
+        try:
+            found = self._rerun(entries)
+        except Exception as error:  # noqa: BLE001 - logged with the request at fault, once that is known
+            found = self.redo(Schedule(tuple(entries)), error)
+        results = dict(zip(map(id, entries), found, strict=True))
         return [results.get(id(entry), _NOT_COMPUTED) for entry in schedule.entries]
 
     def commit(self, schedule: Schedule, results: Sequence[StepResult]) -> list[TokenOutput]:
@@ -164,18 +168,25 @@ class Recovery:
         return results
 
     def _rerun(self, entries: Sequence[Scheduled]) -> Sequence[StepResult]:
-        """As `_run`, for entries that were run before and failed."""
-        if not self._scheduler.num_state_slots:
-            return self._run(entries)
+        """As `_run`, for entries that were run before: recurrent states are first brought to where each one starts."""
+        if self._scheduler.num_state_slots:
+            self._catch_up(entries)
+        return self._run(entries)
+
+    def _catch_up(self, entries: Sequence[Scheduled]) -> None:
+        """Compute what lies before each entry once more, from the first token, in steps no larger than any other."""
+        budget = free = self._scheduler.config.max_num_batched_tokens
+        pieces: list[Scheduled] = []
         for entry in entries:
-            entry.request.hidden_sum = None  # a mean is summed from the first token again
-        whole = [replace(entry, start=0, count=entry.stop) for entry in entries]
-        return [
-            result
-            if (scores := result.prompt_logprobs) is None
-            else replace(result, prompt_logprobs=scores[entry.start :])
-            for entry, result in zip(entries, self._run(whole), strict=True)
-        ]
+            at = 0
+            while at < entry.start:
+                pieces.append(replace(entry, start=at, count=min(entry.start - at, free), samples=False))
+                at, free = pieces[-1].stop, free - pieces[-1].count
+                if not free:
+                    self._run(pieces)
+                    pieces, free = [], budget
+        if pieces:
+            self._run(pieces)
 
     def _with_more_memory(
         self, entries: list[Scheduled], results: dict[int, StepResult]

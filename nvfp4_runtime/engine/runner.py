@@ -117,8 +117,11 @@ class ModelRunner:
             max_query_len=max(entry.count for entry in schedule.entries),
             max_seq_len=max(lists.seq_lens),
             adapters=self.adapter_rows(schedule),
-            state_slots=torch.tensor([e.request.state_slot for e in schedule.entries]) if self._has_states else None,
+            state_slots=self._placed_slots(lists.state_slots) if self._has_states else None,
         )
+
+    def _placed_slots(self, slots: Sequence[int]) -> Tensor:
+        return torch.tensor(slots, dtype=torch.int64, device=self._torch_device)
 
     def adapter_rows(self, schedule: Schedule) -> AdapterRows | None:
         """Which of the step's new tokens pass which adapter; None for a step without."""
@@ -170,7 +173,7 @@ class ModelRunner:
                 kv=self._kv,
                 max_query_len=1,
                 max_seq_len=1,
-                state_slots=torch.zeros(1, dtype=torch.int64) if self._has_states else None,
+                state_slots=self._placed_slots([0]) if self._has_states else None,
             )
         )
 

@@ -59,6 +59,7 @@ class Layout:
             ("slot_mapping", torch.int64, sizes.tokens),
             ("sources", torch.int64, sizes.tokens),
             ("logits_rows", torch.int64, sizes.logits),
+            ("state_slots", torch.int64, sizes.seqs),
             ("seq_lens", torch.int32, sizes.seqs),
             ("cu_seqlens_q", torch.int32, sizes.seqs + 1),
             ("block_tables", torch.int32, sizes.seqs * sizes.width),
@@ -111,6 +112,7 @@ class StepLists:
     logits_rows: list[int] = field(default_factory=list)
     seq_lens: list[int] = field(default_factory=list)
     cu_seqlens: list[int] = field(default_factory=lambda: [0])
+    state_slots: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
 
     @classmethod
@@ -127,6 +129,7 @@ class StepLists:
             slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, stop))
             lists.seq_lens.append(stop)
             lists.cu_seqlens.append(len(ids))
+            lists.state_slots.append(request.state_slot)
             lists.tables.append(blocks[: -(-stop // block_size)])
         return lists
 
@@ -146,10 +149,12 @@ class StepLists:
         layout.fill(buffer, "logits_rows", self.logits_rows)
         layout.fill(buffer, "seq_lens", self.seq_lens)
         layout.fill(buffer, "cu_seqlens_q", self.cu_seqlens)
+        layout.fill(buffer, "state_slots", self.state_slots)
         layout.fill(buffer, "block_tables", self.padded_tables(width))
 
     def pad_decodes(self, batch_size: int) -> None:
-        """Sequences of one token up to `batch_size`, which write to the null block and whose logits nobody reads."""
+        """Sequences of one token up to `batch_size`, which write to the null block and to slot 0, and whose logits
+        nobody reads."""
         for _ in range(batch_size - len(self.seq_lens)):
             self.logits_rows.append(len(self.input_ids))
             self.input_ids.append(0)
@@ -157,4 +162,5 @@ class StepLists:
             self.slot_mapping.append(0)
             self.seq_lens.append(1)
             self.cu_seqlens.append(len(self.input_ids))
+            self.state_slots.append(0)
             self.tables.append([0])

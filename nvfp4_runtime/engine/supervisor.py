@@ -177,10 +177,16 @@ class SupervisedEngine:
             client.on_finish(callback)
 
     def _step(self, stats: StepStats) -> None:
-        totals = {name: _sum(getattr(self._before, name), getattr(stats, name)) for name in TOTALS}
+        if self._down is not None:
+            return  # the last words of an engine that is given up: its totals are in `_before`
+        if stats.num_steps:
+            totals = {name: _sum(getattr(self._before, name), getattr(stats, name)) for name in TOTALS}
+        else:  # what ends between steps comes without totals: they stay, and so does what is said of such a message
+            totals = {name: getattr(self.stats, name) for name in TOTALS}
         self.stats = msgspec.structs.replace(stats, **totals)
+        told = self.stats if stats.num_steps else msgspec.structs.replace(self.stats, num_steps=0)
         for callback in self._on_step:
-            callback(self.stats)
+            callback(told)
 
     # -- life ----------------------------------------------------------------------------------------------------
 

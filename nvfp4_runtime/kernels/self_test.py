@@ -15,18 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import ForwardBatch, KVLayer
+from nvfp4_runtime.batch import ForwardBatch, KVLayer, StateLayer
 from nvfp4_runtime.config import KVDtype
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     Backend,
+    DeltaSpec,
+    DeltaWeights,
     GroupedLinearSpec,
     LinearSpec,
+    Mamba2Spec,
+    Mamba2Weights,
     MLASpec,
     NormSpec,
     OpSpec,
     PagedAttentionSpec,
+    ReluSquaredSpec,
     RopeSpec,
 )
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
@@ -119,6 +124,12 @@ class _Tests:
                 return lambda backend: self._attention(backend, spec)
             case MLASpec():
                 return lambda backend: self._mla(backend, spec)
+            case ReluSquaredSpec():
+                return lambda backend: backend.relu_squared(spec)(self._random(spec.dtype, ROWS, spec.width))
+            case Mamba2Spec():
+                return lambda backend: self._mamba2(backend, spec)
+            case DeltaSpec():
+                return lambda backend: self._delta(backend, spec)
         return None
 
     def _norm(self, backend: Backend, spec: NormSpec) -> Tensor:
@@ -157,8 +168,39 @@ class _Tests:
         scale = (rank + rope) ** -0.5
         return backend.mla_decode(spec)(q_nope, q_rope, cache, batch.block_tables, batch.seq_lens, scale)
 
+    def _mamba2(self, backend: Backend, spec: Mamba2Spec) -> Tensor:
+        weights = Mamba2Weights(
+            self._random("float32", spec.conv_dim, spec.conv_width),
+            self._random("float32", spec.conv_dim),
+            -self._random("float32", spec.num_heads).abs() - 0.1,
+            self._random("float32", spec.num_heads),
+            self._random("float32", spec.num_heads),
+            self._random("float32", spec.inner),
+            min_step=0.001,
+            eps=1e-5,
+        )
+        projected = self._random(spec.dtype, ROWS + 1, sum(spec.widths))
+        state = self._states(spec.conv_width, spec.conv_dim, spec.num_heads, spec.head_dim, spec.state_size)
+        y = backend.mamba2(spec)(projected, weights, state, self._batch())
+        return torch.cat([y.float().flatten(), state.ssm.flatten()])
+
+    def _delta(self, backend: Backend, spec: DeltaSpec) -> Tensor:
+        heads = spec.num_value_heads
+        a = -self._random("float32", heads).abs() - 0.1
+        weights = DeltaWeights(
+            self._random("float32", spec.conv_dim, spec.conv_width), a, self._random("float32", heads)
+        )
+        qkv = self._random(spec.dtype, ROWS + 1, spec.conv_dim)
+        b, dt = (self._random(spec.dtype, ROWS + 1, heads) for _ in range(2))
+        state = self._states(spec.conv_width, spec.conv_dim, heads, spec.value_dim, spec.key_dim)
+        y = backend.gated_delta(spec)(qkv, b, dt, weights, state, self._batch())
+        return torch.cat([y.flatten(), state.ssm.flatten()])
+
+    def _states(self, conv_width: int, conv_dim: int, *ssm: int) -> StateLayer:
+        return StateLayer(self._random("float32", 3, conv_width - 1, conv_dim), self._random("float32", 3, *ssm))
+
     def _batch(self) -> ForwardBatch:
-        """A sequence of 19 tokens that decodes, and one of 21 whose last three are new; blocks 1 to 4."""
+        """A sequence of 19 tokens that decodes, one of 21 whose last three are new; blocks 1 to 4, slots 2 and 1."""
         positions = [18, 18, 19, 20]
         slots = [2 * _BLOCK_SIZE + 2, *(4 * _BLOCK_SIZE + p - _BLOCK_SIZE for p in positions[1:])]
 
@@ -176,6 +218,7 @@ class _Tests:
             kv=(),
             max_query_len=3,
             max_seq_len=21,
+            state_slots=tensor([2, 1], torch.int64),
         )
 
     def _cache(self, kv_dtype: KVDtype, kv_heads: int, head_dim: int) -> KVLayer:

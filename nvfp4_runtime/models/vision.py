@@ -105,6 +105,13 @@ def unread(config: ModelConfig) -> dict[str, str]:
     return dict.fromkeys(CLASSES[config.vision_class].towers, UNREAD) if config.vision_class else {}
 
 
+def towers(raw: Raw) -> tuple[str, ...]:
+    """Patterns of the tensors in a vision-language checkpoint that are not the decoder's; () of any other."""
+    names = raw.get("architectures")
+    vision = CLASSES.get(str(names[0])) if isinstance(names, list) and names else None
+    return () if vision is None else vision.towers
+
+
 def _along_text(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding as text meets it: along it the axes of an image all count the same tokens."""
     plain = {name: value for name, value in rope.items() if name not in ("mrope_section", "mrope_interleaved")}

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from nvfp4_runtime.checkpoint.detect import is_excluded
 from nvfp4_runtime.checkpoint.shards import PLAIN, TensorInfo
+from nvfp4_runtime.models.vision import text_config, towers
 from nvfp4_runtime.nvfp4.codec import BLOCK
 
 # Methods that need a calibration text, beside those of nvfp4/block_scales.py that do not.
@@ -22,6 +23,7 @@ STAY_PLAIN = (
     "*norm*",
     "*.mlp.gate",  # the router of a mixture of experts
     "*.block_sparse_moe.gate",
+    "*.mixer.gate",
     "*router*",
     "*shared_expert_gate",
     "*conv1d*",
@@ -54,8 +56,13 @@ _GROUP_OF = {leaf: f"{{{','.join(names)}}}" for names in _SIBLINGS for leaf in n
 def family_exclusions(raw_config: Mapping[str, Any]) -> tuple[str, ...]:
     """fnmatch patterns of what stays plain in this architecture, as NVIDIA publishes it; () where nothing is special.
 
-    NemotronH: every attention layer, and the Mamba layer before each (Nemotron 3 Nano).
+    NemotronH: every attention layer, and the Mamba layer before each (Nemotron 3 Nano). Of vision-language classes:
+    the towers, and what their language model has.
     """
+    return (*towers(raw_config), *_text_exclusions(text_config(raw_config)))
+
+
+def _text_exclusions(raw_config: Mapping[str, Any]) -> tuple[str, ...]:
     names = raw_config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if name != "NemotronHForCausalLM":

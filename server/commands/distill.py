@@ -17,6 +17,7 @@ LOSSES = ("kl", "ce", "mse")
 MODES = ("full", "blockwise", "scales")
 TRAIN = ("all", "layers")
 BLOCK_SCALES = ("frozen", "max")
+DTYPES = ("bfloat16", "float32")
 # What recovers the default model without a text at hand: docs/qad.md says what it costs and gains
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -70,6 +71,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--eval-every", type=flags.whole, default=25, metavar="STEPS", help="(default: %(default)s)")
     add("--save-minutes", type=float, default=10.0, metavar="M", help="between checkpoints (default: %(default)s)")
     add("--grad-checkpointing", action="store_true", help="compute twice, keep less in memory")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="what is computed in (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--threads", type=flags.whole, metavar="N", help="CPU threads")
     parser.set_defaults(run=run, log_level="info")
@@ -122,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         micro_tokens=args.micro_tokens,
         held_rows=args.held_rows,
         schedule=schedule,
+        dtype=args.dtype,
         device=args.device,
         threads=args.threads,
     )

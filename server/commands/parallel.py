@@ -136,7 +136,8 @@ def follow(args: argparse.Namespace, parallel: ParallelConfig) -> int:
     """A rank that others started and that is not the first: it serves nothing, and ends with rank 0."""
     from nvfp4_runtime.engine.rank import run
     from nvfp4_runtime.process import leave
-    from server.serve import engine_config, model_folder
+    from server.configs import engine_config
+    from server.model_source import model_folder
 
     config = replace(engine_config(args, str(model_folder(args))), parallel=parallel)
     logger.info("rank %d of %d: follows %s:%d", parallel.rank, parallel.size, parallel.address, parallel.port)

@@ -15,6 +15,7 @@ from nvfp4_runtime.text.chat_template import MAX_TEMPLATE_CHARS
 logger = logging.getLogger(__name__)
 
 MAX_STRING_CHARS = 512
+TEXT_ALONE = "of a model that also sees images, its text part alone is served"
 MAX_STOP_CHARS = 1024
 MAX_TEXT_CHARS = 8 << 20  # of one text; what a body may hold is bounded besides
 

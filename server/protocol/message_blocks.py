@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from nvfp4_runtime.errors import InvalidParameterError
 from server.protocol.chat import ChatMessage
-from server.protocol.fields import MAX_STRING_CHARS, Text, note_unknown
+from server.protocol.fields import MAX_STRING_CHARS, TEXT_ALONE, Text, note_unknown
 
 Block = dict[str, Any]
 _TAKEN = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use")}
@@ -38,8 +38,8 @@ def chat_messages(messages: Sequence[AnthropicMessage]) -> list[ChatMessage]:
         for block in message.content:
             if block.get("type") not in _TAKEN[message.role]:
                 raise _wrong(
-                    f"{where}: this server takes {', '.join(_TAKEN[message.role])} blocks from the {message.role}, "
-                    f"found a block of type {block.get('type')!r:.64}"
+                    f"{where}: this server takes {', '.join(_TAKEN[message.role])} blocks from the {message.role} "
+                    f"({TEXT_ALONE}), found a block of type {block.get('type')!r:.64}"
                 )
         if message.role == "user":
             found += _user_turn(message.content, where, called)
@@ -58,7 +58,10 @@ def text_of(content: str | list[Block], where: str) -> str:
         return content
     for block in content:
         if block.get("type") != "text":
-            raise _wrong(f"{where}: expected text blocks only, found a block of type {block.get('type')!r:.64}", where)
+            kind = block.get("type")
+            raise _wrong(
+                f"{where}: expected text blocks only ({TEXT_ALONE}), found a block of type {kind!r:.64}", where
+            )
     return "\n".join(_string(block, "text", where) for block in content)
 
 

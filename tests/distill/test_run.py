@@ -17,7 +17,7 @@ from nvfp4_runtime.distill import run as module
 from nvfp4_runtime.distill import trainer as trainer_module
 from nvfp4_runtime.distill.blockwise import Blockwise
 from nvfp4_runtime.distill.loss import LOSSES
-from nvfp4_runtime.distill.run import MODES, Wishes, distill
+from nvfp4_runtime.distill.run import DTYPES, MODES, Wishes, distill
 from nvfp4_runtime.distill.student import BLOCK_SCALES
 from nvfp4_runtime.distill.trainer import Interrupted, Schedule
 from nvfp4_runtime.errors import ConfigError
@@ -199,6 +199,16 @@ def test_the_flags_list_what_there_is():
     assert command.LOSSES == LOSSES
     assert command.MODES == MODES
     assert command.BLOCK_SCALES == BLOCK_SCALES
+    assert tuple(DTYPES) == command.DTYPES
+
+
+def test_computing_in_float32_teaches_as_much(teacher, wishes, tmp_path):
+    done = distill(teacher, tmp_path / "out", replace(wishes, dtype="float32"))
+    assert done.result is not None
+    assert done.result.best["kl"] < 0.8 * done.result.first["kl"]
+    assert engine_kl(teacher, tmp_path / "out") < engine_kl(teacher, wishes.student)
+    with pytest.raises(ConfigError, match="unknown value 'float64'; expected one of bfloat16, float32"):
+        distill(teacher, tmp_path / "other", replace(wishes, dtype="float64"))
 
 
 def test_a_finished_distillation_is_gone_on_with_from_its_float32_weights(teacher, wishes, tmp_path, monkeypatch):

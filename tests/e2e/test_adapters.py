@@ -11,7 +11,7 @@ import pytest
 
 from nvfp4_runtime.errors import ConfigError
 from server.cli import main
-from server.serve import adapter_flags, engine_config
+from server.configs import adapter_flags, engine_config
 from tests import tiny
 from tests.adapters import random_matrices, write_adapter
 from tests.e2e.conftest import Launch

@@ -91,6 +91,20 @@ def test_long_heads_get_an_answer_that_is_openais(connection: Connection, head: 
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 431
 
 
+def test_what_the_port_refuses_has_an_id_and_is_counted(limited: LiveServer) -> None:
+    def counted(code: str) -> float:
+        return limited.metrics().get(f'nvfp4_http_responses_total{{code="{code}"}}', 0)
+
+    for sent, code in ((b"GET /" + b"a" * 70_000, "431"), (POST, "408"), (b"\0\1 nonsense\r\n\r\n", "400")):
+        before = counted(code)
+        connection = Connection(limited.url)
+        connection.send(sent)
+        answer = connection.rest()
+        assert status(answer) == int(code)
+        assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", answer)
+        assert counted(code) == before + 1
+
+
 def test_heads_within_the_bound_pass(connection: Connection) -> None:
     connection.send(
         POST + b"x: " + b"a" * 60_000 + b"\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY

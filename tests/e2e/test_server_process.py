@@ -89,6 +89,19 @@ def test_sigterm_ends_an_idle_server_at_once(launch: Launch) -> None:
         assert time.monotonic() - started < 1
 
 
+def test_sigterm_refuses_a_request_whose_body_never_came_whole(launch: Launch) -> None:
+    server = launch("--simulate", "--max-model-len", "128", "--drain-delay", "0.3")
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < 5, "the shutdown timeout of 30 s is for requests that are at work"
+        assert client.recv(100).startswith(b"HTTP/1.1 503 ")
+    assert "Traceback" not in server.log()
+
+
 def test_sigterm_ends_streams_that_take_longer_than_the_timeout(launch: Launch) -> None:
     server = launch(*SLOW, "--shutdown-timeout", "1")
     stream(server, 4000, threading.Event())[0]

@@ -22,6 +22,7 @@ from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.models import describe_model, load_model
+from tests import tiny
 from tests.engine.helpers import run_to_end, submit, tokens_of
 from tests.engine.twin import TwinDevice
 from tests.tiny import tiny_nvfp4_llama, tiny_qwen3
@@ -66,7 +67,8 @@ def on_twin(
     placed = gpu.place(config, model, plain.info.max_model_len, phases, kernels)
     assert (placed.num_blocks, placed.max_len) == (plain.info.num_blocks, plain.info.max_model_len)
     old = plain.scheduler
-    scheduler = Scheduler(old.config, type(old.pool)(placed.num_blocks), old.block_size, old.enable_prefix_caching)
+    pool = type(old.pool)(placed.num_blocks)
+    scheduler = Scheduler(old.config, pool, old.block_size, old.enable_prefix_caching, old.num_state_slots)
     return placed.make(scheduler=scheduler, info=plain.info), gpu, kernels, phases, progress
 
 
@@ -104,7 +106,15 @@ def add_all(engine: Engine) -> None:
     engine.add(submit("scored", PROMPTS[3], 5, logprobs=1, prompt_logprobs=1, ignore_eos=True))
 
 
-@pytest.fixture(scope="module", params=[tiny_nvfp4_llama, tiny_qwen3], ids=["nvfp4 llama", "qwen3"])
+def tiny_hybrid(folder: Path) -> Path:
+    """Nemotron-H: states in slots beside its blocks, in captured steps and others."""
+    config = tiny.nemotron_h_config()
+    return tiny.write_plain(folder, config, tiny.random_tensors(config, seed=4))
+
+
+@pytest.fixture(
+    scope="module", params=[tiny_nvfp4_llama, tiny_qwen3, tiny_hybrid], ids=["nvfp4 llama", "qwen3", "nemotron_h"]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made: Path = request.param(tmp_path_factory.mktemp("tiny") / "model")
     return made

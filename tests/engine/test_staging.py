@@ -24,7 +24,8 @@ def test_fields_are_aligned_and_do_not_overlap() -> None:
 
 
 def test_what_a_captured_launch_reads_does_not_move_with_the_rest_of_the_step() -> None:
-    read = ("input_ids", "positions", "slot_mapping", "sources", "logits_rows", "seq_lens", "cu_seqlens_q")
+    read = ("input_ids", "positions", "slot_mapping", "sources", "logits_rows")
+    read += ("seq_lens", "cu_seqlens_q", "state_slots")
     layout = Layout.of(SIZES)
     other = Layout.of(dataclasses.replace(SIZES, samples=0, host=9, width=70, drawn=False))
     assert {name: layout.fields[name] for name in read} == {name: other.fields[name] for name in read}
@@ -42,8 +43,8 @@ def test_a_field_takes_exactly_its_count() -> None:
         layout.fill(torch.zeros(layout.num_bytes, dtype=torch.uint8).numpy(), "seq_lens", [1, 2])
 
 
-def test_padding_rows_write_to_the_null_block_and_see_one_token() -> None:
-    lists = StepLists([5, 6], [8, 3], [40, 19], [0, 1], [9, 4], [0, 1, 2], [[10, 11, 12], [4]])
+def test_padding_rows_write_to_the_null_block_and_to_slot_0_and_see_one_token() -> None:
+    lists = StepLists([5, 6], [8, 3], [40, 19], [0, 1], [9, 4], [0, 1, 2], [7, 2], [[10, 11, 12], [4]])
     lists.pad_decodes(4)
     assert lists.input_ids == [5, 6, 0, 0]
     assert lists.positions == [8, 3, 0, 0]
@@ -51,4 +52,5 @@ def test_padding_rows_write_to_the_null_block_and_see_one_token() -> None:
     assert lists.seq_lens == [9, 4, 1, 1]
     assert lists.cu_seqlens == [0, 1, 2, 3, 4]
     assert lists.logits_rows == [0, 1, 2, 3]
+    assert lists.state_slots == [7, 2, 0, 0]
     assert lists.padded_tables(3) == [10, 11, 12, 4, 0, 0, 0, 0, 0, 0, 0, 0]

@@ -57,6 +57,10 @@ async def test_a_restart_brings_the_same_answers_and_totals_that_never_fall() ->
         assert engine.info.pid != first
         assert not Path(f"/proc/{first}").exists(), "it was waited for"
         assert await collect(engine.submit([1, 2, 3], GREEDY, request_id="b")) == before
+        total = engine.stats.num_steps
+        engine._step(StepStats(0, 0, 9, 0, 9))  # an abort between steps, which comes without totals
+        assert engine.stats.num_steps == total
+        assert seen.pop().num_steps == 0, "and is no step"
     finally:
         await engine.close()
     assert engine.num_restarts == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nvfp4_runtime.engine.scheduler import Scheduler
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.models import load_model
+from tests import tiny, tiny_families
 from tests.engine.helpers import run_to_end, submit, tokens_of
 from tests.engine.test_device_runner import TwinGpu
 from tests.tiny import tiny_nvfp4_llama
@@ -27,9 +29,24 @@ def answers(engine: Engine) -> dict[str, list[int]]:
     return {name: tokens_of(outputs) for name, outputs in run_to_end(engine).items()}
 
 
-def test_staged_fed_and_captured_steps_give_the_cpus_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hybrid_of(config: tiny.Config) -> Callable[[Path], Path]:
+    """A folder of it, in plain float32."""
+    return lambda folder: tiny.write_plain(folder, config, tiny.random_tensors(config, seed=4))
+
+
+MODELS = {
+    "nvfp4 llama": tiny_nvfp4_llama,
+    "nemotron_h": hybrid_of(tiny.nemotron_h_config()),
+    "qwen3_5": hybrid_of(tiny_families.qwen3_5_config()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_staged_fed_and_captured_steps_give_the_cpus_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     config = EngineConfig(
-        model=str(tiny_nvfp4_llama(tmp_path / "m")),
+        model=str(MODELS[name](tmp_path / "m")),
         dtype="float32",  # in bfloat16 the two round at different places, and random weights have many near ties
         device="cpu",
         cache=CacheConfig(num_blocks=17),
@@ -47,8 +64,10 @@ def test_staged_fed_and_captured_steps_give_the_cpus_tokens(tmp_path: Path, monk
     plain, gpu = build_engine(config), TwinGpu("most")
     model = load_model(Checkpoint.open(config.model), kernels, "auto", 48)
     placed = gpu.place(config, model, 48, Phases(None), kernels)
-    pool = type(plain.scheduler.pool)(placed.num_blocks)
-    engine = placed.make(scheduler=Scheduler(plain.scheduler.config, pool, 16), info=plain.info)
+    old = plain.scheduler
+    pool = type(old.pool)(placed.num_blocks)
+    scheduler = Scheduler(old.config, pool, 16, old.enable_prefix_caching, old.num_state_slots)
+    engine = placed.make(scheduler=scheduler, info=plain.info)
     assert {choice.backend for choice in kernels.choices} == {"triton", "cuda graph"}
     assert answers(engine) == answers(plain)
     assert gpu.twins[-1].num_replayed >= 3

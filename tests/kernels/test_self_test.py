@@ -16,7 +16,7 @@ from nvfp4_runtime.engine.build import build_engine
 from nvfp4_runtime.engine.runner import ModelRunner
 from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels import self_test as tested
-from nvfp4_runtime.kernels.ops import LinearSpec, NormSpec, PagedAttentionSpec, RopeSpec
+from nvfp4_runtime.kernels.ops import DeltaSpec, LinearSpec, Mamba2Spec, NormSpec, PagedAttentionSpec, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels, available_backends
 from nvfp4_runtime.nvfp4 import fp8
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
@@ -95,6 +95,9 @@ def test_ops_without_weights_agree(kv_dtype: Any, dtype: Any) -> None:
         made.rope_and_cache(RopeSpec(4, 2, 32, 32, qk_norm, kv_dtype, made.stream))
     for window in (None, 7):
         made.paged_attention(PagedAttentionSpec(4, 2, 32, window, kv_dtype, made.stream, dtype))
+    made.relu_squared(96)
+    made.mamba2(Mamba2Spec(4, 16, 16, 2, 4, made.stream, dtype))
+    made.gated_delta(DeltaSpec(2, 4, 16, 16, 4, made.stream))
     count = tested.self_test(made)
     native = sum(backend.name != "reference" for backend in made.chosen.values())
     assert count == native

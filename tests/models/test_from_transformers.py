@@ -73,6 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "SmolLM3": {},
     "Ernie4_5": {"head_dim": 16},
     "HunYuanDenseV1": {"head_dim": 16},
+    "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
 }
 DELTA = {
     "num_hidden_layers": 4,
@@ -219,7 +220,6 @@ REFUSED = {
     "Nemotron": ({}, "does not pass keyword arguments on"),
     "StableLm": ({}, "does not take attention functions from outside"),
     "Gemma2": ({"head_dim": 16}, "capped scores"),
-    "GptOss": ({"head_dim": 16, "num_local_experts": 4}, "attention sinks"),
     "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers are of type 'conv'"),
 }
 

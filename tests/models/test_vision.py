@@ -24,7 +24,7 @@ PROMPT = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
-def _prefixed(tensors: tiny.Tensors, root: str, head: str) -> tiny.Tensors:
+def prefixed(tensors: tiny.Tensors, root: str, head: str) -> tiny.Tensors:
     names = {name: name.replace("model.", f"{root}.", 1) if name.startswith("model.") else name for name in tensors}
     names = {name: new.replace("backbone.", f"{root}.", 1) for name, new in names.items()}
     return {new.replace("lm_head.", f"{head}."): tensors[name] for name, new in names.items()}
@@ -95,7 +95,7 @@ def test_the_language_model_gives_the_same_logits_wherever_the_files_keep_it(
     architecture, text, nested, root, head, tower = LAYOUTS[name]
     tensors = tiny.random_tensors(text, seed=4)
     config = {**nested({**text, "architectures": None}), "architectures": [architecture], "model_type": "vl"}
-    renamed = _prefixed(tensors, root, head) | {tower: torch.ones(3, 3)}
+    renamed = prefixed(tensors, root, head) | {tower: torch.ones(3, 3)}
     if nvfp4:
         alone = tiny.write_modelopt(tmp_path / "text", text, tensors, shards=2)
         packed = tiny.pack_tensors(tensors, ("lm_head", "model.embed_tokens"), 0.01, None, True)
@@ -103,7 +103,7 @@ def test_the_language_model_gives_the_same_logits_wherever_the_files_keep_it(
         vl = tiny.write_plain(
             tmp_path / "vl",
             {**config, "quantization_config": section},
-            _prefixed(packed, root, head) | {tower: torch.ones(3, 3)},
+            prefixed(packed, root, head) | {tower: torch.ones(3, 3)},
             shards=3,
         )
     else:
@@ -131,7 +131,7 @@ def test_every_class_is_known_by_its_text_model_and_leaves_no_other_tensor_unrea
         described = describe_model({"architectures": [name], vision.fields[-1]: inner})
         assert (described.architecture, described.vision_class) == (vision.text, name)
     config = tiny.qwen3_config()
-    tensors = _prefixed(tiny.random_tensors(config), "model.language_model", "lm_head") | {
+    tensors = prefixed(tiny.random_tensors(config), "model.language_model", "lm_head") | {
         "model.ears.weight": torch.ones(2)
     }
     raw = {"architectures": ["Qwen3VLForConditionalGeneration"], "text_config": config}

@@ -17,16 +17,10 @@ from nvfp4_runtime.kernels.cpu.backend import physical_cores, supported_isas
 from server.cli import _parser, exit_code, main
 from server.commands.flags import size as parse_bytes
 from server.config import hash_key, read_api_keys, warn_of_unknown
+from server.configs import engine_config, server_config
+from server.model_source import default_model, resolve_model, sampling_defaults
 from server.screen import backend_line, layer_lines, op_lines, ready_screen
-from server.serve import (
-    _make_server,
-    bind,
-    default_model,
-    engine_config,
-    resolve_model,
-    sampling_defaults,
-    server_config,
-)
+from server.serve import _make_server, bind
 from tests.fakes import fake_info
 from tests.server.conftest import TEXT
 
@@ -182,7 +176,7 @@ def test_working_directory_cannot_shadow_the_process_that_prepares_the_model(
 
     with monkeypatch.context() as patch:
         patch.setattr("nvfp4_runtime.quantize.default_model.cached_default_model", lambda: None)
-        patch.setattr("server.serve.subprocess.run", note)
+        patch.setattr("server.model_source.subprocess.run", note)
         with pytest.raises(SystemExit) as ended:
             default_model()
     assert ended.value.code == 7

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.config import KVDtype, Numerics
-from nvfp4_runtime.kernels.gpu_bench import made
+from nvfp4_runtime.kernels.gpu_bench import made, recurrences
 from nvfp4_runtime.kernels.gpu_bench.setting import Setting
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
@@ -77,6 +77,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield from plain_cases(setting)
     yield from _attention(setting)
     yield _mla(setting)
+    yield from (Case(*case) for case in recurrences.cases(setting))
 
 
 def _linears(setting: Setting) -> Iterator[Case]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nvfp4_runtime.config import Numerics
-from nvfp4_runtime.errors import KernelError
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
     AttentionKernel,
@@ -52,10 +51,7 @@ NOT_INSTALLED = "triton is not installed: it comes with PyTorch's CUDA builds, o
 NO_DEVICE = "no CUDA device"
 FLOATS = ("bfloat16", "float32")
 NUMERICS = ("w4a16", "w4a4")
-
-_NO_RELU_SQUARED = "no Triton kernel for relu(x)^2"
-_NO_MAMBA2 = "no Triton kernel for Mamba-2"
-_NO_DELTA = "no Triton kernel for the gated delta rule"
+MOST_STATE = 1024  # values in a row of a state: more than a program's registers hold
 
 
 class TritonBackend:
@@ -86,19 +82,15 @@ class TritonBackend:
             return self.missing
         if isinstance(spec, QuantizeSpec):
             return None
-        if isinstance(spec, Mamba2Spec | DeltaSpec):
-            return _NO_MAMBA2 if isinstance(spec, Mamba2Spec) else _NO_DELTA
-        if isinstance(spec, ReluSquaredSpec):
-            return _NO_RELU_SQUARED
         if spec.dtype not in FLOATS:
             return f"activations are bfloat16 or float32, asked for {spec.dtype}"
-        if not isinstance(spec, RopeSpec) and spec.out_dtype not in FLOATS:
+        if not isinstance(spec, RopeSpec | DeltaSpec) and spec.out_dtype not in FLOATS:
             return f"results are bfloat16 or float32, asked for {spec.out_dtype}"
         if isinstance(spec, LinearSpec | GroupedLinearSpec):
             return _refuses_linear(spec)
         if isinstance(spec, RopeSpec | PagedAttentionSpec):
             return refuses_kv(spec)
-        return None
+        return _refuses_states(spec) if isinstance(spec, Mamba2Spec | DeltaSpec) else None
 
     def linear(self, weight: Weight, spec: LinearSpec) -> LinearKernel:
         from nvfp4_runtime.kernels.triton.linear import triton_linear
@@ -159,13 +151,19 @@ class TritonBackend:
         return TritonMLA(spec)
 
     def relu_squared(self, spec: ReluSquaredSpec) -> Callable[[Tensor], Tensor]:
-        raise KernelError(_NO_RELU_SQUARED)
+        from nvfp4_runtime.kernels.triton.relu_squared import TritonReluSquared
+
+        return TritonReluSquared(spec)
 
     def mamba2(self, spec: Mamba2Spec) -> Mamba2Kernel:
-        raise KernelError(_NO_MAMBA2)
+        from nvfp4_runtime.kernels.triton.mamba2 import TritonMamba2
+
+        return TritonMamba2(spec)
 
     def gated_delta(self, spec: DeltaSpec) -> DeltaKernel:
-        raise KernelError(_NO_DELTA)
+        from nvfp4_runtime.kernels.triton.gated_delta import TritonDelta
+
+        return TritonDelta(spec, self.device)
 
     def describe(self) -> dict[str, Any]:
         if self.missing is not None:
@@ -213,4 +211,16 @@ def _refuses_linear(spec: LinearSpec | GroupedLinearSpec) -> str | None:
             return "fp8 weights need the block of their scales in the spec, found none"
         if spec.block[1] < spec.k and spec.block[1] % 32:
             return f"fp8 scales change every multiple of 32 inputs or never, asked for {spec.block[1]}"
+    return None
+
+
+def _refuses_states(spec: Mamba2Spec | DeltaSpec) -> str | None:
+    if isinstance(spec, Mamba2Spec):
+        heads, groups, width, what = spec.num_heads, spec.num_groups, spec.state_size, "state_size"
+    else:
+        heads, groups, width, what = spec.num_value_heads, spec.num_key_heads, spec.key_dim, "key_dim"
+    if heads % groups:
+        return f"{heads} heads do not divide among {groups} groups of them"
+    if width > MOST_STATE:
+        return f"{what} is at most {MOST_STATE}, asked for {width}"
     return None

@@ -21,7 +21,7 @@ from nvfp4_runtime.kernels.registry import Kernels
 
 NAME = "nvfp4_paged"
 ARGUMENT = "nvfp4_step"
-_OTHER_ARITHMETIC = {"s_aux": "attention sinks", "softcap": "capped scores", "position_bias": "biased scores"}
+_OTHER_ARITHMETIC = {"softcap": "capped scores", "position_bias": "biased scores"}
 
 
 class Step(Protocol):
@@ -37,6 +37,8 @@ class Call:
     """One layer's queries [B, H, T, D], keys and values [B, H_kv, T, D or D_v] of the new tokens, rope applied.
 
     B is 1, or T is: all tokens of a step in one row, or sequences that go on by one token each.
+
+    sinks  [H]: one more score in each head's softmax, without a value; None: there is none
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class Call:
     v: Tensor
     scale: float
     window: int | None
+    sinks: Tensor | None = None
 
 
 def register() -> None:
@@ -68,6 +71,7 @@ def attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it. Raises UnsupportedFormatError for what the paged kernels do not compute."""
@@ -84,7 +88,7 @@ def attention_forward(
     layer_id = getattr(module, "layer_idx", None)
     if not isinstance(layer_id, int):
         raise refused(f"{name} does not say which layer it is")
-    return step.attend(layer_id, Call(module, query, key, value, scale, sliding_window)), None
+    return step.attend(layer_id, Call(module, query, key, value, scale, sliding_window, s_aux)), None
 
 
 def refused(why: str) -> UnsupportedFormatError:
@@ -118,8 +122,9 @@ class PagedLayer:
         # rope is done: none of the dimensions turns
         self.no_turn = kernels.place(torch.empty(1, 0, dtype=torch.float32))
         self.write = kernels.rope_and_cache(RopeSpec(heads, kv_heads, self.width, 0, False, kv_dtype, kernels.stream))
+        sinks = call.sinks is not None
         self.attend = kernels.paged_attention(
-            PagedAttentionSpec(heads, kv_heads, self.width, window, kv_dtype, kernels.stream, kernels.dtype)
+            PagedAttentionSpec(heads, kv_heads, self.width, window, kv_dtype, kernels.stream, kernels.dtype, sinks)
         )
 
     def spec(self, scales: tuple[float, float] | None) -> AttentionSpec:
@@ -132,7 +137,8 @@ class PagedLayer:
         nowhere = torch.zeros_like(batch.positions)
         q = self.write(qkv, nowhere, self.no_turn, self.no_turn, None, None, 0.0, kv, batch.slot_mapping)
         rows, heads, tokens, _ = call.q.shape
-        out = self.attend(q, kv, batch, call.scale).view(rows, tokens, heads, self.width)
+        sinks = None if call.sinks is None else call.sinks.to(torch.float32)
+        out = self.attend(q, kv, batch, call.scale, sinks).view(rows, tokens, heads, self.width)
         return out[..., : self.v_dim].to(call.q.dtype)
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -19,15 +19,21 @@ from triton.runtime.jit import JITFunction
 
 from nvfp4_runtime.kernels.ops import (
     ActivationSpec,
+    DeltaSpec,
     GroupedLinearSpec,
     LinearSpec,
+    Mamba2Spec,
     NormSpec,
     PagedAttentionSpec,
+    ReluSquaredSpec,
     RopeSpec,
 )
+from nvfp4_runtime.kernels.triton.gated_delta import TritonDelta
 from nvfp4_runtime.kernels.triton.grouped_linear import triton_grouped_linear
 from nvfp4_runtime.kernels.triton.linear import triton_linear
+from nvfp4_runtime.kernels.triton.mamba2 import TritonMamba2
 from nvfp4_runtime.kernels.triton.paged_attention import TritonPagedAttention
+from nvfp4_runtime.kernels.triton.relu_squared import TritonReluSquared
 from nvfp4_runtime.kernels.triton.rms_norm import TritonRMSNorm
 from nvfp4_runtime.kernels.triton.rope_and_cache import TritonRope
 from nvfp4_runtime.kernels.triton.sampling import TritonSampler
@@ -36,6 +42,7 @@ from nvfp4_runtime.kernels.triton.silu_mul import TritonSiluMul
 from nvfp4_runtime.nvfp4.fp8 import FP8Weight
 from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
 from tests.kernels.conftest import Sequence, make_batch, random_cache, random_nvfp4, random_tensor
+from tests.kernels.triton.test_states import Rule, step_of
 
 K = 512
 
@@ -112,12 +119,27 @@ def one_decode_step() -> None:
     TritonSampler()(random_tensor(1, 1000, seed=6, dtype=torch.float32), None)
 
 
+def recurrences() -> None:
+    """One token of one sequence, whose slot is 1; then a prompt of two, and relu(x)^2 of one row."""
+    for rule in (
+        Rule(Mamba2Spec(4, 16, 16, 2, 4, "bfloat16", "bfloat16")),
+        Rule(DeltaSpec(2, 4, 16, 16, 4, "bfloat16")),
+    ):
+        spec, state = rule.spec, rule.made.empty_state(rule.spec)
+        kernel: Any = TritonMamba2(spec) if isinstance(spec, Mamba2Spec) else TritonDelta(spec, torch.device("cpu"))
+        for count in (1, 2):
+            batch = step_of([(1, 0, count)])
+            assert kernel(*rule.tokens(count, 1), rule.weights, state, batch).shape[0] == count
+    TritonReluSquared(ReluSquaredSpec(K, "bfloat16", "bfloat16"))(random_tensor(1, K, seed=1))
+
+
 def main(argv: list[str] | None = None) -> int:
     names = never_launch(int((argv or sys.argv[1:])[0]))
     scratch = Scratch(torch.device("cpu"))
     linears(scratch)
     experts(scratch)
     one_decode_step()
+    recurrences()
     print(" ".join(names))
     return 0
 

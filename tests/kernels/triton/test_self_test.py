@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvfp4_runtime.kernels.ops import MLASpec, PagedAttentionSpec, RopeSpec
+from nvfp4_runtime.kernels.ops import DeltaSpec, Mamba2Spec, MLASpec, PagedAttentionSpec, RopeSpec
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.kernels.self_test import self_test
 from nvfp4_runtime.kernels.triton.backend import TritonBackend
@@ -22,4 +22,7 @@ def test_every_kernel_passes_its_own_self_test(triton_backend: TritonBackend, nu
     kernels.rope_and_cache(RopeSpec(4, 2, 32, 32, True, "fp8", kernels.stream))
     kernels.paged_attention(PagedAttentionSpec(4, 2, 32, None, "fp8", kernels.stream, "bfloat16"))
     kernels.mla_decode(MLASpec(4, 32, 16, "bfloat16", "bfloat16"))
-    assert self_test(kernels) == 11
+    kernels.relu_squared(96)
+    kernels.mamba2(Mamba2Spec(4, 16, 16, 2, 4, kernels.stream, "bfloat16"))
+    kernels.gated_delta(DeltaSpec(2, 4, 16, 16, 4, kernels.stream))
+    assert self_test(kernels) == 14

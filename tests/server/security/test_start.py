@@ -10,7 +10,7 @@ from nvfp4_runtime.errors import ConfigError
 from server.cli import _parser, main
 from server.commands.security import is_loopback
 from server.config import ServerConfig
-from server.serve import engine_config, server_config
+from server.configs import engine_config, server_config
 
 
 def config(*flags: str) -> ServerConfig:
