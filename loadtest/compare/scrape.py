@@ -52,7 +52,8 @@ def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> F
         f"{each['layers']}: {each['stored']} {each['bits_per_weight']:.2f} bit, {each['kernel']} {each['numerics']}"
         for each in first.get("quantization", ())
     ]
-    stored = first.get("meta") if isinstance(first.get("meta"), dict) else {}  # llama.cpp's
+    stored = first.get("meta")  # llama.cpp's
+    stored = stored if isinstance(stored, dict) else {}
     told = memory(found)
     if told.weight_bytes is None and isinstance(stored.get("size"), int):
         told = msgspec.structs.replace(told, weight_bytes=stored["size"])
