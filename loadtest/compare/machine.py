@@ -30,7 +30,11 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = found.get("model name", platform.machine())
+    if "cpu family" in found and "model" in found:  # clouds hide the name
+        return f"{name} (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def _memory() -> str:

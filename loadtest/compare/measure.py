@@ -15,7 +15,7 @@ from loadtest.compare.loads import Load, Sizes, make, most_users, warm_up
 from loadtest.compare.machine import Energy
 from loadtest.compare.quality import Task, quality
 from loadtest.compare.report import Arrival, Engine, Quality, Run, Side
-from loadtest.compare.scrape import Facts, facts
+from loadtest.compare.scrape import Facts, facts, listeners
 from loadtest.compare.sides import Candidate, visits
 from loadtest.neighbours import Neighbours
 from loadtest.server_process import free_port, nvfp4_server
@@ -97,7 +97,7 @@ def _measure(
     step: Step,
 ) -> Run:
     talks = make(load, course.sizes, turn)
-    neighbours, energy = Neighbours(), Energy()
+    neighbours, energy = Neighbours(() if candidate.url is None else listeners(candidate.url)), Energy()
     condition, complaints = None, []
     if course.engine == "aiperf":
         assert course.aiperf is not None
@@ -111,6 +111,8 @@ def _measure(
     found = figures(outcomes, course.slo)
     if found.whole == 0:
         complaints = [*complaints, f"no whole answer: {', '.join(found.failures)}"]
+    elif found.output_tokens == 0:
+        complaints = [*complaints, "no usage: the server does not count its tokens, and nobody else does"]
     if candidate.url is None and not _lives(endpoint.url):
         complaints = [*complaints, "the server died"]
     return Run(

@@ -1,16 +1,25 @@
-"""What a server says of itself: /metrics, /v1/models, /version. A foreign one may say little."""
+"""What a server says of itself: /metrics, /v1/models, /version. A foreign one may say little.
+
+llama.cpp says in /v1/models how its weights are stored and how large they are. How much memory a server on this machine
+holds is seen from outside where its metrics do not tell.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from loadtest.compare.report import Memory
 from loadtest.storms.target import Metrics, parse_metrics
 
+_LISTEN = "0A"  # a socket's state, in /proc/net/tcp
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -43,13 +52,60 @@ def facts(url: str, model: str = "", headers: dict[str, str] | None = None) -> F
         f"{each['layers']}: {each['stored']} {each['bits_per_weight']:.2f} bit, {each['kernel']} {each['numerics']}"
         for each in first.get("quantization", ())
     ]
+    stored = first.get("meta")  # llama.cpp's
+    stored = stored if isinstance(stored, dict) else {}
+    told = memory(found)
+    if told.weight_bytes is None and isinstance(stored.get("size"), int):
+        told = msgspec.structs.replace(told, weight_bytes=stored["size"])
+    if told.rss_bytes is None:
+        told = msgspec.structs.replace(told, rss_bytes=listener_rss_bytes(url))
     return Facts(
         model or first["id"],
         str(_json(version).get("version", "")),
-        str(first.get("numerics", "")),
+        str(first.get("numerics") or stored.get("ftype") or ""),
         kernels,
-        memory(found),
+        told,
     )
+
+
+def listener_rss_bytes(url: str) -> int | None:
+    """Of this machine's processes that listen at `url`; None where it is elsewhere or they may not be looked at."""
+    return sum(_rss_bytes(Path(f"/proc/{pid}")) for pid in listeners(url)) or None
+
+
+def listeners(url: str) -> list[int]:
+    """Processes of this machine that listen at `url`; none where it is elsewhere or they may not be looked at."""
+    host, port = httpx.URL(url).host, httpx.URL(url).port
+    if host not in ("127.0.0.1", "localhost", "::1") or port is None:
+        return []
+    sockets = {
+        f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening(Path("/proc/net") / table, port)
+    }
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if sockets & _open_files(folder)]
+
+
+def _listening(table: Path, port: int) -> list[str]:
+    """Inodes of the sockets that listen on `port`."""
+    lines = table.read_text().splitlines()[1:] if table.exists() else []
+    fields = [line.split() for line in lines]
+    return [each[9] for each in fields if each[3] == _LISTEN and int(each[1].rpartition(":")[2], 16) == port]
+
+
+def _open_files(process: Path) -> set[str]:
+    found = set()
+    with suppress(OSError):  # ended, or somebody else's
+        for file in (process / "fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(file))
+    return found
+
+
+def _rss_bytes(process: Path) -> int:
+    try:
+        lines = (process / "status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:

@@ -124,8 +124,27 @@ def remarks(report: Report) -> list[str]:
         found.append(
             f"in {len(merged)} runs several tokens came in one event: gaps are between events there, TPOT is per token"
         )
+    for side in report.sides:
+        if missing := untold(side):
+            found.append(f"{side.label} does not tell: {', '.join(missing)}")
+        short = sum(run.figures.short_answers for run in report.runs if run.side == side.label)
+        if short:
+            whole = sum(run.figures.whole for run in report.runs if run.side == side.label)
+            found.append(
+                f"{side.label} ended {short} of {whole} answers before the length asked for (it may not know "
+                "ignore_eos), so its work is not the others'"
+            )
     failed = _counted([why for run in report.runs for why, n in run.figures.failures.items() for _ in range(n)])
     return found + [f"{count} request(s) failed and are in no average: {why}" for why, count in failed.items()]
+
+
+def untold(side: Side) -> list[str]:
+    """Columns that stay empty since the server says nothing of them."""
+    known = {
+        "numerics": side.numerics, "kernels": side.kernels, "weights": side.memory.weight_bytes,
+        "KV tokens": side.memory.kv_tokens, "KV bytes": side.memory.kv_bytes, "resident memory": side.memory.rss_bytes,
+    }  # fmt: skip
+    return [name for name, value in known.items() if not value]
 
 
 def _counted(reasons: Sequence[str]) -> dict[str, int]:

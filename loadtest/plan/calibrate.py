@@ -21,7 +21,7 @@ import numpy as np
 from loadtest.compare.machine import describe
 from loadtest.compare.scrape import facts
 from loadtest.compare.sides import Candidate
-from loadtest.plan.fit import fit, seen_steps
+from loadtest.plan.fit import SeenStep, fit, seen_steps
 from loadtest.plan.steps import Knots, Measured, MeasuredTimes
 from loadtest.server_process import nvfp4_server
 from loadtest.storms.target import Metrics, parse_metrics
@@ -106,8 +106,12 @@ def measure(url: str, candidate: Candidate, limits: Limits, say: Callable[[str],
 def _in_company(probe: _Probe, probed: Measured, limits: Limits, say: Callable[[str], None]) -> Measured:
     """`probed`, put right by the steps of a mixed load."""
     shortest = probed.decode[0][1]
-    steps = [step for users in MIXED_USERS for step in seen_steps(probe.mixed(users, limits), shortest)]
     times = MeasuredTimes(probed)
+
+    def expected(step: SeenStep) -> float:
+        return sum(times.parts(step.rows, step.prompt, step.context))
+
+    steps = [step for users in MIXED_USERS for step in seen_steps(probe.mixed(users, limits), shortest, expected)]
     parts = np.array([times.parts(step.rows, step.prompt, step.context) for step in steps])
     found = fit(steps, parts[:, 0], parts[:, 1])
     say(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,46 @@ _STATES = ("hybrid_override_pattern", "mamba_num_heads", "layers_block_type")
 
 @dataclass(frozen=True)
 class Weights:
-    """`kv_token_bytes`: of all layers, with a BF16 cache."""
+    """A checkpoint, or one rank's part of it.
+
+    kv_token_bytes   of all layers, with a BF16 cache
+    embedding_bytes  of `weight_bytes`; every rank has all of it
+    num_kv_heads     1 where one latent vector is kept for all heads
+    """
 
     cost: ModelCost
     weight_bytes: int
     kv_token_bytes: float
     max_model_len: int
+    embedding_bytes: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+
+    def part(self, ranks: int) -> Weights:
+        """What each of `ranks` holds and does, as docs/scale-out.md splits it, taken to be even: matrices, experts,
+        heads and the vocabulary of the head. A key-value head, or a latent vector, is whole on each rank that needs it.
+
+        ValueError for more ranks than heads.
+        """
+        if not 1 <= ranks <= self.num_heads:
+            raise ValueError(f"--tensor-parallel-size: expected 1 to {self.num_heads}, its heads, found {ranks}")
+        kept = max(1 / ranks, 1 / self.num_kv_heads)
+        cost = replace(
+            self.cost,
+            token_flops=self.cost.token_flops / ranks,
+            step_bytes=self.cost.step_bytes / ranks,
+            expert_bytes=self.cost.expert_bytes / ranks,
+            row_flops=self.cost.row_flops / ranks,
+            head_bytes=self.cost.head_bytes / ranks,
+            pair_flops=self.cost.pair_flops / ranks,
+            kv_layer_bytes=self.cost.kv_layer_bytes * kept,
+        )
+        split = (self.weight_bytes - self.embedding_bytes) / ranks
+        return replace(
+            self, cost=cost, weight_bytes=round(split + self.embedding_bytes), kv_token_bytes=self.kv_token_bytes * kept
+        )
 
 
 def read_weights(folder: Path) -> Weights:
@@ -56,8 +90,17 @@ def read_weights(folder: Path) -> Weights:
         kv_layer_bytes=2.0 * values,
         windows={None: layers},
     )
-    total_bytes = round(sum(size for size, _ in sizes.values()))
-    return Weights(cost, total_bytes, 2.0 * values * layers, int(config.get("max_position_embeddings", 4096)))
+    return Weights(
+        cost,
+        round(sum(size for size, _ in sizes.values())),
+        2.0 * values * layers,
+        int(config.get("max_position_embeddings", 4096)),
+        round(sizes.get("embedding", [0.0])[0]),
+        int(config["hidden_size"]),
+        layers,
+        heads,
+        1 if "kv_lora_rank" in config else int(config.get("num_key_value_heads") or heads),
+    )
 
 
 def _kept_values(config: dict[str, Any], heads: int) -> tuple[int, int]:

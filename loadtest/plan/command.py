@@ -20,7 +20,7 @@ from loadtest.plan.calibrate import Limits, calibrate
 from loadtest.plan.checkpoint import read_weights
 from loadtest.plan.gpus import GPUS, find_gpu
 from loadtest.plan.simulate import Machine, Simulation, WordTokens
-from loadtest.plan.steps import Measured, MeasuredTimes, Modelled
+from loadtest.plan.steps import Measured, MeasuredTimes, Modelled, Ranks
 from loadtest.plan.validate import table, validate
 from loadtest.traffic.call import Conversation
 from loadtest.traffic.figures import SLO, Figures, figures
@@ -37,6 +37,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("--model", metavar="DIR", help="its size and shape; not needed with a file of measured steps")
     add("--gpu", required=True, metavar="NAME|FILE", help=f"{', '.join(GPUS)} (modelled), or a file of `calibrate`")
     add("--numerics", choices=("w4a16", "w4a4"), default="w4a16", help="for modelled GPUs (%(default)s)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="modelled GPUs of each replica (%(default)s)")
     add("--workload", default="chat", help=f"{', '.join(WORKLOADS)}, or lengths such as 1024/128 (%(default)s)")
     add("--rate", type=float, default=10.0, help="conversations a second (%(default)s)")
     add("--seconds", type=float, default=60.0, help="of arrivals (%(default)s)")
@@ -76,6 +77,7 @@ def add_validate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--rate", default="", metavar="LIST")
     add("--seconds", type=float, default=20.0, help="of open loops (%(default)s)")
     add("--per-user", type=int, default=4)
+    add("--passes", type=int, default=1, help="through all loads; medians are compared (%(default)s)")
     add("--scale", type=float, default=1.0)
     add("--json", type=Path, metavar="FILE")
     parser.set_defaults(run=run_validate)
@@ -147,12 +149,16 @@ def measured_machine(measured: Measured, max_model_len: int | None = None) -> tu
 
 def _machine(args: argparse.Namespace) -> tuple[Machine, WordTokens, str]:
     if Path(args.gpu).is_file():
+        if args.tensor_parallel_size != 1:
+            raise ValueError("--tensor-parallel-size is of modelled GPUs; calibrate a server that has it instead")
         measured = read_measured(Path(args.gpu))
         return *measured_machine(measured, args.max_model_len), f"{measured.model}, {measured.kv_tokens:,} KV tokens"
     gpu = find_gpu(args.gpu)
     if args.model is None:
         raise ValueError("a modelled GPU needs --model DIR, for the size and shape of what it runs")
-    weights = read_weights(resolve(args.model))
+    whole = read_weights(resolve(args.model))
+    ranks = Ranks(args.tensor_parallel_size, whole.hidden_size, whole.num_layers)
+    weights = whole.part(ranks.count)
     kv_tokens = int((KV_SHARE * gpu.memory_bytes - weights.weight_bytes) / weights.kv_token_bytes)
     longest = args.max_model_len or weights.max_model_len
     if kv_tokens < longest:
@@ -161,9 +167,10 @@ def _machine(args: argparse.Namespace) -> tuple[Machine, WordTokens, str]:
             f"{max(kv_tokens, 0):,} tokens in {KV_SHARE:.0%} of {gpu.memory_bytes / 1e9:.0f} GB, and a request may "
             f"have {longest:,}; take a larger GPU or a smaller --max-model-len"
         )
-    times = Modelled(gpu, weights.cost, args.numerics)
+    times = Modelled(gpu, weights.cost, args.numerics, ranks)
     machine = Machine(times, args.max_num_seqs, args.max_num_batched_tokens, 16, kv_tokens, longest)
-    return machine, WordTokens(), f"{args.model}, {weights.weight_bytes / 1e9:.2f} GB, {kv_tokens:,} KV tokens"
+    about = f"{args.model}, {weights.weight_bytes / 1e9:.2f} GB on each GPU, {kv_tokens:,} KV tokens"
+    return machine, WordTokens(), about
 
 
 def _talks(args: argparse.Namespace) -> list[Conversation]:
@@ -251,7 +258,7 @@ def run_validate(args: argparse.Namespace) -> int:
     loads = [Load(args.workload, Arrival("closed", float(each))) for each in args.concurrency.split(",") if each]
     loads += [Load(args.workload, Arrival("poisson", float(each))) for each in args.rate.split(",") if each]
     sizes = Sizes(args.per_user, args.seconds, args.scale)
-    found = validate(candidate, limits, loads, sizes, machine, tokenize, say)
+    found = validate(candidate, limits, loads, sizes, machine, tokenize, say, max(1, args.passes))
     print(table(found))
     busy = max((each.other_cores or 0.0 for each in found), default=0.0)
     if busy > BUSY_CORES:

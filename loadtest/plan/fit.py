@@ -8,8 +8,7 @@ that what it should have taken, by the probes, can be held against what it took.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from loadtest.traffic.call import Outcome
 
 TOGETHER = 0.4  # of the shortest step: tokens closer to each other than that came from one step
+FRAGMENT = 0.5  # of what a step should take
 QUANTILES = 100
 FEWEST_STEPS, FEWEST_PROMPTS = 100, 20
 FACTORS = (0.5, 2.0)  # bounds: what is next to nothing (a prompt token of a simulated engine) may get any factor
@@ -64,33 +64,67 @@ class Fit:
     num_steps: int
 
 
-def seen_steps(outcomes: Sequence[Outcome], shortest_seconds: float) -> list[SeenStep]:
-    """Of whole answers. What began while nobody waited is left out: when it began is not seen."""
-    events = sorted((at, number, i) for number, outcome in enumerate(outcomes) for i, at in enumerate(outcome.arrivals))
-    bursts: list[list[tuple[float, int, int]]] = []
-    for event in events:
-        last = bursts[-1] if bursts else None
-        apart = last is None or event[0] - last[-1][0] > TOGETHER * shortest_seconds
-        if last is None or apart or any(event[1] == number for _, number, _ in last):
-            bursts.append([event])
+Burst = list[tuple[float, int, int]]  # (instant, which outcome, which of its tokens)
+
+
+def seen_steps(
+    outcomes: Sequence[Outcome], shortest_seconds: float, probed: Callable[[SeenStep], float]
+) -> list[SeenStep]:
+    """Of whole answers. What began while nobody waited is left out: when it began is not seen.
+
+    Tokens of one step leave one after the other, and the last ones late where the server has to wait for a core. So
+    what comes within FRAGMENT of the time that `probed` has for it belongs to the step before, unless a request would
+    get two tokens of that.
+    """
+    sent = np.sort([outcome.sent for outcome in outcomes])
+    firsts = np.sort([outcome.arrivals[0] for outcome in outcomes])
+    lasts = np.sort([outcome.arrivals[-1] for outcome in outcomes])
+    whole: list[tuple[Burst, SeenStep | None]] = []
+    for burst in _bursts(outcomes, TOGETHER * shortest_seconds):
+        before = whole[-1][0] if whole else []
+        idle = not before or _answering(before[-1][0], firsts, lasts) == 0
+        step = None if idle else _step(before[0][0], burst, outcomes, sent)
+        alone = {number for _, number, _ in before}.isdisjoint(number for _, number, _ in burst)
+        if step is not None and alone and step.seconds < FRAGMENT * probed(step):
+            merged = [*before, *burst]
+            earlier = whole[-2][0] if whole[-1][1] is not None else None
+            whole[-1] = (merged, None if earlier is None else _step(earlier[0][0], merged, outcomes, sent))
+        else:
+            whole.append((burst, step))
+    return [step for _, step in whole if step is not None]
+
+
+def _answering(at: float, firsts: Floats, lasts: Floats) -> int:
+    """Requests that have begun to answer and have not ended."""
+    return int(np.searchsorted(firsts, at, "right") - np.searchsorted(lasts, at, "right"))
+
+
+def _bursts(outcomes: Sequence[Outcome], together_seconds: float) -> list[Burst]:
+    """Tokens no further apart than that, none of one request twice."""
+    found: list[Burst] = []
+    for event in sorted(
+        (at, number, i) for number, outcome in enumerate(outcomes) for i, at in enumerate(outcome.arrivals)
+    ):
+        last = found[-1] if found else None
+        if last is None or event[0] - last[-1][0] > together_seconds or any(event[1] == one for _, one, _ in last):
+            found.append([event])
         else:
             last.append(event)
-    sent = np.sort([outcome.sent for outcome in outcomes])
-    found = []
-    for before, burst in itertools.pairwise(bursts):
-        began, ended = before[0][0], burst[0][0]
-        if all(i + 1 == len(outcomes[number].arrivals) for _, number, i in before):
-            continue  # all had ended: the engine may have been idle
-        step = SeenStep(0, 0, 0, int(np.searchsorted(sent, ended) - np.searchsorted(sent, began)), ended - began)
-        for _, number, i in burst:
-            outcome = outcomes[number]
-            if i:
-                step.rows += 1
-                step.context += (outcome.prompt_tokens or 0) + i
-            else:
-                step.prompt += (outcome.prompt_tokens or 0) - (outcome.cached_tokens or 0)
-        found.append(step)
     return found
+
+
+def _step(began: float, burst: Burst, outcomes: Sequence[Outcome], sent: Floats) -> SeenStep:
+    ended = burst[0][0]
+    newcomers = int(np.searchsorted(sent, ended) - np.searchsorted(sent, began))
+    step = SeenStep(0, 0, 0, newcomers, ended - began)
+    for _, number, i in burst:
+        outcome = outcomes[number]
+        if i:
+            step.rows += 1
+            step.context += (outcome.prompt_tokens or 0) + i
+        else:
+            step.prompt += (outcome.prompt_tokens or 0) - (outcome.cached_tokens or 0)
+    return step
 
 
 def fit(steps: Sequence[SeenStep], decode: Floats, prefill: Floats) -> Fit:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 class Gpu:
     """TFLOP/s dense by the type of both operands; fp4 None: its tensor cores have no FP4.
 
-    flops_share, bytes_share  assumed to be reached in practice
+    link_bytes_per_second     between two of them, one way: NVLink, or PCIe where they have none
+    flops_share, bytes_share  assumed to be reached in practice, the latter of links too
     step_overhead_seconds     assumed per step: scheduling, launches, sampling, the way back
+    exchange_seconds          assumed for a sum over ranks, beside what its bytes take
+    eager_layer_seconds       assumed per layer of ranks, whose steps are launched op by op and not captured as graphs
     """
 
     name: str
@@ -21,9 +24,12 @@ class Gpu:
     bytes_per_second: float
     bf16: float
     fp4: float | None
+    link_bytes_per_second: float
     flops_share: float = 0.6
     bytes_share: float = 0.75
     step_overhead_seconds: float = 0.0015
+    exchange_seconds: float = 20e-6
+    eager_layer_seconds: float = 100e-6
 
     def peak_flops(self, numerics: str) -> float:
         """W4A16 and plain weights multiply in BF16 everywhere; so does W4A4 where there is no FP4."""
@@ -33,12 +39,12 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", 80e9, 2.04e12, 312, None),
-    "l40s": Gpu("L40S", 48e9, 0.864e12, 362, None),
-    "h100": Gpu("H100 SXM", 80e9, 3.35e12, 989, None),
-    "h200": Gpu("H200", 141e9, 4.8e12, 989, None),
-    "b200": Gpu("B200", 180e9, 7.7e12, 2250, 9000),
-    "rtx-pro-6000": Gpu("RTX PRO 6000 Blackwell", 96e9, 1.79e12, 504, 2015),
+    "a100": Gpu("A100 80 GB", 80e9, 2.04e12, 312, None, 300e9),
+    "l40s": Gpu("L40S", 48e9, 0.864e12, 362, None, 32e9),
+    "h100": Gpu("H100 SXM", 80e9, 3.35e12, 989, None, 450e9),
+    "h200": Gpu("H200", 141e9, 4.8e12, 989, None, 450e9),
+    "b200": Gpu("B200", 180e9, 7.7e12, 2250, 9000, 900e9),
+    "rtx-pro-6000": Gpu("RTX PRO 6000 Blackwell", 96e9, 1.79e12, 504, 2015, 64e9),
 }
 
 

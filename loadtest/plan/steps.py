@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
@@ -92,21 +93,47 @@ class MeasuredTimes:
         return decode, _at(self._prefill, prompt) + self._measured.pair_seconds * pairs
 
 
+SUMS_PER_LAYER = 2  # after the output projection and after the feed-forward
+PARTIAL_BYTES = 4  # of a value of a partial sum: FP32
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`count` GPUs that share every layer. Each sends its partial sums to all others, as our server does it."""
+
+    count: int
+    hidden_size: int
+    num_layers: int
+
+    def seconds(self, gpu: Gpu, tokens: int) -> float:
+        """Of all exchanges of a step of so many tokens, and of launching its layers op by op."""
+        if self.count == 1:
+            return 0.0
+        received = (self.count - 1) * tokens * self.hidden_size * PARTIAL_BYTES
+        each = gpu.exchange_seconds + received / (gpu.link_bytes_per_second * gpu.bytes_share)
+        return self.num_layers * (SUMS_PER_LAYER * each + gpu.eager_layer_seconds)
+
+
 class Modelled:
-    """The larger of arithmetic and memory traffic, each at a share of the data sheet that good kernels reach."""
+    """The larger of arithmetic and memory traffic, each at a share of the data sheet that good kernels reach.
+
+    cost  of the model, or of one rank's part of it
+    """
 
     newcomer_seconds = 0.0
 
-    def __init__(self, gpu: Gpu, cost: ModelCost, numerics: str) -> None:
-        self.source = f"MODELLED from the data sheet of {gpu.name}, not measured"
-        self._gpu, self._cost = gpu, cost
+    def __init__(self, gpu: Gpu, cost: ModelCost, numerics: str, ranks: Ranks | None = None) -> None:
+        each = f"{ranks.count} x " if ranks is not None and ranks.count > 1 else ""
+        self.source = f"MODELLED from the data sheet of {each}{gpu.name}, not measured"
+        self._gpu, self._cost, self._ranks = gpu, cost, ranks
         self._flops = gpu.peak_flops(numerics) * gpu.flops_share
         self._bytes = gpu.bytes_per_second * gpu.bytes_share
 
     def seconds(self, schedule: Schedule) -> float:
         work = self._cost.of_step(schedule)
         moved = (work.bytes_read + work.bytes_written) / self._bytes
-        return self._gpu.step_overhead_seconds + max(work.flops / self._flops, moved)
+        exchanged = self._ranks.seconds(self._gpu, schedule.num_tokens) if self._ranks is not None else 0.0
+        return self._gpu.step_overhead_seconds + max(work.flops / self._flops, moved) + exchanged
 
 
 def _line(knots: Knots) -> tuple[list[float], list[float]]:

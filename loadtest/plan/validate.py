@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from loadtest.compare.loads import Load, Sizes, make, most_users, warm_up
 from loadtest.compare.scrape import facts
@@ -52,18 +53,33 @@ def validate(
     machine: Machine,
     tokenize: WordTokens,
     say: Callable[[str], None],
+    passes: int = 1,
 ) -> list[Comparison]:
-    """Each load once on the server, once simulated on one replica."""
-    found = []
+    """Each load on the server and simulated on one replica, once in each pass, there and back; medians of passes."""
+    found: dict[int, list[Comparison]] = {}
     with tempfile.TemporaryDirectory() as folder:
         flags = [*candidate.serve_arguments, *limits.flags, "--log-level", "warning", "--no-log-requests"]
         with nvfp4_server(flags, {}, READY_SECONDS, Path(folder) / "server.log") as server:
             endpoint = Endpoint(server.url, facts(server.url).model)
             run(closed_loop(endpoint, warm_up(most_users(loads), "validate"), most_users(loads)))
-            for turn, load in enumerate(loads):
-                say(f"{load}: on the server")
-                found.append(_one(endpoint, load, sizes, turn, machine, tokenize))
-    return found
+            for number in range(passes):
+                for i in range(len(loads))[:: 1 if number % 2 == 0 else -1]:
+                    say(f"pass {number + 1} of {passes}, {loads[i]}: on the server")
+                    turn = number * len(loads) + i
+                    found.setdefault(i, []).append(_one(endpoint, loads[i], sizes, turn, machine, tokenize))
+    return [together(each) for _, each in sorted(found.items())]
+
+
+def together(passes: Sequence[Comparison]) -> Comparison:
+    """Medians of one load's passes; complaints of all, and the most that others used in any."""
+    cores = [each.other_cores for each in passes if each.other_cores is not None]
+    return Comparison(
+        passes[0].load,
+        {name: median(each.measured[name] for each in passes) for name in COMPARED},
+        {name: median(each.simulated[name] for each in passes) for name in COMPARED},
+        [why for each in passes for why in each.complaints],
+        max(cores, default=None),
+    )
 
 
 def _one(endpoint: Endpoint, load: Load, sizes: Sizes, turn: int, machine: Machine, tokenize: WordTokens) -> Comparison:

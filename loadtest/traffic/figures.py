@@ -67,6 +67,7 @@ class Figures(msgspec.Struct, frozen=True):
     events_per_token   1 where every token came in an event of its own; else gaps are between events, not tokens
     ttft, gap, tpot, e2e    to the first token; between events; per later token of an answer; to the last byte
     ttft_curve, gap_curve   quantiles at equal steps, for plots
+    short_answers      whole answers of fewer tokens than were asked for
     """
 
     requests: int
@@ -87,6 +88,7 @@ class Figures(msgspec.Struct, frozen=True):
     e2e: Spread | None
     ttft_curve: list[float]
     gap_curve: list[float]
+    short_answers: int = 0
 
     @property
     def whole(self) -> int:
@@ -124,6 +126,7 @@ def figures(outcomes: Sequence[Outcome], slo: SLO) -> Figures:
         e2e=Spread.of([outcome.e2e for outcome in whole]),
         ttft_curve=curve(ttfts),
         gap_curve=curve(gaps),
+        short_answers=sum((outcome.completion_tokens or 0) < outcome.max_tokens for outcome in whole),
     )
 
 

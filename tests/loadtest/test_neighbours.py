@@ -26,7 +26,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="no /pr
 def test_a_living_childs_work_and_an_ended_grandchilds_are_ours() -> None:
     nested = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {SPIN!r}], check=True)\n"
     for code in (SPIN, nested):
-        before = _tree_ticks(os.getpid())
+        before = _tree_ticks({os.getpid()})
         command = [sys.executable, "-c", code + "sys.stdin.read()"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -35,7 +35,7 @@ def test_a_living_childs_work_and_an_ended_grandchilds_are_ours() -> None:
             if code is nested:  # until the grandchild has been waited for
                 while _children(process.pid):
                     time.sleep(0.01)
-            used = _tree_ticks(os.getpid()) - before
+            used = _tree_ticks({os.getpid()}) - before
             process.stdin.close()
         assert used >= CPU_SECONDS * TICKS - SLACK_TICKS
 

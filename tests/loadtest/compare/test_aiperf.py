@@ -90,6 +90,8 @@ def test_aiperf_and_the_builtin_client_agree_on_throughput_within_3_percent(defa
     print(
         f"ours {[round(found.output_per_second, 1) for found in ours]}, aiperf {theirs.output_per_second:.1f} tokens/s"
     )
+    medians = [1e3 * found.ttft.p50 for found in (*ours, theirs)]
+    print(f"median time to first token, ms: ours {medians[0]:.1f} and {medians[1]:.1f}, aiperf {medians[2]:.1f}")
     if abs(error) > 0.03 and (busy := neighbours.cores() or 0.0) > 0.5:
         pytest.skip(f"others use {busy:.1f} cores of this machine, which aiperf's processes need: {100 * error:+.1f} %")
     assert abs(error) <= 0.03

@@ -7,12 +7,13 @@ import json
 import re
 
 import jsonschema
+import msgspec
 import pytest
 from rich.console import Console
 
 from loadtest.compare.page import page
-from loadtest.compare.report import Arrival, read_report, schema, write_report
-from loadtest.compare.table import show
+from loadtest.compare.report import Arrival, Memory, read_report, schema, write_report
+from loadtest.compare.table import remarks, show
 from tests.loadtest.compare.made import report, run
 
 POISSON = [Arrival("poisson", rate) for rate in (1.0, 2.0)]
@@ -71,3 +72,15 @@ def test_the_table_says_who_is_better_and_what_was_wrong():
     assert "against bf16" in text
     assert "better" in text
     assert "22.50 [21.00, 24.00]" in text
+
+
+def test_what_a_server_does_not_tell_and_answers_cut_short_are_said():
+    found = report([run("ours", 0.01), run("theirs", 0.01)])
+    theirs = msgspec.structs.replace(found.sides[1], kernels=[], memory=Memory(96_000_000, rss_bytes=1))
+    short = msgspec.structs.replace(
+        found.runs[1], figures=msgspec.structs.replace(found.runs[1].figures, short_answers=3)
+    )
+    said = remarks(msgspec.structs.replace(found, sides=[found.sides[0], theirs], runs=[found.runs[0], short]))
+    assert "theirs does not tell: kernels, KV tokens, KV bytes" in said
+    assert any(line.startswith("theirs ended 3 of 4 answers before the length asked for") for line in said)
+    assert not any(line.startswith("ours") for line in said)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import os
+import threading
+from pathlib import Path
+
 import pytest
 
 from loadtest.compare.machine import Energy
 from loadtest.compare.quality import from_evaluation, quality
 from loadtest.compare.report import Estimate, Memory
-from loadtest.compare.scrape import memory
+from loadtest.compare.scrape import facts, listener_rss_bytes, memory
 from loadtest.compare.sides import Candidate, parse_model, visits
 from loadtest.storms.target import parse_metrics
 
@@ -62,6 +68,42 @@ def test_memory_is_what_the_metrics_say_and_nothing_else():
     foreign = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
     assert memory(parse_metrics(foreign)) == Memory(None, None, 1600, None)
     assert memory(parse_metrics("")) == Memory()
+
+
+def test_llama_cpp_tells_its_weights_and_is_seen_to_hold_memory():
+    """/v1/models as its server b11549 has it; it has no /version, and its /metrics say nothing of memory."""
+    model = {"id": "m.Q4_1", "owned_by": "llamacpp", "meta": {"size": 96576768, "ftype": "Q4_1", "n_params": 134515008}}
+
+    class LlamaCpp(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = {"/v1/models": json.dumps({"data": [model]}), "/metrics": "llamacpp:n_tokens_max 36\n"}.get(
+                self.path
+            )
+            body = (found or "{}").encode()
+            self.send_response(200 if found else 404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            """Nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LlamaCpp)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        found = facts(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (found.model, found.numerics, found.version) == ("m.Q4_1", "Q4_1", "")
+    assert (found.memory.weight_bytes, found.memory.kv_tokens) == (96576768, None)
+    assert found.memory.rss_bytes is not None
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    # ours, a moment ago: imports of the request may have grown it since
+    assert 0.5 < found.memory.rss_bytes / (pages * os.sysconf("SC_PAGE_SIZE")) <= 1.01
+    assert listener_rss_bytes(url) is None  # closed
+    assert listener_rss_bytes("http://192.0.2.1:80") is None
 
 
 def test_energy_is_read_from_packages_and_survives_a_wrap(tmp_path):

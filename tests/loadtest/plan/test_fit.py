@@ -27,7 +27,7 @@ def test_tokens_that_come_together_are_a_step():
     first = outcome(0.0, [1.0, 1.01, 1.03, 1.04])
     second = outcome(1.015, [1.0301, 1.0402, 1.05], prompt=30, cached=16)
     third = outcome(2.0, [2.1, 2.11])  # after a pause in which nobody waited
-    assert seen_steps([first, second, third], 0.01) == [
+    assert seen_steps([first, second, third], 0.01, lambda step: 0.01) == [
         SeenStep(1, 0, 11, 0, pytest.approx(0.01)),
         SeenStep(1, 14, 12, 1, pytest.approx(0.02)),  # one decodes, one sends 14 tokens that are not cached
         SeenStep(2, 0, 13 + 31, 0, pytest.approx(0.01)),
@@ -36,9 +36,19 @@ def test_tokens_that_come_together_are_a_step():
     ]
 
 
+def test_tokens_that_come_late_belong_to_the_step_that_could_have_made_them():
+    """The second one's come 4 ms after the first one's, beyond TOGETHER of the shortest step; its own would take 10."""
+    pair = [outcome(0.0, [1.0, 1.02, 1.04]), outcome(0.001, [1.004, 1.024, 1.044])]
+    apart = seen_steps(pair, 0.005, lambda step: 0.0)
+    assert [step.rows for step in apart] == [0, 1, 1, 1, 1]
+    together = seen_steps(pair, 0.005, lambda step: 0.01)
+    assert [(step.rows, step.context) for step in together] == [(2, 22), (2, 24)]
+    assert [step.seconds for step in together] == pytest.approx([0.02, 0.02])
+
+
 def test_a_request_that_overtakes_itself_is_two_steps():
     """Two tokens of one request are of two steps, however close."""
-    (step,) = seen_steps([outcome(0.0, [1.0, 1.001])], 0.01)
+    (step,) = seen_steps([outcome(0.0, [1.0, 1.001])], 0.01, lambda step: 0.01)
     assert (step.rows, step.seconds) == (1, pytest.approx(0.001))
 
 
@@ -63,7 +73,7 @@ def test_factors_and_scatter_that_were_put_in_are_found(late):
     steps = []
     for users in (1, 3, 8):
         outcomes = Simulation(machine, 1, [next(source) for _ in range(8 * users)], WordTokens(), users).run().outcomes
-        steps += seen_steps(outcomes, 0.005)
+        steps += seen_steps(outcomes, 0.005, lambda step: sum(times.parts(step.rows, step.prompt, step.context)))
     parts = np.array([times.parts(step.rows, step.prompt, step.context) for step in steps])
     found = fit(steps, parts[:, 0], parts[:, 1])
     mean = 1 + 2.0 * late  # what late steps add to the mean is kept in the factors

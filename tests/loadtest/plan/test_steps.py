@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.plan.checkpoint import read_weights
+from loadtest.plan.checkpoint import Weights, read_weights
 from loadtest.plan.command import read_measured
 from loadtest.plan.gpus import GPUS
-from loadtest.plan.steps import Measured, MeasuredTimes, Modelled
+from loadtest.plan.steps import Measured, MeasuredTimes, Modelled, Ranks
 from nvfp4_runtime.engine.cost import ModelCost
 
 MEASURED = Measured(
@@ -68,6 +68,28 @@ def test_a_modelled_step_is_bound_by_memory_or_by_arithmetic():
     assert w4a4.seconds(many) - 0.0015 == pytest.approx((w4a16.seconds(many) - 0.0015) / 4)
     assert GPUS["h100"].peak_flops("w4a4") == GPUS["h100"].peak_flops("w4a16")  # no FP4 there
     assert "not measured" in w4a4.source
+
+
+def test_ranks_share_the_work_and_exchange_their_sums():
+    gpu = GPUS["h100"]
+    cost = ModelCost(16e9, 4e9, row_flops=1e9, head_bytes=1e9, windows={None: 1})
+    weights = Weights(cost, 6_000_000_000, 8.0, 4096, 1_000_000_000, 4096, 32, 32, 2)
+    part = weights.part(4)
+    assert part.weight_bytes == 1e9 + 5e9 / 4  # the embedding is on all
+    assert part.kv_token_bytes == 4.0  # two heads of keys on four ranks: each keeps one
+    assert (part.cost.step_bytes, part.cost.head_bytes, part.cost.token_flops) == (1e9, 0.25e9, 4e9)
+    one, many = Plan((Entry(0, 1),)), Plan((Entry(0, 8192),))
+    times = Modelled(gpu, part.cost, "w4a16", Ranks(4, 4096, 32))
+    assert "4 x H100" in times.source
+    layers = 32 * (100e-6 + 2 * 20e-6)
+    received = 2 * 32 * 3 * 4096 * 4 / (450e9 * 0.75)  # seconds for each token: FP32 from three others, twice a layer
+    assert times.seconds(one) == pytest.approx(0.0015 + 1.25e9 / (3.35e12 * 0.75) + layers + received)
+    arithmetic = (4e9 * 8192 + 0.25e9) / (989e12 * 0.6)
+    assert times.seconds(many) == pytest.approx(0.0015 + arithmetic + layers + 8192 * received)
+    alone = Modelled(gpu, cost, "w4a16")
+    assert Modelled(gpu, weights.part(1).cost, "w4a16", Ranks(1, 4096, 32)).seconds(many) == alone.seconds(many)
+    with pytest.raises(ValueError, match="expected 1 to 32"):
+        weights.part(33)
 
 
 def checkpoint(folder, config, tensors):
@@ -152,6 +174,7 @@ def test_the_fewest_replicas_that_keep_the_slo_are_found(tmp_path, capsys):
         (["--gpu", "h100"], "needs --model DIR"),
         (["--gpu", "h100", "--model", "{folder}", "--replicas", "0"], "expected counts of 1 to 1000"),
         (["--gpu", "h100", "--model", "{folder}", "--max-model-len", "999999999999"], "does not fit"),
+        (["--gpu", "h100", "--model", "{folder}", "--tensor-parallel-size", "5"], "expected 1 to 4, its heads"),
     ],
 )
 def test_a_plan_that_cannot_be_meant_is_refused(tmp_path, capsys, flags, message):
