@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nvfp4_runtime.engine import core, runner, scheduler
-from nvfp4_runtime.engine.messages import FromEngine, Outputs
+from nvfp4_runtime.engine.messages import FromEngine, Outputs, Ready
 from nvfp4_runtime.kernels.cpu import backend
 from nvfp4_runtime.kernels.cpu.whole import NativeMixture
 from nvfp4_runtime.layers import mla
@@ -98,6 +98,7 @@ class RecordingCore(core.EngineCore):
             tokens = sum(len(output.token_ids) for output in message.outputs)
             experts = self._routed.take()
             self.steps.append({"tokens": tokens, "seconds": now - self._last, "experts": experts, "parts": parts})
+        if isinstance(message, Outputs | Ready):  # loading, which packs weights natively, is no part of the first step
             self._last, self._parts = time.perf_counter(), dict(self._timer.seconds)
 
 
