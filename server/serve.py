@@ -242,7 +242,7 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            http=BoundedProtocol.within(config, app.state.observers),
+            http=BoundedProtocol.within(config, getattr(app.state, "observers", ())),
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
