@@ -12,7 +12,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ from server.configs import server_config, whole_engine_config
 from server.loading import LoadingGate
 from server.model_source import model_argument, model_folder, sampling_defaults
 from server.replica_metrics import ReplicaMetrics
+from server.request_record import Observer
 from server.screen import LoggedProgress, ProgressLine, log_ready, print_ready
 from server.shutdown import LAST_EVENTS_SECONDS, Shutdown
 from server.tracing import Tracer, otlp_exporter
@@ -190,7 +191,7 @@ async def _run_http(
     announce: Callable[[EngineInfo, ServerConfig, str], None],
 ) -> int:
     app = application(engine, text, config, tracer)
-    server = _make_server(app, config)
+    server = _make_server(app, config, app.state.observers)
     gate.stop()
     serving = asyncio.create_task(server.serve(sockets=socks))
     while not server.started and not serving.done():
@@ -226,7 +227,7 @@ def _spare_the_collector() -> None:
     gc.set_threshold(COLLECT_AFTER_OBJECTS)
 
 
-def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
+def _make_server(app: FastAPI, config: ServerConfig, observers: Sequence[Observer] = ()) -> uvicorn.Server:
     import uvicorn
 
     from server.http_protocol import BoundedProtocol
@@ -242,7 +243,7 @@ def _make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            http=BoundedProtocol.within(config, getattr(app.state, "observers", ())),
+            http=BoundedProtocol.within(config, observers),
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from nvfp4_runtime.batch import ForwardBatch
@@ -13,18 +12,14 @@ from nvfp4_runtime.checkpoint.checkpoint import Checkpoint
 from nvfp4_runtime.config import HeadDtype, KVDtype, ModelConfig
 from nvfp4_runtime.kernels.registry import Kernels
 from nvfp4_runtime.layers.attention import Attention
-from nvfp4_runtime.layers.head import lm_head
 from nvfp4_runtime.layers.linear import Linear
 from nvfp4_runtime.layers.mlp import MLP
 from nvfp4_runtime.layers.norm import RMSNorm
-from nvfp4_runtime.layers.rope import rope_tables
+from nvfp4_runtime.models.stack import Stack
 
 
-class Decoder:
-    """Token ids in, float32 logits out; as models/llama.py's Decoder.
-
-    kv_specs  of the layers that have attention, in layer order
-    """
+class Decoder(Stack):
+    """kv_specs  of the layers that have attention, in layer order"""
 
     def __init__(
         self,
@@ -35,35 +30,16 @@ class Decoder:
         max_positions: int | None = None,
         lm_head_dtype: HeadDtype = "auto",
     ) -> None:
-        self.config, self.kv_dtype = config, kv_dtype
-        self.stream: torch.dtype = getattr(torch, kernels.stream)
-        self.max_positions = max_positions or config.max_position_embeddings
-        embedding = ckpt.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self.embedding = kernels.place(embedding)
-        tables = rope_tables(config.rope, config.rotary_dim, self.max_positions)
-        cos, sin = (kernels.place(table) for table in tables)
+        super().__init__(config, ckpt, kernels, kv_dtype, max_positions)
+        cos, sin = self.rope_tables(kernels)
         specs: list[AttentionSpec] = []
-        self.layers: list[Layer] = []
+        layers: list[Layer] = []
         for i in range(config.num_layers):
-            self.layers.append(Layer(ckpt, kernels, config, i, cos, sin, kv_dtype, len(specs)))
-            if (spec := self.layers[-1].spec(ckpt)) is not None:
+            layers.append(Layer(ckpt, kernels, config, i, cos, sin, kv_dtype, len(specs)))
+            if (spec := layers[-1].spec(ckpt)) is not None:
                 specs.append(spec)
-        self.kv_specs = tuple(specs)
-        self.norm = RMSNorm(ckpt, kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
-        self.lm_head = lm_head(ckpt, kernels, config, embedding, lm_head_dtype, self.embedding)
-
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Write the new tokens' K and V into batch.kv; return logits fp32 [R, vocab] of batch.logits_rows."""
-        return self.lm_head(self.hidden(batch))
-
-    def hidden(self, batch: ForwardBatch) -> Tensor:
-        """The same up to the head: hidden states [R, hidden] of batch.logits_rows, after the final norm."""
-        x = torch.nn.functional.embedding(batch.input_ids, self.embedding).to(self.stream)
-        residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch)
-        rows = batch.logits_rows
-        return self.norm(x[rows], None if residual is None else residual[rows])[0]
+        self.layers, self.kv_specs = layers, tuple(specs)
+        self.end(ckpt, kernels, lm_head_dtype)
 
 
 class Layer:

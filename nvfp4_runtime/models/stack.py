@@ -23,7 +23,7 @@ from nvfp4_runtime.layers.rope import rope_tables
 class Layer(Protocol):
     """x and the stream so far, both [T, hidden], to the same for the next layer; the stream itself is their sum."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Stack:
@@ -103,9 +103,8 @@ class Stack:
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch)
-        assert residual is not None  # a config has at least one layer
         rows = batch.logits_rows
-        return self.norm(x[rows], residual[rows])[0]
+        return self.norm(x[rows], None if residual is None else residual[rows])[0]
 
 
 def attention_spec(ckpt: Checkpoint, config: ModelConfig, layer_id: int, name: str) -> AttentionSpec:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.batch import StateLayer
+from nvfp4_runtime.batch import ForwardBatch, StateLayer
 from nvfp4_runtime.kernels.gpu_bench import made
 from nvfp4_runtime.kernels.gpu_bench.setting import Setting
 from nvfp4_runtime.kernels.ops import (
@@ -69,12 +69,14 @@ def cases(setting: Setting) -> Iterator[tuple[str, OpSpec, Run]]:
             values(31 + i, count, width) for i, width in enumerate((delta.conv_dim, *2 * (delta.num_value_heads,)))
         )
 
-        def scan(backend: Backend, projected=projected, batch=batch) -> Tensor:  # type: ignore[no-untyped-def]
+        def scan(backend: Backend, projected: Tensor = projected, batch: ForwardBatch = batch) -> Tensor:
             state = states(mamba.conv_width, mamba.conv_dim, mamba.num_heads, mamba.head_dim, mamba.state_size)
             y = backend.mamba2(mamba)(projected, weights, state, batch)
             return torch.cat([y.float().flatten(), state.ssm[1:].flatten()])
 
-        def rule(backend: Backend, qkv=qkv, b=b, dt=dt, batch=batch) -> Tensor:  # type: ignore[no-untyped-def]
+        def rule(
+            backend: Backend, qkv: Tensor = qkv, b: Tensor = b, dt: Tensor = dt, batch: ForwardBatch = batch
+        ) -> Tensor:
             state = states(delta.conv_width, delta.conv_dim, delta.num_value_heads, delta.value_dim, delta.key_dim)
             y = backend.gated_delta(delta)(qkv, b, dt, of_delta, state, batch)
             return torch.cat([y.flatten(), state.ssm[1:].flatten()])
