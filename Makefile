@@ -120,14 +120,14 @@ bench-compare: install
 
 # The load generator's own errors, beside servers that know better. Let nothing else run beside it.
 bench-truth: install
-	$(BIN)/python -m loadtest truth --json docs/benchmarks/truth-2-core-emerald-rapids.json $(BENCH)
+	$(BIN)/python -m loadtest truth --json docs/benchmarks/truth-2-core-xeon-amx.json $(BENCH)
 
 # The planner's simulation beside the real server: calibrates, then runs each load on both.
 bench-plan: install
-	$(BIN)/python -m loadtest calibrate --model default --output docs/benchmarks/steps-2-core-emerald-rapids.json
-	$(BIN)/python -m loadtest validate --model default --measured docs/benchmarks/steps-2-core-emerald-rapids.json \
+	$(BIN)/python -m loadtest calibrate --model default --output docs/benchmarks/steps-2-core-xeon-amx.json
+	$(BIN)/python -m loadtest validate --model default --measured docs/benchmarks/steps-2-core-xeon-amx.json \
 		--workload chat --scale 0.5 --concurrency 1,4,8,16 --rate 1,2,3 --seconds 12 --per-user 3 \
-		--passes 3 --json docs/benchmarks/plan-2-core-emerald-rapids.json $(BENCH)
+		--passes 3 --json docs/benchmarks/plan-2-core-xeon-amx.json $(BENCH)
 
 # What a server must outlast, each storm with its verdict (docs/reliability.md): about 45 minutes. STORMS: their names.
 # BENCH: more flags, such as --short or --json 'build/{}.json'. Let nothing else run beside it.

@@ -52,6 +52,7 @@ class Limits:
     def flags(self) -> list[str]:
         return [
             "--max-num-seqs", str(self.max_num_seqs), "--max-num-batched-tokens", str(self.max_num_batched_tokens),
+            "--enable-prompt-tokens-details",  # by which the fit knows what was not computed
         ]  # fmt: skip
 
 
@@ -192,7 +193,13 @@ class _Probe:
         users = min(users, limits.max_num_seqs)
         prompt = Lengths(min(MIXED_PROMPT, limits.max_context / 2), 0.7)
         source = self._conversations(Workload("mixed", prompt, Lengths(MIXED_ANSWER, 0.6)))
-        return self._checked([next(source) for _ in range(users * MIXED_EACH)], users)
+        outcomes = self._checked([next(source) for _ in range(users * MIXED_EACH)], users)
+        if any(outcome.cached_tokens is None for outcome in outcomes):
+            raise RuntimeError(
+                "the server's usage does not say how many tokens of a prompt were cached; "
+                "start it with --enable-prompt-tokens-details"
+            )
+        return outcomes
 
     def tokens(self) -> tuple[int, float]:
         """Tokens of the chat template, and per word, by a line through all prompts."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from loadtest.traffic.call import Outcome
 
 TOGETHER = 0.4  # of the shortest step: tokens closer to each other than that came from one step
-FRAGMENT = 0.5  # of what a step should take
+FRAGMENT = 0.8  # of what a step should take
 QUANTILES = 100
 FEWEST_STEPS, FEWEST_PROMPTS = 100, 20
 FACTORS = (0.5, 2.0)  # bounds: what is next to nothing (a prompt token of a simulated engine) may get any factor
