@@ -116,7 +116,7 @@ bench-compare: install
 	$(BIN)/python -m loadtest compare --model bf16=default-bf16 --model "w4a16=default --numerics w4a16" \
 		--model "w4a4=default --numerics w4a4" --limits "--max-num-seqs 16 --max-num-batched-tokens 1024" \
 		--workload chat --scale 0.5 --concurrency 1,4,8 --rate 1,2 --seconds 10 --per-user 2 \
-		--quality-text $(TEXT) --quality-windows 4 --quality-window 512 --output docs/benchmarks/compare-2-core-epyc $(BENCH)
+		--quality-text $(TEXT) --quality-windows 4 --quality-window 512 --output docs/benchmarks/compare-2-core-xeon-amx $(BENCH)
 
 # The load generator's own errors, beside servers that know better. Let nothing else run beside it.
 bench-truth: install

@@ -36,9 +36,10 @@ def test_tokens_that_come_together_are_a_step():
     ]
 
 
-def test_tokens_that_come_late_belong_to_the_step_that_could_have_made_them():
-    """The second one's come 4 ms after the first one's, beyond TOGETHER of the shortest step; its own would take 10."""
-    pair = [outcome(0.0, [1.0, 1.02, 1.04]), outcome(0.001, [1.004, 1.024, 1.044])]
+@pytest.mark.parametrize("late", [0.004, 0.007])
+def test_tokens_that_come_late_belong_to_the_step_that_could_have_made_them(late):
+    """The second one's come after the first one's, beyond TOGETHER of the shortest step; its own would take 10 ms."""
+    pair = [outcome(0.0, [1.0, 1.02, 1.04]), outcome(0.001, [1.0 + late, 1.02 + late, 1.04 + late])]
     apart = seen_steps(pair, 0.005, lambda step: 0.0)
     assert [step.rows for step in apart] == [0, 1, 1, 1, 1]
     together = seen_steps(pair, 0.005, lambda step: 0.01)
