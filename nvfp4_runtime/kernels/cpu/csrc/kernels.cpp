@@ -63,6 +63,13 @@ constexpr int rows_side_by_side([[maybe_unused]] int m) {
 #endif
 }
 
+// Places of a weight that a thread reads side by side for few rows of x; see linear_nvfp4.h.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr int kStreams = 4;
+#else
+constexpr int kStreams = 1;
+#endif
+
 constexpr int max_rows(Operand o) {
   return o == Operand::floats ? kFloatRows : o == Operand::pairs ? kPairRows : o == Operand::digits ? kDigitRows : kBlockRows;
 }
@@ -89,8 +96,8 @@ int rows_that_share(Operand o) { return max_rows(o); }
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
-    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, pack_x, linear_nvfp4, kDenseFirst, kDenseM, pack_plain,
-    linear_plain,            convert, rms_norm, silu_mul, rope, attention, attention_merge, latent,
+    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, kStreams, kStreamedRows, pack_x, linear_nvfp4, kDenseFirst, kDenseM,
+    pack_plain, linear_plain, convert, rms_norm, silu_mul, rope, attention, attention_merge, latent,
     mamba2_steps, mamba2_conv, mamba2_scan, mamba2_norm, delta_scan, relu_squared, weigh, latent_prepare, latent_queries,
     quantize, quantize_weight,
 };
