@@ -21,15 +21,16 @@ DTYPES = ("bfloat16", "float32")
 # What recovers the default model without a text at hand: docs/qad.md says what it costs and gains
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
-        "synthesize": 256,
-        "act": "w4a4",
+        "synthesize": 128,
+        "act": "w4a16",
         "train": "layers",
-        "tokens": 81_920,
-        "batch_tokens": 2048,
-        "lr": 3e-4,
+        "tokens": 49_152,
+        "batch_tokens": 1024,
+        "micro_tokens": 1024,
+        "lr": 1.5e-4,
         "warmup": 4,
         "held_rows": 6,
-        "eval_every": 8,
+        "eval_every": 12,
     }
 }
 _ABOUT = """\
