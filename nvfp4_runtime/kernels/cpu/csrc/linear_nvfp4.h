@@ -175,7 +175,7 @@ template <int M>
 struct PairsOf {
   static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
     constexpr int together = M >= 4 ? 4 : M;
-    const Pairs table = pair_table();
+    const Pairs table = pair_table(e2m1_table());
     Pairs w[8];
     UNROLL for (int h = 0; h < 2; h++) {
       const I line = load_codes(codes + 64 * h);
@@ -241,6 +241,15 @@ void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, const uin
 #undef NVFP4_WIDTH
 }
 
+// One row's sums of a panel, finished.
+template <class O>
+inline void put_outputs(const LinearNVFP4& a, int row, int panel, V total) {
+  const int column = panel * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
+  V y = mul(total, load(a.row_scale + column));
+  if (a.bias) y = add(y, load(a.bias + column));
+  store(static_cast<O*>(a.out) + static_cast<size_t>(row) * a.n + column, y, n);
+}
+
 template <class O>
 void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
   const int most = max_rows(a.operand);
@@ -259,13 +268,7 @@ void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
         case Operand::nvfp4: panel_of_width<Integers8, Operand::int8>(a, width, w, x, total); break;
         default: panel_of_width<Floats, Operand::floats>(a, width, w, x, total); break;
       }
-      const int column = p * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
-      const V row_scale = load(a.row_scale + column);
-      for (int m = 0; m < rows; m++) {
-        V y = mul(total[m], row_scale);
-        if (a.bias) y = add(y, load(a.bias + column));
-        store(static_cast<O*>(a.out) + static_cast<size_t>(first + m) * a.n + column, y, n);
-      }
+      for (int m = 0; m < rows; m++) put_outputs<O>(a, first + m, p, total[m]);
     }
   }
 }

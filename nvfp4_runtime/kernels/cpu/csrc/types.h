@@ -283,6 +283,7 @@ struct Kernels {
   bool pairs;                // bfloat16 is multiplied as such
   Operand sixteen_bit;       // what W4A16 makes of bfloat16 activations; FP32 ones stay as they are
   int (*max_rows)(Operand);  // rows of x that share one decoded weight
+  size_t (*packed_words)(Operand, int m, int k);
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
   void (*linear_nvfp4)(const LinearNVFP4&, int begin, int end);     // panels
   int plain_first, plain_width;  // rows of x: up to plain_first make one panel; more make panels of up to plain_width
@@ -314,6 +315,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx2vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 extern const Kernels kernels_dotprod;
