@@ -4,23 +4,25 @@
 // scale. Either way the sum leaves the tile as the float that Digits and Blocks have before their one fused multiply-add.
 //
 // Bytes would be half the size and need one more tile and three more operations a row to join the digits; pairs need none.
-// While tiles multiply, the second of the two 512-bit units adds no floats, so what a row does per group is what counts.
+// Near products of tiles a core has one 512-bit unit for floats, not two, so what a row does per group is what counts.
 //
 // Rows come in blocks of `width`, as even as can be, of at most 16. Per group of 16 k a block holds a tile
 // [width][words] and, after the tiles of all blocks, a float for each row that multiplies the weights' scales. K is padded to
 // 64: x with zeros, and the floats with -0, which adds nothing to any total.
 
 constexpr int kTileRows = 16;
-constexpr int kTilesFrom = 4;  // rows: fewer are faster as they are in linear_nvfp4.h
+constexpr int kLeastWidth = 4;
+// rows: fewer are as fast as they are in linear_nvfp4.h, or faster
+constexpr int tiles_from(Operand o) { return o == Operand::digits ? 4 : 6; }
 
 constexpr int tile_words(Operand o) { return o == Operand::digits ? 16 : 8; }  // pairs of one row in a group
-inline bool in_tiles(Operand o, int m) { return m >= kTilesFrom && o != Operand::floats && o != Operand::pairs; }
+inline bool in_tiles(Operand o, int m) { return o != Operand::floats && o != Operand::pairs && m >= tiles_from(o); }
 
 struct TileRows {
   int blocks, width, groups;
   TileRows(int m, int k) : blocks((m + kTileRows - 1) / kTileRows), width(0), groups((k + 63) / 64 * 4) {
     const int even = ((m + blocks - 1) / blocks + 1) / 2 * 2;
-    width = even < kTilesFrom ? kTilesFrom : even;
+    width = even < kLeastWidth ? kLeastWidth : even;
   }
   size_t tiles(Operand o) const { return static_cast<size_t>(blocks) * groups * width * tile_words(o); }
   size_t floats() const { return static_cast<size_t>(blocks) * groups * width; }
@@ -69,7 +71,8 @@ inline float put_pairs(float* out, V x, float global_scale, float inverse_global
 
 // Sixteen groups at once, as put_sixteen; `step` floats lie between groups' pairs, `width` between their floats.
 template <Operand operand>
-inline bool put_sixteen_pairs(float* out, size_t step, float* floats, int width, const V* x, float global_scale, float inverse_global) {
+inline bool put_sixteen_pairs(float* out, size_t step, float* floats, int width, const V* x, float global_scale,
+                              float inverse_global) {
   V scale, inverse;
   if (!sixteen_scales<operand>(x, global_scale, inverse_global, &scale, &inverse)) return false;
   float inverses[16], powers[16], factors[16];
@@ -116,7 +119,8 @@ void pack_tiles(const PackX& a, int block) {
       if (g + 16 <= groups) {
         V values[16];
         UNROLL for (int j = 0; j < 16; j++) values[j] = load(x + (g + j) * kGroup);
-        if (put_sixteen_pairs<operand>(tiles + at * words, static_cast<size_t>(r.width) * words, floats + at, r.width, values, global_scale, inverse_global)) {
+        const size_t step = static_cast<size_t>(r.width) * words;
+        if (put_sixteen_pairs<operand>(tiles + at * words, step, floats + at, r.width, values, global_scale, inverse_global)) {
           g += 15;
           continue;
         }
@@ -183,21 +187,22 @@ template <int words>
 ALWAYS_INLINE void decode_group(const uint8_t* codes, Pairs table, uint8_t* out) {
   UNROLL for (int h = 0; h < 2; h++) {
     const I line = load_codes(codes + 64 * h);
-    const Pairs w[4] = {decode_pair<0>(line, table), decode_pair<4>(line, table), decode_pair<8>(line, table), decode_pair<12>(line, table)};
+    const Pairs w[4] = {decode_pair<0>(line, table), decode_pair<4>(line, table), decode_pair<8>(line, table),
+                        decode_pair<12>(line, table)};
     UNROLL for (int i = 0; i < 4; i++)
       UNROLL for (int copy = 0; copy < words / 8; copy++) _mm512_store_si512(out + 512 * copy + 256 * h + 64 * i, w[i].v);
   }
 }
 
-// M rows times the 16 of a panel over some blocks of 64 k. The four groups of a block lie in tiles 4 to 7: sums are stored two
-// products after their own, and met by their scales two stores later, so that nobody waits. With `decoding`, `pairs` is a
-// ring of two blocks into which weights are decoded one block ahead; else it holds all of them.
-template <int M, int words, bool decoding>
+// M rows times the 16 of a panel, over blocks of 64 k. The four groups of a block lie in tiles 4 to 7: sums are stored two
+// products after their own, and met by their scales two stores later, so that nobody waits. Weights are decoded one block
+// ahead.
+template <int M, int words>
 struct Chain {
   static constexpr int kTileBytes = 64 * words, kBlockPairs = 4 * kTileBytes;
   const LinearNVFP4& a;
   const uint8_t* w;  // the block whose products come next
-  uint8_t* pairs;
+  uint8_t* ring;     // two blocks of weights as pairs
   const uint32_t* x;
   const float* scale;
   Pairs table;
@@ -206,16 +211,16 @@ struct Chain {
   template <int i, bool first, bool last, bool next>
   ALWAYS_INLINE void group(int block, V* total) {
     if constexpr (!last) {
-      load_tile<2 + i % 2>(pairs + (decoding ? block % 2 : block) * kBlockPairs + i * kTileBytes, 64);
+      load_tile<2 + i % 2>(ring + block % 2 * kBlockPairs + i * kTileBytes, 64);
       load_tile<i % 2>(x + i * M * words, 4 * words);
       multiply_tiles<4 + i, i % 2, 2 + i % 2>();
     }
     constexpr int done = (i + 2) % 4;
     if constexpr (i >= 2 ? !last : !first) store_tile<4 + done>(sums[done]);
-    if constexpr (next && decoding) {
+    if constexpr (next) {
       const uint8_t *ahead = w + kBlockBytes, *codes = ahead + 64 + 128 * i;
       prefetch_group(ahead, codes, i);
-      decode_group<words>(codes, table, pairs + (block + 1) % 2 * kBlockPairs + i * kTileBytes);
+      decode_group<words>(codes, table, ring + (block + 1) % 2 * kBlockPairs + i * kTileBytes);
     }
     if constexpr (!first) {
       const V scales = scales_of(a, w - kBlockBytes + 16 * i);
@@ -234,7 +239,7 @@ struct Chain {
     scale += 4 * M;
   }
   ALWAYS_INLINE void run(int blocks, V* total) {
-    if constexpr (decoding) UNROLL for (int i = 0; i < 4; i++) decode_group<words>(w + 64 + 128 * i, table, pairs + i * kTileBytes);
+    for (int i = 0; i < 4; i++) decode_group<words>(w + 64 + 128 * i, table, ring + i * kTileBytes);
     if (blocks == 1) {
       step<true, false, false>(0, total);
     } else {
@@ -247,68 +252,22 @@ struct Chain {
   }
 };
 
-template <class O, int M>
-inline void finish_tile(const LinearNVFP4& a, int first, int panel, const V* total) {
-  const int rows = a.m - first < M ? a.m - first : M;
-  for (int m = 0; m < rows; m++) put_outputs<O>(a, first + m, panel, total[m]);
-}
-
 template <class O, int M, int words>
-void one_block(const LinearNVFP4& a, int begin, int end) {
-  const TileRows r(a.m, a.k);
-  alignas(64) uint8_t ring[2 * Chain<M, words, true>::kBlockPairs];
+void tiles_of_width(const LinearNVFP4& a, const TileRows& r, int begin, int end) {
+  alignas(64) uint8_t ring[2 * Chain<M, words>::kBlockPairs];
   alignas(64) float sums[4][16 * M];
-  for (int p = begin; p < end; p++) {
-    V total[M];
-    UNROLL for (int m = 0; m < M; m++) total[m] = zero();
-    Chain<M, words, true> chain{a, a.weights + p * panel_bytes(a.k), ring, a.x, reinterpret_cast<const float*>(a.x) + r.tiles(a.operand), doubled_pair_table(), sums};
-    chain.run(r.groups / 4, total);
-    finish_tile<O, M>(a, 0, p, total);
-  }
-}
-
-constexpr int kSetBlocks = 8;   // blocks of rows that meet weights decoded once
-constexpr int kSetPanels = 4;   // panels that meet x in the first level of cache
-constexpr int kSetDepth = 2;    // of 64 k
-
-template <class O, int M, int words>
-void many_blocks(const LinearNVFP4& a, int begin, int end) {
-  using Run = Chain<M, words, false>;
-  const TileRows r(a.m, a.k);
-  const int depth = r.groups / 4;
-  const float* floats = reinterpret_cast<const float*>(a.x) + r.tiles(a.operand);
-  const Pairs table = doubled_pair_table();
-  alignas(64) uint8_t pairs[kSetPanels][kSetDepth * Run::kBlockPairs];
-  alignas(64) float totals[kSetBlocks][kSetPanels][16 * M];
-  alignas(64) float sums[4][16 * M];
-  const int times = (end - begin + kSetPanels - 1) / kSetPanels, together = (end - begin + times - 1) / times;
-  for (int b0 = 0; b0 < r.blocks; b0 += kSetBlocks)
-    for (int p0 = begin; p0 < end; p0 += together) {
-      const int panels = end - p0 < together ? end - p0 : together, b1 = r.blocks - b0 < kSetBlocks ? r.blocks : b0 + kSetBlocks;
-      for (int d = 0; d < depth; d += kSetDepth) {
-        const int deep = depth - d < kSetDepth ? depth - d : kSetDepth;
-        for (int p = 0; p < panels; p++) {
-          const uint8_t* w = a.weights + (p0 + p) * panel_bytes(a.k) + static_cast<size_t>(d) * kBlockBytes;
-          for (int i = 0; i < deep; i++)
-            for (int g = 0; g < 4; g++)
-              decode_group<words>(w + i * kBlockBytes + 64 + 128 * g, table, pairs[p] + i * Run::kBlockPairs + g * Run::kTileBytes);
-        }
-        for (int b = b0; b < b1; b++) {
-          const size_t at = (static_cast<size_t>(b) * r.groups + 4 * d) * M;
-          for (int p = 0; p < panels; p++) {
-            float* kept = totals[b - b0][p];
-            V total[M];
-            UNROLL for (int m = 0; m < M; m++) total[m] = d ? load(kept + 16 * m) : zero();
-            Run chain{a, a.weights + (p0 + p) * panel_bytes(a.k) + static_cast<size_t>(d) * kBlockBytes, pairs[p], a.x + at * words, floats + at, table, sums};
-            chain.run(deep, total);
-            if (d + deep < depth) {
-              UNROLL for (int m = 0; m < M; m++) store(kept + 16 * m, total[m]);
-            } else {
-              finish_tile<O, M>(a, b * M, p0 + p, total);
-            }
-          }
-        }
-      }
+  const float* factors = reinterpret_cast<const float*>(a.x) + r.tiles(a.operand);
+  for (int b = 0; b < r.blocks; b++)
+    for (int p = begin; p < end; p++) {
+      const size_t at = static_cast<size_t>(b) * r.groups * M;
+      const uint8_t* w = a.weights + p * panel_bytes(a.k);
+      Chain<M, words> chain{a, w, ring, a.x + at * words, factors + at, doubled_pair_table(), sums};
+      V total[M];
+      UNROLL for (int m = 0; m < M; m++) total[m] = zero();
+      chain.run(r.groups / 4, total);
+      // Through memory: an index known only at run time would have kept the totals there all the while.
+      UNROLL for (int m = 0; m < M; m++) store(sums[0] + 16 * m, total[m]);
+      for (int m = 0; m < M && b * M + m < a.m; m++) put_outputs<O>(a, b * M + m, p, load(sums[0] + 16 * m));
     }
 }
 
@@ -317,7 +276,7 @@ void linear_tiles(const LinearNVFP4& a, int begin, int end) {
   const TileRows r(a.m, a.k);
   const TileShapes shapes(r.width, words);
 #define NVFP4_WIDTH(M) \
-  case M: r.blocks == 1 ? one_block<O, M, words>(a, begin, end) : many_blocks<O, M, words>(a, begin, end); break;
+  case M: tiles_of_width<O, M, words>(a, r, begin, end); break;
   switch (r.width) {
     NVFP4_WIDTH(4)
     NVFP4_WIDTH(6)
