@@ -21,7 +21,7 @@ inline bool in_tiles(Operand o, int m) { return o != Operand::floats && o != Ope
 struct TileRows {
   int blocks, width, groups;
   TileRows(int m, int k) : blocks((m + kTileRows - 1) / kTileRows), width(0), groups((k + 63) / 64 * 4) {
-    const int even = ((m + blocks - 1) / blocks + 1) / 2 * 2;
+    const int even = blocks ? ((m + blocks - 1) / blocks + 1) / 2 * 2 : 0;
     width = even < kLeastWidth ? kLeastWidth : even;
   }
   size_t tiles(Operand o) const { return static_cast<size_t>(blocks) * groups * width * tile_words(o); }
@@ -29,9 +29,9 @@ struct TileRows {
 };
 
 size_t packed_words_amx(Operand o, int m, int k) {
-  if (!in_tiles(o, m)) return packed_words(o, m, k);
   const TileRows rows(m, k);
-  return (rows.tiles(o) + rows.floats() + 15) / 16 * 16;
+  const size_t words = in_tiles(o, m) ? rows.tiles(o) + rows.floats() : packed_words(o, m, k);
+  return (words + 15) / 16 * 16;  // the next expert's tiles begin a cache line
 }
 
 // ---- activations -----------------------------------------------------------------------------------------------------
