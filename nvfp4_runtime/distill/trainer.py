@@ -166,8 +166,8 @@ class Trainer:
 
     @property
     def _criterion(self) -> str:
-        """What decides which step was best: the distance to the teacher; without one, the labels'."""
-        return "ce" if self.teacher is None else "kl"
+        """What decides which step was best: the distance to the teacher; of what learns labels (QAT), theirs."""
+        return "ce" if self.teacher is None or self.schedule.loss == "ce" else "kl"
 
     def _one_step(self) -> dict[str, float]:
         schedule, begun = self.schedule, time.perf_counter()

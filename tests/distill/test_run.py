@@ -95,6 +95,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(teacher, wishes, tmp_path, monkey
     assert [line.rsplit(",", 1)[0] for line in logs[0]] == [line.rsplit(",", 1)[0] for line in logs[1]]
 
 
+def test_the_best_step_of_qat_is_by_its_labels(teacher, wishes, tmp_path):
+    """It leads away from the teacher, so that by KL the best would be the start."""
+    schedule = replace(SCHEDULE, loss="ce", lr=3e-3)
+    result = distill(teacher, tmp_path / "out", replace(wishes, schedule=schedule)).result
+    assert result is not None
+    assert result.best["ce"] < result.first["ce"]
+    assert result.best["kl"] > result.first["kl"]
+
+
 def test_another_run_does_not_go_on_with_this_one(teacher, wishes, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "export_student", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
