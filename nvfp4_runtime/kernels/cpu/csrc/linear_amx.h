@@ -11,9 +11,9 @@
 // 64: x with zeros, and the floats with -0, which adds nothing to any total.
 
 constexpr int kTileRows = 16;
-constexpr int kLeastWidth = 4;
-// rows: fewer are as fast as they are in linear_nvfp4.h, or faster
-constexpr int tiles_from(Operand o) { return o == Operand::digits ? 4 : 6; }
+// Rows: fewer are as fast as they are in linear_nvfp4.h, or faster. With weights from memory W4A16 breaks even at 6 rows, W4A8
+// between 8 and 16.
+constexpr int tiles_from(Operand o) { return o == Operand::digits ? 7 : 10; }
 
 constexpr int tile_words(Operand o) { return o == Operand::digits ? 16 : 8; }  // pairs of one row in a group
 inline bool in_tiles(Operand o, int m) { return o != Operand::floats && o != Operand::pairs && m >= tiles_from(o); }
@@ -21,8 +21,7 @@ inline bool in_tiles(Operand o, int m) { return o != Operand::floats && o != Ope
 struct TileRows {
   int blocks, width, groups;
   TileRows(int m, int k) : blocks((m + kTileRows - 1) / kTileRows), width(0), groups((k + 63) / 64 * 4) {
-    const int even = blocks ? ((m + blocks - 1) / blocks + 1) / 2 * 2 : 0;
-    width = even < kLeastWidth ? kLeastWidth : even;
+    if (blocks) width = ((m + blocks - 1) / blocks + 1) / 2 * 2;
   }
   size_t tiles(Operand o) const { return static_cast<size_t>(blocks) * groups * width * tile_words(o); }
   size_t floats() const { return static_cast<size_t>(blocks) * groups * width; }
@@ -278,8 +277,6 @@ void linear_tiles(const LinearNVFP4& a, int begin, int end) {
 #define NVFP4_WIDTH(M) \
   case M: tiles_of_width<O, M, words>(a, r, begin, end); break;
   switch (r.width) {
-    NVFP4_WIDTH(4)
-    NVFP4_WIDTH(6)
     NVFP4_WIDTH(8)
     NVFP4_WIDTH(10)
     NVFP4_WIDTH(12)
