@@ -46,7 +46,7 @@ def assert_within_the_stated_bound(y: Tensor, x: Tensor, w: FP8Weight) -> None:
 
 
 @pytest.mark.parametrize("block", [(10**6, 10**6), (1, 10**6), (128, 128), (16, 64), (1, 192)])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 33), (40, 64), (70, 200), (33, 576)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 33), (40, 64), (150, 200), (33, 576)])
 @pytest.mark.parametrize("m", [1, 3, 4, 5, 13, 34])
 def test_fp8_agrees_with_fp64_within_the_stated_bound(isa: str, n: int, k: int, m: int, block: tuple[int, int]) -> None:
     block = (min(block[0], n), min(block[1], k)) if block[0] > 1000 or block[1] > 1000 else block
@@ -77,10 +77,10 @@ def test_every_code_is_decoded_exactly(isa: str, block: tuple[int, int], dtype: 
     assert torch.equal(torch.cat([kernel(eye[i : i + 2]) for i in range(0, 256, 2)]), wanted.T)
 
 
-@pytest.mark.parametrize("block", [(1, 592), (32, 64), (70, 592)])
+@pytest.mark.parametrize("block", [(1, 592), (32, 64), (200, 592)])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, block: tuple[int, int], dtype: torch.dtype) -> None:
-    n, k = 70, 592
+    n, k = 200, 592
     weight = random_fp8(n, k, block, seed=1)
     spec = spec_of(weight, dtype, torch.float32)
     x = random_tensor(40, k, seed=2, dtype=dtype)

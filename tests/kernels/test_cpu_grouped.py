@@ -17,7 +17,7 @@ from nvfp4_runtime.nvfp4.weight import DenseWeight, Weight
 from tests.kernels.conftest import cpu_backend, random_nvfp4, random_tensor, same_bits
 from tests.kernels.test_cpu_fp8 import random_fp8
 
-N, K = 72, 144  # neither the last panel nor the last block of 64 is full
+N, K = 136, 144  # neither the last panel nor the last block of 64 is full
 
 
 def experts(kind: str, count: int) -> list[Weight]:

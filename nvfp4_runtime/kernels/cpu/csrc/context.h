@@ -70,6 +70,8 @@ class Context {
 
  private:
   Operand operand_of(const PackedNVFP4& w, Type type) const;
+  // Panels or groups of 16 outputs a thread takes at a time. `few`: rows of x of which the kernel streams weights.
+  int weights_grain(int count, size_t unit_bytes, bool few) const;
   void grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void* x, Type type, const int32_t* offsets, void* out,
                      Type out_type);
   void grouped_plain(const std::vector<const PlainWeight*>& w, const void* x, Type type, const int32_t* offsets, void* out,

@@ -55,6 +55,12 @@ struct PlainExpertsCall {
   }
 };
 
+// Items of a piece when `count` of them are cut into pieces of about `grain` that differ by one at most.
+int alike(int count, int grain) {
+  const int pieces = std::max(1, (count + grain / 2) / grain);
+  return (count + pieces - 1) / pieces;
+}
+
 }  // namespace
 
 Experts::Experts(const std::vector<const Linear*>& e) {
@@ -126,7 +132,8 @@ void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void
   const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
   pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);
   const int panels = one.panels(), active = static_cast<int>(expert_linears_.size());
-  const int grain = grain_of(panels * active, panel_bytes(k), pool_.threads());
+  const bool few = offsets[w.size()] <= active * kernels_.streamed_rows;
+  const int grain = alike(panels, weights_grain(panels * active, panel_bytes(k), few));
   expert_pieces_.clear();
   for (int e = 0; e < active; e++)
     for (int p = 0; p < panels; p += grain) expert_pieces_.push_back({e, p, std::min(panels, p + grain)});
@@ -179,7 +186,8 @@ void Context::grouped_plain(const std::vector<const PlainWeight*>& w, const void
   const PlainExpertsCall call{&kernels_, plain_packs_.data(), plain_linears_.data(), &expert_pieces_, addresses_.data()};
   pool_.run(PlainExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), row_grain(packed_row));
   const int groups = (n + 15) / 16, active = static_cast<int>(plain_linears_.size());
-  const int grain = grain_of(groups * active, static_cast<size_t>(k) * 16 * type_bytes(one.weight_type), pool_.threads());
+  const size_t unit = static_cast<size_t>(k) * 16 * type_bytes(one.weight_type);
+  const int grain = alike(groups, weights_grain(groups * active, unit, most <= kernels_.plain_first));
   expert_pieces_.clear();
   for (int e = 0; e < active; e++)
     for (int g = 0; g < groups; g += grain) expert_pieces_.push_back({e, g, std::min(groups, g + grain)});

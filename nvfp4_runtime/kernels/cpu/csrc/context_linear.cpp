@@ -46,6 +46,11 @@ Operand Context::operand_of(const PackedNVFP4& w, Type type) const {
                                         : Operand::floats;
 }
 
+int Context::weights_grain(int count, size_t unit_bytes, bool few) const {
+  return few && kernels_.streams > 1 ? streamed_grain(count, unit_bytes, threads(), kernels_.streams)
+                                     : grain_of(count, unit_bytes, threads());
+}
+
 void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
   const Operand operand = operand_of(w, type);
@@ -74,7 +79,7 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
     a.out = static_cast<char*>(out) + static_cast<size_t>(first) * w.n * type_bytes(out_type);
     a.out_type = out_type;
     parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, w.panels(),
-                                                  grain_of(w.panels(), panel_bytes(w.k), pool_.threads()));
+                                                  weights_grain(w.panels(), panel_bytes(w.k), rows <= kernels_.streamed_rows));
   }
 }
 
@@ -84,7 +89,7 @@ void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void*
   a.out_type = out_type;
   const size_t packed_row = static_cast<size_t>(plain_vectors(a.k, a.pairs)) * 64;
   const int groups = (a.n + 15) / 16;
-  const int grain = grain_of(groups, static_cast<size_t>(a.k) * 16 * type_bytes(a.weight_type), pool_.threads());
+  const int grain = weights_grain(groups, static_cast<size_t>(a.k) * 16 * type_bytes(a.weight_type), m <= kernels_.plain_first);
   for (int first = 0; first < m; first += kPlainRowsAtOnce) {
     const int rows = std::min(kPlainRowsAtOnce, m - first);
     const int panels = rows <= kernels_.plain_first ? 1 : (rows + kernels_.plain_width - 1) / kernels_.plain_width;

@@ -63,6 +63,13 @@ constexpr int rows_side_by_side([[maybe_unused]] int m) {
 #endif
 }
 
+// Places of a weight that a thread reads side by side for few rows of x; see linear_nvfp4.h.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr int kStreams = 4;
+#else
+constexpr int kStreams = 1;
+#endif
+
 constexpr int max_rows(Operand o) {
   return o == Operand::floats ? kFloatRows : o == Operand::pairs ? kPairRows : o == Operand::digits ? kDigitRows : kBlockRows;
 }
@@ -101,7 +108,7 @@ constexpr auto linear_nvfp4_amx = linear_nvfp4;
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
-    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, packed_words_amx, pack_x_amx,
+    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, packed_words_amx, kStreams, kStreamedRows, pack_x_amx,
     linear_nvfp4_amx, kDenseFirst, kDenseM, pack_plain, linear_plain, convert, rms_norm, silu_mul, rope, attention, attention_merge, latent,
     mamba2_steps, mamba2_conv, mamba2_scan, mamba2_norm, delta_scan, relu_squared, weigh, latent_prepare, latent_queries,
     quantize, quantize_weight,

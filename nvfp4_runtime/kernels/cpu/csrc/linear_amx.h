@@ -264,9 +264,9 @@ void tiles_of_width(const LinearNVFP4& a, const TileRows& r, int begin, int end)
       V total[M];
       UNROLL for (int m = 0; m < M; m++) total[m] = zero();
       chain.run(r.groups / 4, total);
-      // Through memory: an index known only at run time would have kept the totals there all the while.
-      UNROLL for (int m = 0; m < M; m++) store(sums[0] + 16 * m, total[m]);
-      for (int m = 0; m < M && b * M + m < a.m; m++) put_outputs<O>(a, b * M + m, p, load(sums[0] + 16 * m));
+      V kept[M];  // not `total`: an index known only at run time would have kept that in memory all the while
+      UNROLL for (int m = 0; m < M; m++) kept[m] = total[m];
+      finish_panel<O>(a, p, b * M, a.m - b * M < M ? a.m - b * M : M, kept);
     }
 }
 

@@ -19,14 +19,20 @@ int block_width(Operand operand, int rows) {
 
 inline V scales_of(const LinearNVFP4& a, const uint8_t* p) { return a.e8m0 ? load_e8m0(p) : load_scales(p); }
 
-// One row of x reads as fast as memory gives, and prefetch instructions only slow it. With more rows the hardware's
-// prefetcher does not run far enough ahead: asking for codes 6 blocks ahead gives 1.2 to 1.5 times the speed.
+// With several rows of x the hardware's prefetcher does not run far enough ahead: asking for codes 6 blocks ahead gives 1.2 to
+// 1.5 times the speed. One row reads as fast as memory gives on AMD, and prefetch instructions only slow it.
 constexpr int kPrefetchBytes = 6 * kBlockBytes;
 inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
   __builtin_prefetch(codes + kPrefetchBytes);
   __builtin_prefetch(codes + kPrefetchBytes + 64);
   if (g % 4 == 0) __builtin_prefetch(block + kPrefetchBytes);
 }
+
+// On Intel one row of x alone takes memory's time plus its own. Asked for 3 blocks ahead, it reads 1.2 times as fast, and from
+// kStreams places side by side 1.5 times, which is all that memory gives. 5 blocks ahead give less, 8 nothing: presumably
+// they are more lines than the first level may have outstanding (docs/kernel-log.md).
+constexpr int kNearBytes = 3 * kBlockBytes;
+constexpr int kStreamedRows = kStreams > 1 ? 3 : 0;  // rows of x: more are bound by arithmetic
 
 // ---- FP32 activations ------------------------------------------------------------------------------------------------
 
@@ -214,13 +220,42 @@ void panel(const LinearNVFP4& a, const uint8_t* w, const uint32_t* x, V* out) {
   UNROLL for (int m = 0; m < M; m++) out[m] = total[m];
 }
 
+// P panels side by side, `apart` panels from one to the next: out[p][m].
+template <class Group, int M, int words, int P>
+void streamed_panels(const LinearNVFP4& a, const uint8_t* w, int apart, const uint32_t* x, V* out) {
+  const int groups = a.k / kGroup;
+  const size_t stride = static_cast<size_t>(apart) * panel_bytes(a.k);
+  V total[P][M];
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int m = 0; m < M; m++) total[p][m] = zero();
+  int g = 0;
+  for (; g + 4 <= groups; g += 4, w += kBlockBytes, x += 4 * words * M)
+    UNROLL for (int p = 0; p < P; p++) {
+      const uint8_t* block = w + p * stride;
+      UNROLL for (int line = 0; line < kBlockBytes; line += 64) __builtin_prefetch(block + kNearBytes + line);
+      UNROLL for (int i = 0; i < 4; i++)
+        Group::group(block + 64 + 128 * i, scales_of(a, block + 16 * i), x + i * words * M, total[p]);
+    }
+  for (int i = 0; g < groups; g++, i++, x += words * M)
+    UNROLL for (int p = 0; p < P; p++)
+      Group::group(w + p * stride + 64 + 128 * i, scales_of(a, w + p * stride + 16 * i), x, total[p]);
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int m = 0; m < M; m++) out[p * M + m] = total[p][m];
+}
+
+// `apart` > 0: kStreams panels so far apart, else one; out[panel][row].
 template <template <int> class Group, Operand operand>
-void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, const uint32_t* x, V* out) {
-  constexpr int most = max_rows(operand);
+void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, int apart, const uint32_t* x, V* out) {
+  constexpr int most = max_rows(operand), words = words_per_group(operand);
 #define NVFP4_WIDTH(M) \
   case M:              \
-    if constexpr (M <= most && !(M == 2 && operand == Operand::floats)) \
-      panel<Group<M>, M, words_per_group(operand)>(a, w, x, out);       \
+    if constexpr (M <= most && !(M == 2 && operand == Operand::floats)) {          \
+      if constexpr (M <= kStreamedRows)                                            \
+        apart ? streamed_panels<Group<M>, M, words, kStreams>(a, w, apart, x, out) \
+              : streamed_panels<Group<M>, M, words, 1>(a, w, 0, x, out);           \
+      else                                                                         \
+        panel<Group<M>, M, words>(a, w, x, out);                                   \
+    }                                                                              \
     break;
   switch (width) {
     NVFP4_WIDTH(1)
@@ -241,13 +276,15 @@ void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, const uin
 #undef NVFP4_WIDTH
 }
 
-// One row's sums of a panel, finished.
 template <class O>
-inline void put_outputs(const LinearNVFP4& a, int row, int panel, V total) {
-  const int column = panel * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
-  V y = mul(total, load(a.row_scale + column));
-  if (a.bias) y = add(y, load(a.bias + column));
-  store(static_cast<O*>(a.out) + static_cast<size_t>(row) * a.n + column, y, n);
+void finish_panel(const LinearNVFP4& a, int p, int first, int rows, const V* total) {
+  const int column = p * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
+  const V row_scale = load(a.row_scale + column);
+  for (int m = 0; m < rows; m++) {
+    V y = mul(total[m], row_scale);
+    if (a.bias) y = add(y, load(a.bias + column));
+    store(static_cast<O*>(a.out) + static_cast<size_t>(first + m) * a.n + column, y, n);
+  }
 }
 
 template <class O>
@@ -256,20 +293,24 @@ void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
   for (int first = 0; first < a.m; first += most) {
     const int rows = a.m - first < most ? a.m - first : most, width = block_width(a.operand, rows);
     const uint32_t* x = a.x + static_cast<size_t>(first) * (a.k / kGroup) * words_per_group(a.operand);
-    for (int p = begin; p < end; p++) {
+    const auto panels_at = [&](int p, int apart) {
       const uint8_t* w = a.weights + p * panel_bytes(a.k);
       V total[kMostRows];
       switch (a.operand) {
 #if defined(__AVX512BF16__)
-        case Operand::pairs: panel_of_width<PairsOf, Operand::pairs>(a, width, w, x, total); break;
+        case Operand::pairs: panel_of_width<PairsOf, Operand::pairs>(a, width, w, apart, x, total); break;
 #endif
-        case Operand::digits: panel_of_width<Digits, Operand::digits>(a, width, w, x, total); break;
+        case Operand::digits: panel_of_width<Digits, Operand::digits>(a, width, w, apart, x, total); break;
         case Operand::int8:
-        case Operand::nvfp4: panel_of_width<Integers8, Operand::int8>(a, width, w, x, total); break;
-        default: panel_of_width<Floats, Operand::floats>(a, width, w, x, total); break;
+        case Operand::nvfp4: panel_of_width<Integers8, Operand::int8>(a, width, w, apart, x, total); break;
+        default: panel_of_width<Floats, Operand::floats>(a, width, w, apart, x, total); break;
       }
-      for (int m = 0; m < rows; m++) put_outputs<O>(a, first + m, p, total[m]);
-    }
+      finish_panel<O>(a, p, first, rows, total);
+      for (int i = 1; apart && i < kStreams; i++) finish_panel<O>(a, p + i * apart, first, rows, total + i * width);
+    };
+    const int apart = width <= kStreamedRows ? (end - begin) / kStreams : 0;
+    for (int p = begin; p < begin + apart; p++) panels_at(p, apart);
+    for (int p = begin + kStreams * apart; p < end; p++) panels_at(p, 0);
   }
 }
 

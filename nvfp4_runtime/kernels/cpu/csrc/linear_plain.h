@@ -4,9 +4,8 @@
 // chain per block, whose lanes are multiplied by the block's scale and added up before the tree.
 //
 // Up to kDenseFirst rows of x meet each weight as it comes from memory: row after row, one stream, which the hardware
-// prefetches (on AMD two rows side by side run at 40 % of that; without pairs some rows go together, see rows_side_by_side).
-// More rows meet 16 rows of weights that were decoded once, in
-// tiles of kDenseN x kDenseM. A vector (64 bytes) is 16 floats or 32 bfloat16; kPlainChunk k make whole vectors.
+// prefetches (on AMD two rows side by side run at 40 % of that; without pairs some rows go together, a stream each: see
+// rows_side_by_side). More rows meet 16 rows of weights that were decoded once, in tiles of kDenseN x kDenseM. A vector (64 bytes) is 16 floats or 32 bfloat16; kPlainChunk k make whole vectors.
 
 #if defined(__AVX512BF16__)
 template <bool pairs>
@@ -109,29 +108,24 @@ inline void add_up(V (*acc)[M], const float* scale, Sums sums) {
     UNROLL for (int m = 0; m < M; m++) sums[m][n] = scale ? fma(acc[n][m], set1(scale[n]), sums[m][n]) : acc[n][m];
 }
 
-// N rows of weights, from memory, times M rows of x: chunks of 64 k. Several rows have a chain each, so that one chain's latency
-// is another's work; the rows that come after them are asked for in the order in which they lie, which keeps memory to
-// one stream.
+// N rows of weights, `stride` elements from one to the next, times M rows of x: chunks of 64 k. Several rows have a chain each, so
+// that one chain's latency is another's work, and are a stream each, asked for as far ahead as NVFP4 panels are.
 template <class W, bool pairs, int N, int M>
-inline void stream_rows(const W* w, int k, const char* x, const float* scale, Sums sums) {
+inline void stream_rows(const W* w, size_t stride, int k, const char* x, V (*acc)[M]) {
   using Vec = typename VectorOf<pairs>::type;
-  constexpr int vectors = pairs ? 2 : 4, lines = N * static_cast<int>(sizeof(W)) * kPlainChunk / 64;
-  const char* ahead = reinterpret_cast<const char*>(w + static_cast<size_t>(N) * k);
-  V acc[N][M];
+  constexpr int vectors = pairs ? 2 : 4, bytes = static_cast<int>(sizeof(W)) * kPlainChunk;
   UNROLL for (int n = 0; n < N; n++)
     UNROLL for (int m = 0; m < M; m++) acc[n][m] = zero();
   for (int i = 0; i < k; i += kPlainChunk) {
-    if (N > 1) {
-      UNROLL for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + 64 * l, 0, 2);
-      ahead += 64 * lines;
-    }
     UNROLL for (int n = 0; n < N; n++) {
-      const W* row = w + static_cast<size_t>(n) * k;
+      const W* row = w + n * stride + i;
+      if constexpr (N > 1)
+        UNROLL for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + kNearBytes + line);
       Vec v[vectors];
       if (i + kPlainChunk <= k)
-        decode_chunk(row + i, kPlainChunk, v);
+        decode_chunk(row, kPlainChunk, v);
       else
-        decode_chunk(row + i, k - i, v);
+        decode_chunk(row, k - i, v);
       UNROLL for (int j = 0; j < vectors; j++)
         UNROLL for (int m = 0; m < M; m++) {
           Vec u;
@@ -141,7 +135,6 @@ inline void stream_rows(const W* w, int k, const char* x, const float* scale, Su
     }
     x += vectors * M * 64;
   }
-  add_up<N, M>(acc, scale, sums);
 }
 
 // Weights that will be wanted next: N rows `stride` bytes apart, of which a vector's worth is `bytes`. Null: none.
@@ -226,29 +219,65 @@ template <class W, class O, bool pairs, int M>
 void stream_group(const LinearPlain& a, int group) {
   const Group<W> g(a, group);
   const int vectors_per_chunk = pairs ? 2 : 4;
+  const size_t stride = static_cast<size_t>(a.k);
   V sums[M][16];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < 16; n++) sums[m][n] = zero();
   const char* x = static_cast<const char*>(a.x);
-  if (g.by_row) {
-    constexpr int N = rows_side_by_side(M);
-    int n = 0;
-    for (; n + N <= g.count; n += N)
-      stream_rows<W, pairs, N, M>(g.row(n), a.k, x, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
-    for (; n < g.count; n++)
-      stream_rows<W, pairs, 1, M>(g.row(n), a.k, x, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
+  constexpr int N = rows_side_by_side(M), each = 16 / N;
+  if (N > 1 && g.by_row && g.count == 16) {
+    for (int n = 0; n < each; n++) {
+      V acc[N][M];
+      stream_rows<W, pairs, N, M>(g.row(n), each * stride, a.k, x, acc);
+      UNROLL for (int i = 0; i < N; i++)
+        UNROLL for (int m = 0; m < M; m++) sums[m][i * each + n] = acc[i][m];
+    }
+  } else if (g.by_row) {
+    for (int n = 0; n < g.count; n++) {
+      V acc[1][M];
+      stream_rows<W, pairs, 1, M>(g.row(n), stride, a.k, x, acc);
+      add_up<1, M>(acc, nullptr, reinterpret_cast<Sums>(&sums[0][n]));
+    }
   } else {
     const int blocks = (a.k + g.block - 1) / g.block;
     for (int n = 0; n < g.count; n++) {
       const float* scale = a.scale + static_cast<size_t>((g.column + n) / a.scale_rows) * blocks;
       for (int b = 0; b < blocks; b++) {
         const int k = b * g.block, left = a.k - k < g.block ? a.k - k : g.block;
-        stream_rows<W, pairs, 1, M>(g.row(n) + k, left, x + static_cast<size_t>(k / kPlainChunk) * vectors_per_chunk * M * 64,
-                                scale + b, reinterpret_cast<Sums>(&sums[0][n]));
+        V acc[1][M];
+        stream_rows<W, pairs, 1, M>(g.row(n) + k, stride, left,
+                                    x + static_cast<size_t>(k / kPlainChunk) * vectors_per_chunk * M * 64, acc);
+        add_up<1, M>(acc, scale + b, reinterpret_cast<Sums>(&sums[0][n]));
       }
     }
   }
   g.template finish<O, M>(sums, 0);
+}
+
+// N whole groups, `apart` groups from one to the next, whose rows go side by side: N streams.
+template <class W, class O, bool pairs, int N, int M>
+void stream_groups(const LinearPlain& a, int group, int apart) {
+  V sums[N][M][16];
+  const W* w = static_cast<const W*>(a.weights) + static_cast<size_t>(16 * group) * a.k;
+  const size_t stride = static_cast<size_t>(16 * apart) * a.k;
+  for (int n = 0; n < 16; n++, w += a.k) {
+    V acc[N][M];
+    stream_rows<W, pairs, N, M>(w, stride, a.k, static_cast<const char*>(a.x), acc);
+    UNROLL for (int i = 0; i < N; i++)
+      UNROLL for (int m = 0; m < M; m++) sums[i][m][n] = acc[i][m];
+  }
+  for (int i = 0; i < N; i++) Group<W>(a, group + i * apart).template finish<O, M>(sums[i], 0);
+}
+
+template <class W, class O, bool pairs, int M>
+void few_rows(const LinearPlain& a, int begin, int end) {
+  constexpr int N = rows_side_by_side(M);
+  const int whole = end < a.n / 16 ? end : a.n / 16;  // before a group of fewer than 16
+  const bool by_row = !a.scale || a.scale_k >= a.k;
+  const int apart = N > 1 && by_row && whole > begin ? (whole - begin) / N : 0;
+  if constexpr (N > 1)
+    for (int group = begin; group < begin + apart; group++) stream_groups<W, O, pairs, N, M>(a, group, apart);
+  for (int group = begin + N * apart; group < end; group++) stream_group<W, O, pairs, M>(a, group);
 }
 
 constexpr int kCacheVectors = 32;  // vectors of K a tile walks before the next tile has its turn: they stay in L1
@@ -307,16 +336,16 @@ void decode_group(const Group<W>& g, char* out) {
 
 template <class W, class O, bool pairs>
 void plain_groups(const LinearPlain& a, int begin, int end, char* scratch) {
-  for (int group = begin; group < end; group++) {
-    if (a.m <= kDenseFirst) {
+  if (a.m <= kDenseFirst) {
 #define NVFP4_ROWS(M) \
   case M:             \
-    if constexpr (M <= kDenseFirst) stream_group<W, O, pairs, M>(a, group); \
+    if constexpr (M <= kDenseFirst) few_rows<W, O, pairs, M>(a, begin, end); \
     break;
-      switch (a.m) { NVFP4_EACH_M(NVFP4_ROWS) }
+    switch (a.m) { NVFP4_EACH_M(NVFP4_ROWS) }
 #undef NVFP4_ROWS
-      continue;
-    }
+    return;
+  }
+  for (int group = begin; group < end; group++) {
     const Group<W> g(a, group);
     decode_group<W, pairs>(g, scratch);
     const int panels = (a.m + a.width - 1) / a.width;
