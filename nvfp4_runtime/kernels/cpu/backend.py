@@ -85,7 +85,7 @@ class CPUBackend:
     """Every op of kernels/ops.py, natively.
 
     threads  worker threads; None: one per physical core this process may use
-    isa      "portable", "avx2", "avx512" or "avx512bf16"; None: the best this machine has
+    isa      one of supported_isas(); None: the best this machine has
 
     Raises ConfigError when the machine lacks `isa`. Without the extension it refuses every op in three words; `missing`
     and describe() say what to do.

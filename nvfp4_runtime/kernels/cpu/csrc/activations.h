@@ -102,6 +102,7 @@ inline void put_integers(uint32_t* out, int width, V x, float global_scale, floa
     const BlockScale b = quantize_group(x, global_scale, inverse_global);
     q = to_int(add(b.quantised, b.quantised));
     scale = b.scale * .25f;  // both sides hold twice their E2M1 value
+    if (scale != scale) q = iset1(0);  // the one NaN, whatever the codes and weights
   } else {
     const Integers b = to_int8(x);
     q = b.values;
@@ -111,10 +112,11 @@ inline void put_integers(uint32_t* out, int width, V x, float global_scale, floa
   put_scale(out + 4 * width, width, scale, reduce_add(to_float(q)));
 }
 
-// Sixteen groups of one row at once, the values and operations of put_integers with a group in each lane; false where a
-// group needs it itself, for NaN or values that W4A8 calls unsound. `stride` words lie between groups.
+// The scales put_integers takes for sixteen groups of one row, by the same operations with a group in each lane, and what
+// multiplies the groups' values before they are rounded; false where a group needs put_integers itself, for NaN or values
+// that are unsound.
 template <Operand operand>
-inline bool put_sixteen(uint32_t* out, size_t stride, int width, const V* x, float global_scale, float inverse_global) {
+inline bool sixteen_scales(const V* x, float global_scale, float inverse_global, V* scale, V* inverse) {
   V t[16];
   UNROLL for (int g = 0; g < 16; g++) t[g] = vabs(x[g]);
   transpose16(t);
@@ -124,19 +126,30 @@ inline bool put_sixteen(uint32_t* out, size_t stride, int width, const V* x, flo
     sum = add(sum, t[i]);
   }
   if (any(is_nan(sum))) return false;
-  V scale, inverse;
+  const Mask nonzero = less(set1(0x1p-100f), amax);
   if constexpr (operand == Operand::nvfp4) {
-    scale = from_e4m3(to_e4m3(mul(set1(global_scale), mul(amax, set1(1.0f / 6.0f)))));
-    inverse = select(less(zero(), scale), div(set1(1.f), mul(scale, set1(inverse_global))), zero());
-    scale = mul(scale, set1(.25f));
+    const V rounded = from_e4m3(to_e4m3(mul(set1(global_scale), mul(amax, set1(1.0f / 6.0f)))));
+    *inverse = select(less(zero(), rounded), div(set1(1.f), mul(rounded, set1(inverse_global))), zero());
+    *scale = mul(rounded, set1(.25f));
+  } else if constexpr (operand == Operand::digits) {
+    if (any(mask_not(less(amax, set1(__builtin_inff()))))) return false;
+    *inverse = select(nonzero, div(set1(32512.f), amax), zero());
+    *scale = select(nonzero, mul(div(amax, set1(32512.f)), set1(.5f)), zero());
   } else {
     if (any(mask_not(less(amax, set1(0x1p100f))))) return false;
-    const Mask nonzero = less(set1(0x1p-100f), amax);
     const I wanted = bits(div(select(nonzero, amax, set1(127.f)), set1(127.f)));
-    scale = from_bits(iand(iadd(wanted, iset1(0xfffff)), iset1(~0xfffff)));
-    inverse = select(nonzero, div(set1(1.f), scale), zero());
-    scale = select(nonzero, mul(scale, set1(.5f)), zero());
+    const V rounded = from_bits(iand(iadd(wanted, iset1(0xfffff)), iset1(~0xfffff)));
+    *inverse = select(nonzero, div(set1(1.f), rounded), zero());
+    *scale = select(nonzero, mul(rounded, set1(.5f)), zero());
   }
+  return true;
+}
+
+// Sixteen groups of one row at once; false where sixteen_scales says so. `stride` words lie between groups.
+template <Operand operand>
+inline bool put_sixteen(uint32_t* out, size_t stride, int width, const V* x, float global_scale, float inverse_global) {
+  V scale, inverse, t[16];
+  if (!sixteen_scales<operand>(x, global_scale, inverse_global, &scale, &inverse)) return false;
   float inverses[16];
   store(inverses, inverse);
   UNROLL for (int g = 0; g < 16; g++) {

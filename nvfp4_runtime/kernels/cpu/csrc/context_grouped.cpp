@@ -94,11 +94,9 @@ void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void
   const int n = one.n, k = one.k;
   const Operand operand = operand_of(one, type);
   const int most = kernels_.max_rows(operand);
-  const size_t row_words = static_cast<size_t>(k / kGroup) * words_per_group(operand);
-  size_t stored = 0;  // rows of x as packed: every expert begins a block
-  for (size_t e = 0; e < w.size(); e++)
-    stored += static_cast<size_t>((offsets[e + 1] - offsets[e] + most - 1) / most * most);
-  uint32_t* packed = static_cast<uint32_t*>(x_.bytes(stored * row_words * sizeof(uint32_t)));
+  size_t stored = 0;  // words of x as packed: every expert begins a block
+  for (size_t e = 0; e < w.size(); e++) stored += kernels_.packed_words(operand, offsets[e + 1] - offsets[e], k);
+  uint32_t* packed = static_cast<uint32_t*>(x_.bytes(stored * sizeof(uint32_t)));
   expert_packs_.clear();
   expert_linears_.clear();
   expert_pieces_.clear();
@@ -129,7 +127,7 @@ void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void
     for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
     expert_packs_.push_back(pack);
     expert_linears_.push_back(a);
-    packed += static_cast<size_t>(blocks) * most * row_words;
+    packed += kernels_.packed_words(operand, m, k);
   }
   const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
   pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);

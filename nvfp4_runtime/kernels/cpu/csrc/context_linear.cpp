@@ -64,8 +64,7 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
     pack.k = w.k;
     pack.operand = operand;
     pack.input_scale = w.input_scale;
-    pack.packed = static_cast<uint32_t*>(
-        x_.bytes(static_cast<size_t>(blocks) * most * (w.k / kGroup) * words_per_group(operand) * sizeof(uint32_t)));
+    pack.packed = static_cast<uint32_t*>(x_.bytes(kernels_.packed_words(operand, rows, w.k) * sizeof(uint32_t)));
     parallel<PackX, &Kernels::pack_x>(pool_, kernels_, pack, blocks, 1);
     LinearNVFP4 a{};
     a.weights = w.data();

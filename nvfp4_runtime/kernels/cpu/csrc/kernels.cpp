@@ -92,12 +92,24 @@ int block_width(Operand operand, int rows);
 #include "delta.h"
 
 int rows_that_share(Operand o) { return max_rows(o); }
+size_t packed_words(Operand o, int m, int k) {
+  const int most = max_rows(o), blocks = (m + most - 1) / most;
+  return static_cast<size_t>(blocks) * most * (k / kGroup) * words_per_group(o);
+}
+
+#if defined(__AMX_BF16__)
+#include "linear_amx.h"
+#else
+constexpr auto packed_words_amx = packed_words;
+constexpr auto pack_x_amx = pack_x;
+constexpr auto linear_nvfp4_amx = linear_nvfp4;
+#endif
 
 }  // namespace
 
 const Kernels NVFP4_PASTE(kernels_, NVFP4_ISA) = {
-    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, kStreams, kStreamedRows, pack_x, linear_nvfp4, kDenseFirst, kDenseM,
-    pack_plain, linear_plain, convert, rms_norm, silu_mul, rope, attention, attention_merge, latent,
+    NVFP4_STRING(NVFP4_ISA), kPairs, kSixteenBit, rows_that_share, packed_words_amx, kStreams, kStreamedRows, pack_x_amx,
+    linear_nvfp4_amx, kDenseFirst, kDenseM, pack_plain, linear_plain, convert, rms_norm, silu_mul, rope, attention, attention_merge, latent,
     mamba2_steps, mamba2_conv, mamba2_scan, mamba2_norm, delta_scan, relu_squared, weigh, latent_prepare, latent_queries,
     quantize, quantize_weight,
 };

@@ -68,7 +68,7 @@ struct Paired<e2m1x2> {
   static constexpr int kLanes = 8, kDots = 4;
   static constexpr int key_dim(int l, int h) { return l % 8 * 8 + h * 4 + l / 8; }
   static constexpr int value_dim(int s) { return s % 4 * 16 + s % 16 / 4 * 4 + s / 16; }
-  Pairs table = pair_table();
+  Pairs table = pair_table(e2m1_table());
   // word i % 4 * 4 + i / 4 of one key and of the other: neighbouring lanes have the four blocks
   __m512i two_keys = _mm512_setr_epi32(0x100000, 0x140004, 0x180008, 0x1c000c, 0x110001, 0x150005, 0x190009, 0x1d000d, 0x120002, 0x160006,
                                        0x1a000a, 0x1e000e, 0x130003, 0x170007, 0x1b000b, 0x1f000f);

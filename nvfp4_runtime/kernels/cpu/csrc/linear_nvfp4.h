@@ -181,7 +181,7 @@ template <int M>
 struct PairsOf {
   static inline __attribute__((always_inline)) void group(const uint8_t* codes, V scales, const uint32_t* x, V* total) {
     constexpr int together = M >= 4 ? 4 : M;
-    const Pairs table = pair_table();
+    const Pairs table = pair_table(e2m1_table());
     Pairs w[8];
     UNROLL for (int h = 0; h < 2; h++) {
       const I line = load_codes(codes + 64 * h);

@@ -143,23 +143,15 @@ inline V sub_word(V a, const uint32_t* x) {
 inline V to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 inline I to_int(V x) { return {_mm512_cvtps_epi32(x.v)}; }  // nearest even
 
-#if defined(__AVX512BF16__)
-// Pairs of bfloat16, multiplied and added to an FP32 lane by vdpbf16ps (which takes subnormals for zero). A 32-bit lane of
-// codes gives pairs (k0, k2) (k4, k6) (k1, k3) (k5, k7) by shifts of 0, 4, 8, 12 in its two 16-bit halves; vpermw looks
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+// Pairs of bfloat16, multiplied and added to an FP32 lane by vdpbf16ps or in tiles (which take subnormals for zero). A 32-bit
+// lane of codes gives pairs (k0, k2) (k4, k6) (k1, k3) (k5, k7) by shifts of 0, 4, 8, 12 in its two 16-bit halves; vpermw looks
 // at 5 bits of each, so the table holds the sixteen values twice.
 struct Pairs {
   __m512i v;
 };
-inline Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-inline Pairs load_pairs(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, p)}; }
-inline Pairs set1_pair(const float* p) { return {_mm512_castps_si512(_mm512_set1_ps(*p))}; }
-inline V dot(V c, Pairs a, Pairs b) {
-  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
-}
-inline Pairs pair_table() {
-  const V t = e2m1_table();
-  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(t).v, 16));
-  return {_mm512_broadcast_i64x4(half)};
+inline Pairs pair_table(V values) {
+  return {_mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(values).v, 16)))};
 }
 template <int shift>
 inline Pairs decode_pair(I codes, Pairs table) {
@@ -170,6 +162,14 @@ inline V to_pairs(V x) {
   const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(x).v, 16));
   const __m256i order = _mm256_setr_epi16(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   return {_mm512_castsi512_ps(_mm512_zextsi256_si512(_mm256_permutexvar_epi16(order, words)))};
+}
+#endif
+#if defined(__AVX512BF16__)
+inline Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+inline Pairs load_pairs(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, p)}; }
+inline Pairs set1_pair(const float* p) { return {_mm512_castps_si512(_mm512_set1_ps(*p))}; }
+inline V dot(V c, Pairs a, Pairs b) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 #endif
 

@@ -283,6 +283,7 @@ struct Kernels {
   bool pairs;                // bfloat16 is multiplied as such
   Operand sixteen_bit;       // what W4A16 makes of bfloat16 activations; FP32 ones stay as they are
   int (*max_rows)(Operand);  // rows of x that share one decoded weight
+  size_t (*packed_words)(Operand, int m, int k);  // that so many rows need, packed
   int streams;        // places of a weight that one call reads side by side; 1: it goes through its items in order
   int streamed_rows;  // up to so many rows of x, of NVFP4 weights; of plain ones up to plain_first
   void (*pack_x)(const PackX&, int begin, int end);                 // blocks of rows
@@ -316,6 +317,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx2vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 extern const Kernels kernels_dotprod;
