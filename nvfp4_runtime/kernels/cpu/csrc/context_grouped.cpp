@@ -55,7 +55,7 @@ struct PlainExpertsCall {
   }
 };
 
-// Items of a piece when `count` of them are cut into pieces of about `grain` that differ by one at most.
+// Items of a piece when `count` of them are cut into pieces of about `grain` that are alike, but for the last.
 int alike(int count, int grain) {
   const int pieces = std::max(1, (count + grain / 2) / grain);
   return (count + pieces - 1) / pieces;

@@ -26,7 +26,8 @@ bool has_avx_vnni() {
 
 #if defined(NVFP4_AMX)
 // Tiles of bfloat16: leaf 7, EDX bits 22 (AMX-BF16) and 24 (tiles). Linux lets a process use them once it has asked, and
-// refuses where the kernel is too old, was told not to, or a thread's signal stack is too small for eight tiles more.
+// refuses where the kernel is too old, was told not to, or a thread's signal stack is too small for eight tiles more. The
+// question is for the process's life, whichever variant is taken then: signal stacks must be large enough from here on.
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;

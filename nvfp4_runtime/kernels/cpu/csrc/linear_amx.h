@@ -11,8 +11,10 @@
 // 64: x with zeros, and the floats with -0, which adds nothing to any total.
 
 constexpr int kTileRows = 16;
-// Rows: fewer are as fast as they are in linear_nvfp4.h, or faster. With weights from memory W4A16 breaks even at 6 rows, W4A8
-// between 8 and 16.
+// The driver cuts x for packing by max_rows, tiles by kTileRows.
+static_assert(max_rows(Operand::digits) == kTileRows && max_rows(Operand::int8) == kTileRows &&
+              max_rows(Operand::nvfp4) == kTileRows);
+// Fewer rows take no longer in linear_nvfp4.h. With weights from memory W4A16 breaks even at 6 rows, W4A8 between 8 and 16.
 constexpr int tiles_from(Operand o) { return o == Operand::digits ? 7 : 10; }
 
 constexpr int tile_words(Operand o) { return o == Operand::digits ? 16 : 8; }  // pairs of one row in a group

@@ -5,7 +5,8 @@
 //
 // Up to kDenseFirst rows of x meet each weight as it comes from memory: row after row, one stream, which the hardware
 // prefetches (on AMD two rows side by side run at 40 % of that; without pairs some rows go together, a stream each: see
-// rows_side_by_side). More rows meet 16 rows of weights that were decoded once, in tiles of kDenseN x kDenseM. A vector (64 bytes) is 16 floats or 32 bfloat16; kPlainChunk k make whole vectors.
+// rows_side_by_side). More rows meet 16 rows of weights that were decoded once, in tiles of kDenseN x kDenseM. A vector (64
+// bytes) is 16 floats or 32 bfloat16; kPlainChunk k make whole vectors.
 
 #if defined(__AVX512BF16__)
 template <bool pairs>

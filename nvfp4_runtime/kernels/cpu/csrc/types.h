@@ -43,6 +43,7 @@ static constexpr size_t panel_bytes(int k) { return static_cast<size_t>((k + 63)
 // start and base hold a block scale (1 + j / 8) * 2^e in a way that leaves nothing but additions to the kernel: base is the
 // float (1.5 * 2^23 + 8 j) * 2^e, and start its bits less 12 * the sum of the bytes. Dot products added to start's bits, seen
 // as a float, less base, are the group's sum times 2^e, exactly. base's lowest byte is 8 j. NaN: base is NaN.
+// The variant for AMX packs digits and bytes otherwise where it multiplies by tiles: linear_amx.h.
 enum class Operand : int { floats = 0, pairs = 1, digits = 2, int8 = 3, nvfp4 = 4 };
 static constexpr int words_per_group(Operand o) {
   return o == Operand::floats ? 16 : o == Operand::pairs ? 8 : o == Operand::digits ? 10 : 6;
