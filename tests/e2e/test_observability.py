@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -36,7 +37,9 @@ def test_every_line_of_a_json_log_is_an_object_without_words_or_keys(keyed: tupl
     server, _ = keyed
     ask(server)
     assert server.output() == "", "no screen for people"
-    log = server.log()
+    late = time.monotonic() + 10
+    while '"output_tokens": 40' not in (log := server.log()) and time.monotonic() < late:
+        time.sleep(0.05)  # an answer's line is written once it has gone
     records = [json.loads(line) for line in log.splitlines()]
     assert {"ready at " + server.url} <= {record["message"] for record in records}
     (access,) = (record for record in records if record.get("output_tokens") == 40)
@@ -125,7 +128,10 @@ async def test_top_says_that_a_server_is_gone_and_goes_on(launch: Launch) -> Non
     app = Top(Server(server.url), interval=0.1)
     async with app.run_test() as pilot:
         status = app.query_one("#status", Static)
-        await pilot.pause(0.5)
+        for _ in range(100):
+            await pilot.pause(0.05)
+            if "simulated" in str(status.content):
+                break
         assert "simulated" in str(status.content)
         server.kill()
         for _ in range(100):
