@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.e2e.conftest import Launch, LiveServer
 
 # Requests per operation: with a body, and with at most an id in its path. In all at least 2,000.
-MANY, FEW = 120, 20
+MANY, FEW = 230, 20
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
