@@ -72,9 +72,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--build-image", action="store_true", help="build and run the container image; fail where that cannot be done"
     )
-    group.addoption(
-        "--every-target", action="store_true", help="compile GPU kernels for all targets, not one of each kind"
-    )
     group.addoption("--require-model", action="store_true", help="fail where a test would skip for lack of the model")
 
 

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from nvfp4_runtime.kernels.compilation import TARGETS
 from tests.conftest import REPOSITORY
 from tests.kernels.triton.ahead import Result
 
@@ -34,13 +33,8 @@ def without_interpreter(*command: str) -> str:
     return done.stdout if done.stdout else done.stderr
 
 
-# One of each kind, as 8.9 is to 8.0, 10.3 to 10.0 and 12.1 to 12.0; --every-target takes all, in twice the time.
-KINDS = (80, 90, 100, 120)
-
-
-def compile_ahead(module: str, targets: Sequence[int]) -> list[Result]:
-    wanted = [str(target) for target in targets]
-    lines = without_interpreter("tests.kernels.triton.ahead", module, "--targets", *wanted).splitlines()
+def compile_ahead(module: str) -> list[Result]:
+    lines = without_interpreter("tests.kernels.triton.ahead", module).splitlines()
     return [Result(**json.loads(line)) for line in lines if line.startswith("{")]
 
 
@@ -56,8 +50,7 @@ def compiled(pool: ThreadPoolExecutor, request: pytest.FixtureRequest) -> dict[s
     """The results of every module whose test was selected, as they come."""
     selected = {item.name for item in request.session.items}
     wanted = [module for module in MODULES if any(f"[{module}]" in name for name in selected)]
-    targets = TARGETS if request.config.getoption("--every-target") else KINDS
-    return {module: pool.submit(compile_ahead, module, targets) for module in wanted}
+    return {module: pool.submit(compile_ahead, module) for module in wanted}
 
 
 @pytest.fixture(scope="module")
