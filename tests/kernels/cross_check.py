@@ -31,11 +31,14 @@ VARIANTS: dict[str, dict[str, list[str]]] = {  # by processor, the flags of each
     "riscv64": {"portable": ["-DNVFP4_ISA=portable"]},
     "x86_64": {
         "avx2": AVX2,
+        "avx2vnni": ["-DNVFP4_ISA=avx2vnni", *AVX2[1:], "-mavxvnni"],
         "avx512": ["-DNVFP4_ISA=avx512", *AVX512],
         "avx512bf16": ["-DNVFP4_ISA=avx512bf16", "-mavx512bf16", *AVX512],
+        "amx": ["-DNVFP4_ISA=amx", *AVX512, "-mamx-tile", "-mamx-bf16"],
         "portable": ["-DNVFP4_ISA=portable"],
     },
 }
+CHOICES = {"x86_64": ["-DNVFP4_AVX2VNNI", "-DNVFP4_AMX"]}  # variants that isa.cpp knows only where they are built
 SAME_BITS = {"neon": "avx2", "dotprod": "avx2", "portable": "portable"}  # variant elsewhere -> variant here
 
 
@@ -60,7 +63,8 @@ def compile_for(cpu: str, folder: Path) -> Path:
         DIGEST,
     ):
         output = str(folder / f"{cpu}-{source.stem}.o")
-        jobs.append([*common, "-O2", "-Wall", "-Wextra", f"-iquote{CSRC}", "-c", str(source), "-o", output])
+        choices = CHOICES.get(cpu, [])
+        jobs.append([*common, "-O2", "-Wall", "-Wextra", *choices, f"-iquote{CSRC}", "-c", str(source), "-o", output])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, jobs))
     program = folder / f"digest-{cpu}"

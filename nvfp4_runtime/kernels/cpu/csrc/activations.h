@@ -68,6 +68,11 @@ inline void put_bytes(uint32_t* out, int width, I bytes) {
   store_bytes(reinterpret_cast<uint8_t*>(words), bytes, 16);
   for (int i = 0; i < 4; i++) out[i * width] = words[i];
 }
+inline void put_digits(uint32_t* out, int width, I values) {
+  const I high = sar<8>(iadd(values, iset1(128)));
+  put_bytes(out, width, high);
+  put_bytes(out + 4 * width, width, isub(values, shl<8>(high)));
+}
 inline void put_float(uint32_t* out, float x) { __builtin_memcpy(out, &x, 4); }
 
 // The kernel's weights are 2 * code + 12 in unsigned bytes: what 12 adds is taken off again by starting at -12 * sum.
@@ -89,9 +94,7 @@ template <Operand operand>
 inline void put_integers(uint32_t* out, int width, V x, float global_scale, float inverse_global) {
   if constexpr (operand == Operand::digits) {
     const Integers b = to_digits(x);
-    const I high = sar<8>(iadd(b.values, iset1(128)));
-    put_bytes(out, width, high);
-    put_bytes(out + 4 * width, width, isub(b.values, shl<8>(high)));
+    put_digits(out, width, b.values);
     out[8 * width] = offset_of(reduce_add(to_float(b.values)));
     put_float(out + 9 * width, b.scale * .5f);
     return;
@@ -159,19 +162,28 @@ inline bool put_sixteen(uint32_t* out, size_t stride, int width, const V* x, flo
       y = add(y, y);
     }
     const I q = to_int(y);
-    put_bytes(out + g * stride, width, q);
+    if constexpr (operand == Operand::digits)
+      put_digits(out + g * stride, width, q);
+    else
+      put_bytes(out + g * stride, width, q);
     t[g] = to_float(q);
   }
-  const I bits_of = bits(select(less(zero(), scale), scale, set1(1.f)));
-  const I base = ior(iadd(iand(bits_of, iset1(0x7f800000)), iset1((23 << 23) + 0x400000)),
-                     shl<3>(iand(shr<20>(bits_of), iset1(7))));
-  const I start = iadd(base, to_int(mul(reduce16(t), set1(-kCodeOffset))));
-  float starts[16], bases[16];
-  store(starts, from_bits(start));
-  store(bases, from_bits(base));
+  const I offset = to_int(mul(reduce16(t), set1(-kCodeOffset)));  // sums below 2^20 are exact
+  float offsets[16], scales[16];
+  if constexpr (operand == Operand::digits) {
+    store(offsets, from_bits(offset));
+    store(scales, scale);
+  } else {
+    const I bits_of = bits(select(less(zero(), scale), scale, set1(1.f)));
+    const I base = ior(iadd(iand(bits_of, iset1(0x7f800000)), iset1((23 << 23) + 0x400000)),
+                       shl<3>(iand(shr<20>(bits_of), iset1(7))));
+    store(offsets, from_bits(iadd(base, offset)));
+    store(scales, from_bits(base));
+  }
+  constexpr int after = operand == Operand::digits ? 8 : 4;
   for (int g = 0; g < 16; g++) {
-    put_float(out + g * stride + 4 * width, starts[g]);
-    put_float(out + g * stride + 5 * width, bases[g]);
+    put_float(out + g * stride + after * width, offsets[g]);
+    put_float(out + g * stride + (after + 1) * width, scales[g]);
   }
   return true;
 }
@@ -185,15 +197,14 @@ void pack_integers(const PackX& a, const T* x, uint32_t* out, int rows, int widt
   for (int r = 0; r < rows; r++) {
     const T* row = x + static_cast<size_t>(r) * a.k;
     for (int g = 0; g < groups;) {
-      if constexpr (operand != Operand::digits)
-        if (groups - g >= 16) {
-          V values[16];
-          UNROLL for (int i = 0; i < 16; i++) values[i] = load(row + (g + i) * kGroup);
-          if (put_sixteen<operand>(out + g * stride + r, stride, width, values, global_scale, inverse_global)) {
-            g += 16;
-            continue;
-          }
+      if (groups - g >= 16) {
+        V values[16];
+        UNROLL for (int i = 0; i < 16; i++) values[i] = load(row + (g + i) * kGroup);
+        if (put_sixteen<operand>(out + g * stride + r, stride, width, values, global_scale, inverse_global)) {
+          g += 16;
+          continue;
         }
+      }
       put_integers<operand>(out + g * stride + r, width, load(row + g * kGroup), global_scale, inverse_global);
       g++;
     }

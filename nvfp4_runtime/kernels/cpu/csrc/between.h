@@ -52,15 +52,20 @@ inline void turn(const T* x, const float* cos, const float* sin, int width, bool
   const int half = width / 2;
   for (int i = 0; i < half; i += 16) {
     const int left = half - i;
-    float x1[16], x2[16], y[16];
-    for (int j = 0; j < 16 && j < left; j++) {
-      store(x1 + j, load(x + (interleaved ? 2 * (i + j) : i + j), 1), 1);
-      store(x2 + j, load(x + (interleaved ? 2 * (i + j) + 1 : half + i + j), 1), 1);
+    V a, b;
+    if (interleaved) {
+      float pairs[32], x1[16], x2[16];
+      for (int j = 0; j < 32; j += 16) store(pairs + j, j < 2 * left ? load_upto(x + 2 * i + j, 2 * left - j) : zero());
+      for (int j = 0; j < 16; j++) {
+        x1[j] = pairs[2 * j];
+        x2[j] = pairs[2 * j + 1];
+      }
+      a = load(x1), b = load(x2);
+    } else {
+      a = load_upto(x + i, left), b = load_upto(x + half + i, left);
     }
-    for (int j = left < 16 ? left : 16; j < 16; j++) x1[j] = x2[j] = 0;
-    const V a = load(x1), b = load(x2), c = load_upto(cos + i, left), s = load_upto(sin + i, left);
-    store(y, sub(mul(a, c), mul(b, s)));
-    store_upto(out + i, load(y), left);
+    const V c = load_upto(cos + i, left), s = load_upto(sin + i, left);
+    store_upto(out + i, sub(mul(a, c), mul(b, s)), left);
     store_upto(out + half + i, add(mul(b, c), mul(a, s)), left);
   }
 }

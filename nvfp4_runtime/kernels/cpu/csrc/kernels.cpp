@@ -54,20 +54,25 @@ constexpr int kDenseN = 2, kDenseM = 2, kDenseFirst = 4;
 
 // Rows of plain weights that meet up to kDenseFirst rows of x together. One row's chain of FP32 multiply-adds gives 8 bytes of
 // BF16 a cycle, 18 to 22 GB/s on Emerald Rapids even from cache: no more than a core has from memory there, so that the two
-// add up. A chain of pairs takes twice the bytes.
+// add up. On Zen 3 two chains take 40 GB/s from cache and what memory has, four no more. A chain of pairs takes twice the bytes.
 constexpr int rows_side_by_side([[maybe_unused]] int m) {
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
   return m == 1 ? 4 : 2;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return m == 1 ? 2 : 1;
 #else
   return 1;
 #endif
 }
 
-// Places of a weight that a thread reads side by side for few rows of x; see linear_nvfp4.h.
+// Places of a weight that a thread reads side by side, and for how many rows of x at most it looks ahead in them; more are
+// bound by arithmetic. See linear_nvfp4.h.
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
-constexpr int kStreams = 4;
+constexpr int kStreams = 4, kStreamedRows = 3;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kStreams = 1, kStreamedRows = 1;
 #else
-constexpr int kStreams = 1;
+constexpr int kStreams = 1, kStreamedRows = 0;
 #endif
 
 constexpr int max_rows(Operand o) {

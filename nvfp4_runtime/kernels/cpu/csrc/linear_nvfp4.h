@@ -20,7 +20,7 @@ int block_width(Operand operand, int rows) {
 inline V scales_of(const LinearNVFP4& a, const uint8_t* p) { return a.e8m0 ? load_e8m0(p) : load_scales(p); }
 
 // With several rows of x the hardware's prefetcher does not run far enough ahead: asking for codes 6 blocks ahead gives 1.2 to
-// 1.5 times the speed. One row reads as fast as memory gives on AMD, and prefetch instructions only slow it.
+// 1.5 times the speed. One row reads as fast as memory gives on Zen 4, and prefetch instructions only slow it.
 constexpr int kPrefetchBytes = 6 * kBlockBytes;
 inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
   __builtin_prefetch(codes + kPrefetchBytes);
@@ -28,11 +28,11 @@ inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
   if (g % 4 == 0) __builtin_prefetch(block + kPrefetchBytes);
 }
 
-// On Intel one row of x alone takes memory's time plus its own. Asked for 3 blocks ahead, it reads 1.2 times as fast, and from
-// kStreams places side by side 1.5 times, which is all that memory gives. 5 blocks ahead give less, 8 nothing: presumably
-// they are more lines than the first level may have outstanding (docs/kernel-log.md).
+// On Intel and on Zen 3 one row of x alone takes memory's time plus its own. Asked for 3 blocks ahead, it reads 1.2 times as
+// fast, and on Intel from kStreams places side by side 1.5 times, which is all that memory gives; Zen 3 loses by them. On
+// Intel 5 blocks ahead give less, 8 nothing: presumably they are more lines than the first level may have outstanding
+// (docs/kernel-log.md).
 constexpr int kNearBytes = 3 * kBlockBytes;
-constexpr int kStreamedRows = kStreams > 1 ? 3 : 0;  // rows of x: more are bound by arithmetic
 
 // ---- FP32 activations ------------------------------------------------------------------------------------------------
 
@@ -82,6 +82,19 @@ inline V float_word(const uint32_t* p) {
 alignas(64) constexpr float kMantissas[8] = {1.f, 1.125f, 1.25f, 1.375f, 1.5f, 1.625f, 1.75f, 1.875f};
 inline int mantissa_of(const uint32_t* base) { return *reinterpret_cast<const uint8_t*>(base) >> 3; }
 
+#if defined(NVFP4_SIXTEEN_BIT_SUMS)
+constexpr bool kSixteenBitSums = true;
+#else
+constexpr bool kSixteenBitSums = false;
+// acc and `factor` (1 or 256) times the sums of a group's products, whose words of x lie `stride` apart.
+template <int factor>
+inline I dot_group(I acc, const Bytes* w, const uint32_t* x, int stride) {
+  I sum = factor == 1 ? acc : iset1(0);
+  UNROLL for (int i = 0; i < 4; i++) sum = dot(sum, w[i], word(x + i * stride));
+  return factor == 1 ? sum : iadd(acc, shl<8>(sum));
+}
+#endif
+
 // A group's integer sum times the power of two in its row's scale (see types.h), times mantissa and weight scale.
 template <int M>
 struct Blocks {
@@ -89,14 +102,18 @@ struct Blocks {
     const I first = load_codes(codes), second = load_codes(codes + 64);
     const Bytes table = code_table();
     const Bytes w[4] = {low_codes(first, table), high_codes(first, table), low_codes(second, table), high_codes(second, table)};
-    UNROLL for (int m0 = 0; m0 < M; m0 += 2) {
-      I acc[2];
-      UNROLL for (int j = 0; j < 2; j++)
+    constexpr int together = kSixteenBitSums ? 1 : 2;
+    UNROLL for (int m0 = 0; m0 < M; m0 += together) {
+      I acc[together];
+      UNROLL for (int j = 0; j < together; j++)
         if (m0 + j < M) acc[j] = word(x + 4 * M + m0 + j);
-      UNROLL for (int i = 0; i < 4; i++)
-        UNROLL for (int j = 0; j < 2; j++)
-          if (m0 + j < M) acc[j] = dot(acc[j], w[i], word(x + i * M + m0 + j));
-      UNROLL for (int j = 0; j < 2; j++)
+      if constexpr (kSixteenBitSums)
+        acc[0] = dot_group<1>(acc[0], w, x + m0, M);
+      else
+        UNROLL for (int i = 0; i < 4; i++)
+          UNROLL for (int j = 0; j < together; j++)
+            if (m0 + j < M) acc[j] = dot(acc[j], w[i], word(x + i * M + m0 + j));
+      UNROLL for (int j = 0; j < together; j++)
         if (m0 + j < M) {
           const uint32_t* base = x + 5 * M + m0 + j;
           const V product = mul(scales, set1(kMantissas[mantissa_of(base)]));
@@ -164,12 +181,8 @@ struct Digits {
     const Bytes table = code_table();
     const Bytes w[4] = {low_codes(first, table), high_codes(first, table), low_codes(second, table), high_codes(second, table)};
     UNROLL for (int m = 0; m < M; m++) {
-      I high = iset1(0), low = word(x + 8 * M + m);
-      UNROLL for (int i = 0; i < 4; i++) {
-        high = dot(high, w[i], word(x + i * M + m));
-        low = dot(low, w[i], word(x + (4 + i) * M + m));
-      }
-      total[m] = fma(to_float(iadd(shl<8>(high), low)), mul(scales, float_word(x + 9 * M + m)), total[m]);
+      const I high = dot_group<256>(iset1(0), w, x + m, M), low = dot_group<1>(word(x + 8 * M + m), w, x + (4 * M + m), M);
+      total[m] = fma(to_float(iadd(high, low)), mul(scales, float_word(x + 9 * M + m)), total[m]);
     }
   }
 };
@@ -283,7 +296,7 @@ void finish_panel(const LinearNVFP4& a, int p, int first, int rows, const V* tot
   for (int m = 0; m < rows; m++) {
     V y = mul(total[m], row_scale);
     if (a.bias) y = add(y, load(a.bias + column));
-    store(static_cast<O*>(a.out) + static_cast<size_t>(first + m) * a.n + column, y, n);
+    store_upto(static_cast<O*>(a.out) + static_cast<size_t>(first + m) * a.n + column, y, n);
   }
 }
 

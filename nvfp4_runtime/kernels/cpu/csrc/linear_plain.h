@@ -4,7 +4,7 @@
 // chain per block, whose lanes are multiplied by the block's scale and added up before the tree.
 //
 // Up to kDenseFirst rows of x meet each weight as it comes from memory: row after row, one stream, which the hardware
-// prefetches (on AMD two rows side by side run at 40 % of that; without pairs some rows go together, a stream each: see
+// prefetches (on Zen 4 two rows side by side run at 40 % of that; without pairs some rows go together, a stream each: see
 // rows_side_by_side). More rows meet 16 rows of weights that were decoded once, in tiles of kDenseN x kDenseM. A vector (64
 // bytes) is 16 floats or 32 bfloat16; kPlainChunk k make whole vectors.
 
@@ -29,9 +29,32 @@ struct VectorOf {
 inline void load_vector(const char* p, V& v) { v = load(reinterpret_cast<const float*>(p)); }
 inline V times(V c, V a, V b) { return fma(a, b, c); }
 template <class W>
-inline void decode_chunk(const W* p, int n, V* out) {
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+
+template <class T>
+inline void load_chunk(const T* p, int n, V* out) {
   for (int i = 0; i < 4; i++) out[i] = n >= 16 * i + 16 ? load(p + 16 * i) : n > 16 * i ? load(p + 16 * i, n - 16 * i) : zero();
 }
+template <class W>
+inline void decode_chunk(const W* p, int n, V* out) { load_chunk(p, n, out); }
+// The order in which decode_chunk gives bfloat16, and back from it, so that the tree that joins the lanes is one for all.
+#if defined(NVFP4_EVENS_AND_ODDS)
+inline V as_bf16_weights(V x) { return evens_and_odds(x); }
+template <class W>
+inline V in_order(V x) {
+  return is_bf16<W> ? from_evens_and_odds(x) : x;
+}
+inline void decode_chunk(const bf16* p, int n, V* out) {
+  for (int i = 0; i < 4; i++)
+    out[i] = n >= 16 * i + 16 ? load_evens_and_odds(p + 16 * i) : n > 16 * i ? evens_and_odds(load(p + 16 * i, n - 16 * i)) : zero();
+}
+#else
+inline V as_bf16_weights(V x) { return x; }
+template <class W>
+inline V in_order(V x) { return x; }
+#endif
 inline void decode_chunk(const e4m3* p, int n, V* out) { decode_fp8(p, n, out); }
 inline void store_vector(char* p, V v) { store(reinterpret_cast<float*>(p), v); }
 
@@ -81,8 +104,10 @@ void pack_panel(const PackPlain& a, bool pairs, int panel) {
         }
 #endif
       V v[4];
-      decode_chunk(x + c * kPlainChunk, left, v);
-      if (a.weight_type == Type::e4m3) {
+      load_chunk(x + c * kPlainChunk, left, v);
+      if (a.weight_type == Type::bf16) {
+        for (int i = 0; i < 4; i++) v[i] = as_bf16_weights(v[i]);
+      } else if (a.weight_type == Type::e4m3) {
         float natural[kPlainChunk], placed[kPlainChunk];
         for (int i = 0; i < 4; i++) store(natural + 16 * i, v[i]);
         for (int i = 0; i < kPlainChunk; i++) placed[fp8_place(i)] = natural[i];
@@ -109,33 +134,37 @@ inline void add_up(V (*acc)[M], const float* scale, Sums sums) {
     UNROLL for (int m = 0; m < M; m++) sums[m][n] = scale ? fma(acc[n][m], set1(scale[n]), sums[m][n]) : acc[n][m];
 }
 
-// N rows of weights, `stride` elements from one to the next, times M rows of x: chunks of 64 k. Several rows have a chain each, so
-// that one chain's latency is another's work, and are a stream each, asked for as far ahead as NVFP4 panels are.
+// `left` of 64 k of N rows of weights, `stride` elements from one to the next, times M rows of x.
 template <class W, bool pairs, int N, int M>
-inline void stream_rows(const W* w, size_t stride, int k, const char* x, V (*acc)[M]) {
+ALWAYS_INLINE void stream_chunk(const W* w, size_t stride, int left, const char* x, V (*acc)[M]) {
   using Vec = typename VectorOf<pairs>::type;
   constexpr int vectors = pairs ? 2 : 4, bytes = static_cast<int>(sizeof(W)) * kPlainChunk;
+  UNROLL for (int n = 0; n < N; n++) {
+    const W* row = w + n * stride;
+    if constexpr (N > 1)
+      UNROLL for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + kNearBytes + line);
+    Vec v[vectors];
+    decode_chunk(row, left, v);
+    UNROLL for (int j = 0; j < vectors; j++)
+      UNROLL for (int m = 0; m < M; m++) {
+        Vec u;
+        load_vector(x + (j * M + m) * 64, u);
+        acc[n][m] = times(acc[n][m], v[j], u);
+      }
+  }
+}
+
+// The same over all k. Several rows have a chain each, so that one chain's latency is another's work, and are a stream each, asked
+// for as far ahead as NVFP4 panels are. The last, shorter chunk is code of its own: its branches would keep vectors in memory.
+template <class W, bool pairs, int N, int M>
+inline void stream_rows(const W* w, size_t stride, int k, const char* x, V (*acc)[M]) {
+  constexpr int vectors = pairs ? 2 : 4;
   UNROLL for (int n = 0; n < N; n++)
     UNROLL for (int m = 0; m < M; m++) acc[n][m] = zero();
-  for (int i = 0; i < k; i += kPlainChunk) {
-    UNROLL for (int n = 0; n < N; n++) {
-      const W* row = w + n * stride + i;
-      if constexpr (N > 1)
-        UNROLL for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + kNearBytes + line);
-      Vec v[vectors];
-      if (i + kPlainChunk <= k)
-        decode_chunk(row, kPlainChunk, v);
-      else
-        decode_chunk(row, k - i, v);
-      UNROLL for (int j = 0; j < vectors; j++)
-        UNROLL for (int m = 0; m < M; m++) {
-          Vec u;
-          load_vector(x + (j * M + m) * 64, u);
-          acc[n][m] = times(acc[n][m], v[j], u);
-        }
-    }
-    x += vectors * M * 64;
-  }
+  int i = 0;
+  for (; i + kPlainChunk <= k; i += kPlainChunk, x += vectors * M * 64)
+    stream_chunk<W, pairs, N, M>(w + i, stride, kPlainChunk, x, acc);
+  if (i < k) stream_chunk<W, pairs, N, M>(w + i, stride, k - i, x, acc);
 }
 
 // Weights that will be wanted next: N rows `stride` bytes apart, of which a vector's worth is `bytes`. Null: none.
@@ -208,6 +237,7 @@ struct Group {
   template <class O, int M>
   void finish(Sums sums, int row) const {
     for (int m = 0; m < M; m++) {
+      for (int n = 0; n < 16; n++) sums[m][n] = in_order<W>(sums[m][n]);
       V y = reduce16(sums[m]);
       if (a.scale && by_row) y = mul(y, load(row_scale));
       if (a.bias) y = add(y, load_upto(a.bias + column, count));

@@ -96,10 +96,12 @@ inline I load_bytes(const uint8_t* p, int n) {
           _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(t + 8)))};
 }
 inline void store_bytes(uint8_t* p, I x, int n) {
-  int32_t t[16];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(t), x.a);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(t + 8), x.b);
-  for (int i = 0; i < n; i++) p[i] = static_cast<uint8_t>(t[i]);
+  const __m256i words = narrow16({_mm256_and_si256(x.a, _mm256_set1_epi32(255)), _mm256_and_si256(x.b, _mm256_set1_epi32(255))});
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  if (n == 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  uint8_t t[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(t), bytes);
+  for (int i = 0; i < n; i++) p[i] = t[i];
 }
 
 inline float reduce_add(V x) {
@@ -179,6 +181,22 @@ inline __m256i dot8(__m256i acc, __m256i w, __m256i x) {
 #endif
 }
 inline I dot(I acc, Bytes w, I x) { return {dot8(acc.a, w.a, x.a), dot8(acc.b, w.b, x.b)}; }
+#if !defined(__AVXVNNI__)
+// acc and `factor` times the sums of a group's products, whose words of x lie `stride` apart. Sums of eight products stay below
+// 8 * 24 * 128 = 24576, so that 16 bits hold them and they are widened once instead of four times.
+#define NVFP4_SIXTEEN_BIT_SUMS
+inline __m256i sum_of_eight(const __m256i* w, const uint32_t* x, int stride) {
+  const auto product = [&](int i) { return _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(static_cast<int32_t>(x[i * stride]))); };
+  return _mm256_add_epi16(_mm256_add_epi16(product(0), product(1)), _mm256_add_epi16(product(2), product(3)));
+}
+template <int factor>
+inline I dot_group(I acc, const Bytes* w, const uint32_t* x, int stride) {
+  const __m256i a[4] = {w[0].a, w[1].a, w[2].a, w[3].a}, b[4] = {w[0].b, w[1].b, w[2].b, w[3].b};
+  const __m256i times = _mm256_set1_epi16(factor);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(sum_of_eight(a, x, stride), times)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(sum_of_eight(b, x, stride), times))};
+}
+#endif
 inline V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I to_int(V x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }  // nearest even
 
@@ -231,3 +249,19 @@ inline void decode_fp8(const e4m3* p, int n, V* out) {
   }
 }
 inline int fp8_place(int i) { return i; }
+
+// Sixteen bfloat16 weights by one load and two operations: the even ones, then the odd ones.
+#define NVFP4_EVENS_AND_ODDS
+inline V load_evens_and_odds(const bf16* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+inline V evens_and_odds(V x) {
+  const auto ordered = [](__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+  return {ordered(_mm256_shuffle_ps(x.a, x.b, 0x88)), ordered(_mm256_shuffle_ps(x.a, x.b, 0xdd))};
+}
+inline V from_evens_and_odds(V x) {
+  const __m256 low = _mm256_unpacklo_ps(x.a, x.b), high = _mm256_unpackhi_ps(x.a, x.b);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
