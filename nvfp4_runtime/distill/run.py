@@ -232,7 +232,8 @@ def _rows(wishes: Wishes, folder: Path, work: Path) -> tuple[Rows, Rows]:
 
             work.mkdir(parents=True, exist_ok=True)
             prompts = [] if wishes.data is None else read_prompts(wishes.data)
-            synthesize(folder, wishes.synthesize, Path(source), prompts=prompts, seed=wishes.schedule.seed)
+            seed = wishes.schedule.seed
+            synthesize(folder, wishes.synthesize, Path(source), prompts=prompts, seed=seed, threads=wishes.threads)
         distributed.wait()
     if source is None:
         raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")

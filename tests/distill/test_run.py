@@ -8,12 +8,14 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nvfp4_runtime.distill import run as module
+from nvfp4_runtime.distill import synthesize as synthesis
 from nvfp4_runtime.distill import trainer as trainer_module
 from nvfp4_runtime.distill.blockwise import Blockwise
 from nvfp4_runtime.distill.loss import LOSSES
@@ -24,6 +26,7 @@ from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.evaluate.evaluate import evaluate
 from nvfp4_runtime.evaluate.scorer import Side
 from nvfp4_runtime.evaluate.windows import cut
+from nvfp4_runtime.llm import LLM
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from server import cli
 from server.commands import distill as command
@@ -155,7 +158,10 @@ def test_text_sampled_from_the_teacher_is_trained_on(teacher, wishes, tmp_path, 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Say something.\nSay more.\n")
     small = replace(wishes, data=str(prompts), synthesize=6, held_rows=2, tokens=192, act="w4a16")
-    done = distill(teacher, tmp_path / "out", small)
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(synthesis, "LLM", lambda folder, **options: given.append(options) or LLM(folder, **options))
+    done = distill(teacher, tmp_path / "out", replace(small, threads=torch.get_num_threads()))
+    assert [options["threads"] for options in given] == [torch.get_num_threads()]
     lines = [json.loads(line) for line in (done.work / "synthesized.jsonl").read_text().splitlines()]
     asked = [line["prompt"].splitlines()[1].removesuffix("<|im_end|>") for line in lines]  # as the template puts it
     assert asked == ["Say something.", "Say more."] * 3
