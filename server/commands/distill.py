@@ -21,16 +21,16 @@ DTYPES = ("bfloat16", "float32")
 # What recovers the default model without a text at hand: docs/qad.md says what it costs and gains
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
-        "synthesize": 128,
+        "synthesize": 512,
         "act": "w4a16",
         "train": "layers",
-        "tokens": 49_152,
+        "tokens": 196_608,
         "batch_tokens": 1024,
         "micro_tokens": 1024,
         "lr": 1.5e-4,
-        "warmup": 4,
+        "warmup": 6,
         "held_rows": 6,
-        "eval_every": 12,
+        "eval_every": 24,
     }
 }
 _ABOUT = """\

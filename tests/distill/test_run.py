@@ -251,6 +251,6 @@ def test_the_preset_names_teacher_place_and_flags_and_flags_after_it_count(tmp_p
     assert teacher == "default"
     assert out.startswith(str(tmp_path))
     assert out.endswith("NVFP4-QAD")
-    assert (wishes.synthesize, wishes.data, wishes.tokens, wishes.schedule.lr) == (128, None, 4096, 1.5e-4)
+    assert (wishes.synthesize, wishes.data, wishes.tokens, wishes.schedule.lr) == (512, None, 4096, 1.5e-4)
     assert cli.main(["distill", "--data", "text.txt"]) == 1
     assert "expected TEACHER and OUT, or --preset default" in capsys.readouterr().err
