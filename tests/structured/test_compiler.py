@@ -190,9 +190,8 @@ def test_trial_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
 def test_grammar_that_needs_too_much_of_a_core_is_refused_and_the_next_one_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        worker, "TRIAL_SECONDS", 60.0
-    )  # the trial is niced: where cores are busy the clock would come first
+    # the trial is niced: where cores are busy the clock would come first
+    monkeypatch.setattr(worker, "TRIAL_SECONDS", 60.0)
     trial = GrammarTrial(VOCABULARY)
     words = json.dumps([f"word {i * 7919}" for i in range(300_000)])
     reason = trial(spec("choice", words)) or ""
