@@ -28,11 +28,6 @@ struct VectorOf {
 
 inline void load_vector(const char* p, V& v) { v = load(reinterpret_cast<const float*>(p)); }
 inline V times(V c, V a, V b) { return fma(a, b, c); }
-template <class W>
-constexpr bool is_bf16 = false;
-template <>
-constexpr bool is_bf16<bf16> = true;
-
 template <class T>
 inline void load_chunk(const T* p, int n, V* out) {
   for (int i = 0; i < 4; i++) out[i] = n >= 16 * i + 16 ? load(p + 16 * i) : n > 16 * i ? load(p + 16 * i, n - 16 * i) : zero();
@@ -43,9 +38,9 @@ inline void decode_chunk(const W* p, int n, V* out) { load_chunk(p, n, out); }
 #if defined(NVFP4_EVENS_AND_ODDS)
 inline V as_bf16_weights(V x) { return evens_and_odds(x); }
 template <class W>
-inline V in_order(V x) {
-  return is_bf16<W> ? from_evens_and_odds(x) : x;
-}
+inline V in_order(V x) { return x; }
+template <>
+inline V in_order<bf16>(V x) { return from_evens_and_odds(x); }
 inline void decode_chunk(const bf16* p, int n, V* out) {
   for (int i = 0; i < 4; i++)
     out[i] = n >= 16 * i + 16 ? load_evens_and_odds(p + 16 * i) : n > 16 * i ? evens_and_odds(load(p + 16 * i, n - 16 * i)) : zero();

@@ -16,11 +16,11 @@ void rotate_head(const Rope& a, const T* x, const void* norm, const float* cos, 
       store(buffer + i, mul(load_weight(norm, a.norm_type, i, d - i), mul(load(buffer + i), scale)));
   }
   for (int i = 0; i < half; i += 16) {
-    const int n = half - i;
-    const V c = load_upto(cos + i, n), s = load_upto(sin + i, n);
-    const V x1 = load_upto(buffer + i, n), x2 = load_upto(buffer + half + i, n);
-    store_upto(buffer + i, sub(mul(x1, c), mul(x2, s)), n);
-    store_upto(buffer + half + i, add(mul(x2, c), mul(x1, s)), n);
+    const int left = half - i;
+    const V c = load_upto(cos + i, left), s = load_upto(sin + i, left);
+    const V x1 = load_upto(buffer + i, left), x2 = load_upto(buffer + half + i, left);
+    store_upto(buffer + i, sub(mul(x1, c), mul(x2, s)), left);
+    store_upto(buffer + half + i, add(mul(x2, c), mul(x1, s)), left);
   }
 }
 
