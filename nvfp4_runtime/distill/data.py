@@ -92,12 +92,17 @@ def _documents(source: str, flag: str) -> Iterator[tuple[str, Any]]:
     if path.suffix != ".jsonl":
         yield source, text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines(text), 1):
         if line.strip():
             try:
                 yield f"{source}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{source}:{number} is not JSON: {error}", flag) from error
+
+
+def lines(text: str) -> list[str]:
+    """Of a .jsonl file or one of prompts. Not str.splitlines(): a JSON string may hold U+2028, U+0085 and the like."""
+    return text.removesuffix("\n").split("\n")
 
 
 def _dataset(source: str, flag: str) -> Iterator[tuple[str, Any]]:

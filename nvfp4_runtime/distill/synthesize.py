@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_runtime.distill import state
+from nvfp4_runtime.distill.data import lines
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.llm import LLM
 from nvfp4_runtime.sampling.params import SamplingParams
@@ -71,7 +72,7 @@ def synthesize(
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return lines(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _render(text: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[str, list[int]]:
@@ -84,10 +85,10 @@ def read_prompts(source: str) -> list[str]:
     """Prompts from a file: a line each, or the "prompt" (or first message) of each line of a .jsonl file."""
     path = Path(source)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        given = [line for line in lines(path.read_text(encoding="utf-8")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompts {source} cannot be read: {error}", "--data") from error
-    found = [_prompt(line, f"{source}:{i}") for i, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+    found = [_prompt(line, f"{source}:{i}") for i, line in enumerate(given, 1)] if path.suffix == ".jsonl" else given
     if not found:
         raise ConfigError(f"{source} holds no prompt; expected one a line", "--data")
     return found

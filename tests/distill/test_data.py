@@ -24,6 +24,17 @@ def test_documents_are_joined_and_each_is_ended(teacher, tmp_path):
     assert rows.ids.flatten().tolist() == expected
 
 
+def test_a_line_ends_at_its_newline_and_at_no_other_separator(teacher, tmp_path):
+    path, text = tmp_path / "a.jsonl", "a\u2028b\u0085c\x0bd\x1ce"
+    path.write_text(
+        json.dumps({"text": text}, ensure_ascii=False) + "\n" + json.dumps({"text": "fghi"}), encoding="utf-8"
+    )
+    tokenizer = Tokenizer.load(teacher)
+    end = tokenizer.eos_token_ids[0]
+    expected = [*tokenizer.encode(text), end, *tokenizer.encode("fghi"), end]
+    assert load_rows(str(path), teacher, 3).ids.flatten().tolist() == expected[: len(expected) // 3 * 3]
+
+
 def test_messages_are_rendered_by_the_chat_template(teacher, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
     rows = load_rows(write(tmp_path / "a.jsonl", {"messages": messages}), teacher, 4)

@@ -168,6 +168,17 @@ def test_text_sampled_from_the_teacher_is_trained_on(teacher, wishes, tmp_path, 
     assert len({line["completion"] for line in lines}) == 6
 
 
+def test_a_completion_that_holds_line_separators_is_one_completion(teacher, tmp_path):
+    out = tmp_path / "synthesized.jsonl"
+    first = json.dumps({"prompt": "a", "completion": "b\u2028c\u2028d"}, ensure_ascii=False)
+    out.write_text(first + "\n", encoding="utf-8")
+    synthesis.synthesize(teacher, 2, out, prompts=["Say more."], max_tokens=4)
+    kept, made, end = out.read_text(encoding="utf-8").split("\n")
+    assert kept == first
+    assert json.loads(made).keys() == {"prompt", "completion"}
+    assert end == ""
+
+
 def test_a_student_is_made_by_awq_where_none_is_given(teacher, wishes, tmp_path):
     done = distill(teacher, tmp_path / "out", replace(wishes, student=None, tokens=192))
     assert (

@@ -2,12 +2,15 @@
 
 Everything but the binding is cross-compiled by the `ziglang` package and linked with csrc/digest.cpp, which hashes
 what each kernel computes. With qemu-aarch64 (Debian: qemu-user-static) on PATH it also runs: NEON must give the bits of
-AVX2, which has the same trees and fused operations, and portable those of portable. Without one, the last line says
-"compiled only". Uses nothing outside the standard library and ziglang.
+AVX2, which has the same trees and fused operations, and portable those of portable. Of this machine's own variants amx
+must give the bits of avx512, and avx2vnni those of avx2, where both run. What was only compiled is said. Needs the
+standard library, ziglang and, for this machine's own side, its C++ compiler (CXX, or c++): a static program by ziglang
+finds no AVX2 on some machines that have it.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -38,38 +41,70 @@ VARIANTS: dict[str, dict[str, list[str]]] = {  # by processor, the flags of each
         "portable": ["-DNVFP4_ISA=portable"],
     },
 }
-CHOICES = {"x86_64": ["-DNVFP4_AVX2VNNI", "-DNVFP4_AMX"]}  # variants that isa.cpp knows only where they are built
+HERE = "x86_64"
+# Variants of this machine's that its compiler may lack: what isa.cpp wants to hear where they are built.
+CHOICES = {"avx2vnni": "-DNVFP4_AVX2VNNI", "amx": "-DNVFP4_AMX"}
 SAME_BITS = {"neon": "avx2", "dotprod": "avx2", "portable": "portable"}  # variant elsewhere -> variant here
+SAME_HERE = {"avx2vnni": "avx2", "amx": "avx512"}  # both here
+NOT_OF_ZIG = ("-fno-tree-slp-vectorize", "-Wno-maybe-uninitialized")
 
 
 def kernel_flags() -> list[str]:
-    """The flags CMakeLists.txt gives to every variant, less those this compiler does not know."""
+    """The flags CMakeLists.txt gives to every variant."""
     found = re.search(r"set\(kernel_flags ([^)]*)\)", (REPOSITORY / "CMakeLists.txt").read_text())
     assert found, "CMakeLists.txt no longer sets kernel_flags in one line"
-    return [
-        flag for flag in found.group(1).split() if flag not in ("-fno-tree-slp-vectorize", "-Wno-maybe-uninitialized")
-    ]
+    return found.group(1).split()
 
 
-def compile_for(cpu: str, folder: Path) -> Path:
-    """A static program of the core and digest.cpp for `cpu`. Exits with the compiler's words if one file fails."""
-    common = [sys.executable, "-m", "ziglang", "c++", "-target", f"{cpu}-linux-musl", "-std=c++17"]
+def compile_elsewhere(cpu: str, folder: Path) -> Path:
+    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", f"{cpu}-linux-musl"]
+    flags = [flag for flag in kernel_flags() if flag not in NOT_OF_ZIG]
+    return compile_with(compiler, VARIANTS[cpu], flags, [], folder / cpu)
+
+
+def compile_here(folder: Path) -> Path | None:
+    """None where there is no C++ compiler. Variants that it does not know are left out, by name."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return None
+    (folder / HERE).mkdir()
+    empty = folder / HERE / "empty.cpp"
+    empty.touch()
+    known = {}
+    for name, flags in VARIANTS[HERE].items():
+        tried = subprocess.run(
+            [compiler, *flags, "-c", str(empty), "-o", str(empty.with_suffix(".o"))], capture_output=True
+        )
+        if name in CHOICES and tried.returncode:
+            print(f"{HERE}: {compiler} does not know {name}")
+        else:
+            known[name] = flags
+    return compile_with(
+        [compiler], known, kernel_flags(), [CHOICES[name] for name in known if name in CHOICES], folder / HERE
+    )
+
+
+def compile_with(
+    compiler: list[str], variants: dict[str, list[str]], flags: list[str], choices: list[str], folder: Path
+) -> Path:
+    """A static program of the core and digest.cpp. Exits with the compiler's words if one file fails."""
+    folder.mkdir(exist_ok=True)
+    common = [*compiler, "-std=c++17"]
     jobs = [
-        [*common, *kernel_flags(), *flags, "-c", str(CSRC / "kernels.cpp"), "-o", str(folder / f"{cpu}-{name}.o")]
-        for name, flags in VARIANTS[cpu].items()
+        [*common, *flags, *of_variant, "-c", str(CSRC / "kernels.cpp"), "-o", str(folder / f"{name}.o")]
+        for name, of_variant in variants.items()
     ]
     for source in (
         *(p for p in sorted(CSRC.glob("*.cpp")) if p.stem not in ("kernels", "module", "module_decoder")),
         DIGEST,
     ):
-        output = str(folder / f"{cpu}-{source.stem}.o")
-        choices = CHOICES.get(cpu, [])
+        output = str(folder / f"{source.stem}.o")
         jobs.append([*common, "-O2", "-Wall", "-Wextra", *choices, f"-iquote{CSRC}", "-c", str(source), "-o", output])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, jobs))
-    program = folder / f"digest-{cpu}"
+    program = folder / "digest"
     run([*common, "-static", *(job[-1] for job in jobs), "-o", str(program)])
-    print(f"{cpu}: {', '.join(VARIANTS[cpu])} compiled and linked", flush=True)
+    print(f"{folder.name}: {', '.join(variants)} compiled and linked", flush=True)
     return program
 
 
@@ -89,33 +124,40 @@ def digests(output: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def compare(what: str, ops: dict[str, str], twins: dict[str, str], twin: str) -> int:
+    """Says how many ops differ, and gives their number."""
+    different = [op for op in ops if ops[op] != twins[op]]
+    print(f"{what} ran {len(ops)} ops, {len(different)} differ from {twin} here", *different)
+    return len(different)
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        programs = {cpu: compile_for(cpu, folder) for cpu in ("aarch64", "riscv64")}
-        emulators = {cpu: shutil.which(f"qemu-{cpu}-static") or shutil.which(f"qemu-{cpu}") for cpu in programs}
-        if platform.machine() != "x86_64" or not any(emulators.values()):
-            print("compiled only: running needs an x86-64 machine with qemu-aarch64 (Debian: qemu-user-static) on PATH")
+        programs = {cpu: compile_elsewhere(cpu, folder) for cpu in ("aarch64", "riscv64")}
+        ours = compile_here(folder) if platform.machine() == HERE else None
+        if ours is None:
+            print("compiled only: running needs an x86-64 machine and its C++ compiler")
             return 0
-        here = digests(run([str(compile_for("x86_64", folder))]))
-        wrong = 0
+        here = digests(run([str(ours)]))
+        wrong = sum(
+            compare(f"{HERE}: {isa}", here[isa], here[twin], twin)
+            for isa, twin in SAME_HERE.items()
+            if isa in here and twin in here
+        )
         for cpu, program in programs.items():
-            emulator = emulators[cpu]
+            emulator = shutil.which(f"qemu-{cpu}-static") or shutil.which(f"qemu-{cpu}")
             if emulator is None:
-                print(f"{cpu}: compiled only, no qemu-{cpu} on PATH")
+                print(f"{cpu}: compiled only, no qemu-{cpu} on PATH (Debian: qemu-user-static)")
                 continue
             there = digests(run([emulator, str(program)]))
             assert there.keys() == VARIANTS[cpu].keys(), f"{cpu} ran {sorted(there)}"
             for isa, ops in there.items():
-                twin = here.get(SAME_BITS[isa])
-                if twin is None:
-                    print(f"{cpu}: {isa} ran; this machine has no {SAME_BITS[isa]} to compare with")
-                    continue
-                different = [op for op in ops if ops[op] != twin[op]]
-                print(
-                    f"{cpu}: {isa} ran {len(ops)} ops, {len(different)} differ from {SAME_BITS[isa]} here", *different
-                )
-                wrong += len(different)
+                twin = SAME_BITS[isa]
+                if twin in here:
+                    wrong += compare(f"{cpu}: {isa}", ops, here[twin], twin)
+                else:
+                    print(f"{cpu}: {isa} ran; this machine has no {twin} to compare with")
         return 1 if wrong else 0
 
 
