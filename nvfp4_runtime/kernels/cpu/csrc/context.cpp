@@ -6,7 +6,7 @@
 namespace nvfp4 {
 
 Context::Context(int threads, const std::string& isa)
-    : kernels_(find_kernels(isa.empty() ? supported_isas().front() : isa)), pool_(threads) {
+    : kernels_(find_kernels(isa.empty() ? supported_isas().front() : isa)), ask_(gains_by_asking()), pool_(threads) {
   per_thread_.resize(static_cast<size_t>(pool_.threads()));
 }
 

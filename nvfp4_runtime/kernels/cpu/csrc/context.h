@@ -79,6 +79,7 @@ class Context {
   int plan_attention(const Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences);
 
   const Kernels& kernels_;
+  const bool ask_;  // LinearNVFP4::ask
   Pool pool_;
   std::recursive_mutex mutex_;  // a decoder holds it over the ops it calls
   Arena arena_;

@@ -124,6 +124,7 @@ void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void
     a.k = k;
     a.out = static_cast<char*>(out) + static_cast<size_t>(offsets[e]) * n * type_bytes(out_type);
     a.out_type = out_type;
+    a.ask = ask_;
     for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
     expert_packs_.push_back(pack);
     expert_linears_.push_back(a);

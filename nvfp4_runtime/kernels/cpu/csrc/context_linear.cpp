@@ -78,6 +78,7 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
     a.k = w.k;
     a.out = static_cast<char*>(out) + static_cast<size_t>(first) * w.n * type_bytes(out_type);
     a.out_type = out_type;
+    a.ask = ask_;
     parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, w.panels(),
                                                   weights_grain(w.panels(), panel_bytes(w.k), rows <= kernels_.streamed_rows));
   }

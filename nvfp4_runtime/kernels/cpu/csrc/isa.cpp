@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(NVFP4_AVX2VNNI) || defined(NVFP4_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -79,6 +79,18 @@ std::vector<std::string> supported_isas() {
 #endif
   isas.push_back("portable");
   return isas;
+}
+
+bool gains_by_asking() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  constexpr unsigned kZen5 = 26;
+  return (a >> 8 & 15) + (a >> 20 & 255) >= kZen5;  // family and extended family
+#else
+  return false;
+#endif
 }
 
 const Kernels& find_kernels(const std::string& isa) {

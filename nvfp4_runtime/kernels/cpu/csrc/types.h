@@ -69,6 +69,7 @@ struct LinearNVFP4 {
   int m, n, k;
   void* out;  // [m][n]
   Type out_type;
+  bool ask;  // for weights far ahead, where one row of x meets them: some processors' own prefetchers do worse
 };
 
 // Plain and FP8 weights, read where they lie. Activations come in panels of `width` rows (the last one may be lower):
