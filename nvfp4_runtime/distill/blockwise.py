@@ -31,8 +31,8 @@ from nvfp4_runtime.distill.fake_quant import max_block_scales
 from nvfp4_runtime.distill.hf import empty_model
 from nvfp4_runtime.distill.start import starting_weights
 from nvfp4_runtime.distill.student import BlockScales, Layer, gather, nvfp4_weights, plain_tensors, swap
-from nvfp4_runtime.distill.trainer import Schedule
-from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+from nvfp4_runtime.distill.trainer import Schedule, diverged, not_finite
+from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ class Blockwise:
         device: torch.device,
         block_scales: BlockScales = "frozen",
         dtype: torch.dtype = torch.bfloat16,
-        identity: dict[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
         """Raises UnsupportedFormatError for a model that is not a stack of decoder layers with full attention."""
@@ -97,12 +96,12 @@ class Blockwise:
         ids = torch.cat([rows.batch(list(range(len(rows))), device), held.batch(list(range(len(held))), device)])
         self.states = nn.functional.embedding(ids, embedding) * scale  # [R + held, T, H], the student's
         self.num_rows = len(rows)
-        self.identity = {"schedule": asdict(schedule), "rows": rows.sha256, **(identity or {})}
+        self.identity = {"schedule": asdict(schedule), "rows": rows.sha256, "held": held.sha256}
 
     def run(self) -> list[BlockResult]:
         """Train every layer in turn. A killed run goes on with the layer it was at."""
         (self.work / "layers").mkdir(parents=True, exist_ok=True)
-        state.claim(self.work, self.identity)
+        state.claim(self.work / "layers", self.identity)
         bar = tqdm(range(len(self.layers)), desc="distil blockwise", unit="layer", disable=not self.progress)
         for layer_id in bar:
             path = self.work / "layers" / f"{layer_id:05d}.safetensors"
@@ -186,6 +185,8 @@ class Blockwise:
             wanted = torch.cat([self._through(plain, self.states[i : i + 1]) for i in range(self.states.shape[0])])
             change = (wanted.float() - self.states.float()).square().mean()  # what the layer adds
         before = best = self._held_error(block, wanted, float(change))
+        if not math.isfinite(before):
+            raise CheckpointError(not_finite(f"block {layer_id}'s held-out error", before))
         kept, best_step = {name: master.clone() for name, master in masters.items()}, 0
         for step in range(schedule.steps):
             chosen = indices(step * schedule.batch_rows, schedule.batch_rows, self.num_rows, schedule.seed)
@@ -202,11 +203,12 @@ class Blockwise:
             self._refresh(parts, masters)
             if (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.steps:
                 error_now = self._held_error(block, wanted, float(change))
+                if not math.isfinite(error_now):
+                    raise ConfigError(diverged(f"block {layer_id}'s held-out error", error_now, step + 1), "--lr")
                 if error_now < best:
                     best, best_step = error_now, step + 1
                     kept = {name: master.detach().clone() for name, master in masters.items()}
         self._take(parts, masters, kept)
-        assert math.isfinite(best)
         return BlockResult(layer_id, best_step, before, best)
 
     @torch.no_grad()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.errors import ConfigError, InvalidParameterError
 from nvfp4_runtime.text.chat_template import ChatTemplate
 from nvfp4_runtime.text.tokenizer import Tokenizer
 
@@ -62,14 +63,17 @@ def load_rows(source: str, folder: Path, length: int, flag: str = FLAG) -> Rows:
     """
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(folder)
-    ids = list[int]()
+    ids = array("i")  # four bytes a token
     for where, document in _documents(source, flag):
-        ids += _encode(document, where, tokenizer, template, flag)
-        ids += tokenizer.eos_token_ids[:1]
+        try:
+            ids.extend(_encode(document, where, tokenizer, template, flag))
+        except (InvalidParameterError, UnicodeError, TypeError) as error:  # as a template or the tokenizer refuses
+            raise ConfigError(f"{where} cannot be tokenised: {error}", flag) from error
+        ids.extend(tokenizer.eos_token_ids[:1])
     return to_rows(ids, length, source, flag)
 
 
-def to_rows(ids: list[int], length: int, source: str, flag: str = FLAG) -> Rows:
+def to_rows(ids: Sequence[int], length: int, source: str, flag: str = FLAG) -> Rows:
     count = len(ids) // length
     if count < 2:
         raise ConfigError(
@@ -89,6 +93,8 @@ def _documents(source: str, flag: str) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text {source} cannot be read: {error}", flag) from error
+    if path.suffix == ".json":
+        raise ConfigError(f"{source}: expected plain text, or .jsonl with one object a line; rewrite it as that", flag)
     if path.suffix != ".jsonl":
         yield source, text
         return
@@ -96,7 +102,7 @@ def _documents(source: str, flag: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{source}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # as long numbers and deep nesting do
                 raise ConfigError(f"{source}:{number} is not JSON: {error}", flag) from error
 
 
@@ -116,9 +122,11 @@ def _dataset(source: str, flag: str) -> Iterator[tuple[str, Any]]:
     split, _, column = rest.partition(":")
     try:
         found = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the dataset {name} cannot be loaded: {error}", flag) from error
+    except Exception as error:  # the package, its readers and the network raise what they like
+        raise ConfigError(f"the dataset {name} cannot be loaded: {type(error).__name__}: {error}", flag) from error
     for number, record in enumerate(found):
+        if column and column not in record:
+            raise ConfigError(f"{source} has no column {column!r}; it has {', '.join(sorted(record))}", flag)
         yield f"{source}[{number}]", record[column] if column else record
 
 
@@ -130,13 +138,27 @@ def _encode(document: Any, where: str, tokenizer: Tokenizer, template: ChatTempl
             return tokenizer.encode(document["text"], add_special_tokens=False)
         if isinstance(document.get("prompt"), str) and isinstance(document.get("completion"), str):
             return tokenizer.encode(document["prompt"] + document["completion"], add_special_tokens=False)
-        if isinstance(document.get("messages"), list):
+        if is_chat(document.get("messages")):
             if template is None:
                 raise ConfigError(f"{where} has messages, and the teacher has no chat template for them", flag)
             rendered = template.render(document["messages"], add_generation_prompt=False)
             return tokenizer.encode(rendered, add_special_tokens=False)
     raise ConfigError(
-        f'{where}: expected {{"text": ...}}, {{"messages": [...]}} or {{"prompt": ..., "completion": ...}}', flag
+        f'{where}: expected {{"text": ...}}, {{"messages": [{{"role": ..., "content": ...}}, ...]}} or '
+        '{"prompt": ..., "completion": ...}',
+        flag,
+    )
+
+
+def is_chat(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """At least one message, each with a role and a content, as chat templates take them."""
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list))
+            for m in messages
+        )
     )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+from nvfp4_runtime.errors import CheckpointError, ConfigError, UnsupportedFormatError
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'nvfp4-runtime[train]'"
 # What some families do between the head and the answer; our chunked loss multiplies hidden states with the head itself
@@ -20,17 +24,25 @@ def load_plain(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     """The causal language model in `folder`, without dropout, nothing trainable.
 
     Raises ConfigError without transformers, UnsupportedFormatError for a model that it does not know or whose answers
-    are not its head's.
+    are not its head's, CheckpointError where the folder lacks weights, which transformers would make up.
     """
     transformers = _transformers()
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        model: Any
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise UnsupportedFormatError(
             f"transformers cannot load {folder} as a causal language model: {error}"
         ) from error
+    if lacking := sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}):
+        raise CheckpointError(
+            f"{folder} lacks {len(lacking)} tensor(s) of its model, or has them in another shape, e.g. {lacking[0]}; "
+            "expected every weight that config.json implies"
+        )
+    if surplus := sorted(info["unexpected_keys"]):
+        logger.warning("%s: %d tensor(s) that its model does not read, e.g. %s", folder, len(surplus), surplus[0])
     for name in _BETWEEN_HEAD_AND_ANSWER:
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise UnsupportedFormatError(

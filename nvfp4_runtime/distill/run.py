@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from nvfp4_runtime.checkpoint.writer import check_place
-from nvfp4_runtime.config import Numerics
 from nvfp4_runtime.distill import distributed, state
 from nvfp4_runtime.distill.blockwise import BlockResult, Blockwise
 from nvfp4_runtime.distill.data import Rows, load_rows
 from nvfp4_runtime.distill.export import export_student
 from nvfp4_runtime.distill.hf import load_plain
-from nvfp4_runtime.distill.loss import LOSSES
 from nvfp4_runtime.distill.plot import plot
-from nvfp4_runtime.distill.student import BLOCK_SCALES, BlockScales, Student, Train, build_student
+from nvfp4_runtime.distill.student import Student, Train, build_student
 from nvfp4_runtime.distill.trainer import Result, Schedule, Trainer
+from nvfp4_runtime.distill.wishes import DTYPES, Wishes, check, identity
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.quantize.pipeline import quantize_folder
-from nvfp4_runtime.text.tokenizer import Tokenizer
+from nvfp4_runtime.text.tokenizer import Tokenizer, read_json
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["full", "blockwise", "scales"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 DEFAULT_TEACHERS = ("default", "default-bf16")
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 START_WINDOWS = 16  # of 512 tokens: what the start is calibrated on
 
 QAT_WARNING = (
@@ -40,39 +37,6 @@ QAT_WARNING = (
     "post-training: its answers drift to the text's, and away from the model's own (docs/qad.md measures how far). Use "
     "--loss kl to keep the model"
 )
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What to make, as the flags of `nvfp4 distill` say it.
-
-    data, held      sources as data.py takes them; held None: a part of data
-    synthesize      completions to sample from the teacher and train on; data, if given, are then the prompts
-    student         an NVFP4 folder in ModelOpt's layout; None: AWQ on the beginning of data. One that `distill` made is
-                    gone on with from its float32 weights, where its `.training` folder still stands beside it
-    dtype           what teacher and student compute in; the rounded operands are the same
-    tokens          to train on, rounded up to whole steps of batch_tokens
-    """
-
-    data: str | None = None
-    synthesize: int | None = None
-    held: str | None = None
-    student: Path | None = None
-    act: Numerics = "w4a4"
-    mode: Mode = "full"
-    train: Train = "all"
-    block_scales: BlockScales = "frozen"
-    seq: int = 512
-    tokens: int = 1_000_000
-    batch_tokens: int = 4096
-    micro_tokens: int = 2048
-    held_rows: int = 16
-    schedule: Schedule = field(default_factory=Schedule)
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    threads: int | None = None
-    work: Path | None = None
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,15 +55,22 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
     Interrupted, it leaves `OUT.training`, from which the same call goes on. Raises ConfigError, CheckpointError,
     Interrupted.
     """
-    _check(wishes)
+    check(wishes)
     device = distributed.start() or _device(wishes.device)
     if wishes.threads is not None:
         torch.set_num_threads(wishes.threads)
     out = check_place(Path(out), None if str(teacher) in DEFAULT_TEACHERS else Path(teacher))
     work = wishes.work or out.with_name(f"{out.name}.training")
     folder = teacher_folder(teacher, wishes.progress)
-    rows, held = _rows(wishes, folder, work)
     schedule = _schedule(wishes)
+    with _claimed(work, wishes, schedule, folder):
+        return _distill(folder, out, work, wishes, schedule, device)
+
+
+def _distill(
+    folder: Path, out: Path, work: Path, wishes: Wishes, schedule: Schedule, device: torch.device
+) -> Distilled:
+    rows, held = _rows(wishes, folder, work)
     if schedule.loss == "ce":
         logger.warning(QAT_WARNING)
     start = wishes.student or _start(folder, work, wishes, rows)
@@ -118,12 +89,13 @@ def distill(teacher: str | Path, out: str | Path, wishes: Wishes) -> Distilled:
         load_masters(student, before)
         logger.info("going on from the float32 weights in %s", before)
     plain = load_plain(folder, dtype, device)
-    trainer = Trainer(plain, student, rows, held, schedule, work, identity=_identity(wishes), progress=wishes.progress)
+    trainer = Trainer(plain, student, rows, held, schedule, work, progress=wishes.progress)
     result = trainer.run()
     if distributed.rank() == 0:
         load_masters(student, work / state.BEST)
         export_student(student, out)
-        shutil.rmtree(work / "checkpoint", ignore_errors=True)
+        if result.steps == schedule.steps:  # else the same command without --stop goes on
+            shutil.rmtree(work / "checkpoint", ignore_errors=True)
         plot(work)
     return Distilled(out, work, result)
 
@@ -140,12 +112,12 @@ def _blockwise(
     device: torch.device,
 ) -> Distilled:
     """Every block on the same rows: as many as one pass of the schedule sees, at most."""
-    if schedule.loss != "kl" or distributed.world() > 1:
-        raise ConfigError("--mode blockwise has a loss of its own, and runs in one process; leave --loss out", "--mode")
+    if distributed.world() > 1:
+        raise ConfigError("--mode blockwise runs in one process; start it without torchrun", "--mode")
     rows = rows.first(schedule.steps * schedule.batch_rows)
     run = Blockwise(
         folder, start, wishes.act, rows, held, schedule, work,
-        device=device, block_scales=wishes.block_scales, dtype=DTYPES[wishes.dtype], identity=_identity(wishes),
+        device=device, block_scales=wishes.block_scales, dtype=DTYPES[wishes.dtype],
         progress=wishes.progress,
     )  # fmt: skip
     results = run.run()
@@ -188,28 +160,38 @@ def teacher_folder(teacher: str | Path, progress: bool) -> Path:
     return folder
 
 
-def _check(wishes: Wishes) -> None:
-    for flag, value, known in (
-        ("--loss", wishes.schedule.loss, LOSSES),
-        ("--mode", wishes.mode, MODES),
-        ("--train", wishes.train, ("all", "layers")),
-        ("--block-scales", wishes.block_scales, BLOCK_SCALES),
-        ("--act", wishes.act, ("w4a4", "w4a16")),
-        ("--dtype", wishes.dtype, tuple(DTYPES)),
-    ):
-        if value not in known:
-            raise ConfigError(f"unknown value {value!r}; expected one of {', '.join(known)}", flag)
-    for flag, number, least in (
-        ("--seq", wishes.seq, 2),
-        ("--tokens", wishes.tokens, 1),
-        ("--held-rows", wishes.held_rows, 1),
-        ("--batch-tokens", wishes.batch_tokens, wishes.seq),
-        ("--micro-tokens", wishes.micro_tokens, wishes.seq),
-    ):
-        if number < least:
-            raise ConfigError(f"expected at least {least}, found {number}", flag)
-    if wishes.schedule.lr <= 0:
-        raise ConfigError(f"expected a positive learning rate, found {wishes.schedule.lr}", "--lr")
+@contextmanager
+def _claimed(work: Path, wishes: Wishes, schedule: Schedule, teacher: Path) -> Iterator[None]:
+    """`work` is this run's and nobody else's while it lasts. Raises ConfigError where it is another's."""
+    if wishes.data is None and wishes.synthesize is None:
+        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
+    if distributed.rank() != 0:
+        yield
+        return
+    config = _read_config(teacher)
+    if (most := config.get("max_position_embeddings")) is not None and wishes.seq > most:
+        raise ConfigError(f"rows of {wishes.seq} tokens are longer than the {most} positions the teacher has", "--seq")
+    try:
+        run = identity(wishes, schedule, teacher, config)
+    except OSError as error:
+        raise ConfigError(f"the prompts {wishes.data} cannot be read: {error}", "--data") from error
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with state.locked(work):
+            state.claim(work, run)
+            yield
+    except PermissionError as error:
+        raise ConfigError(f"{work} cannot be written: {error}", "OUT") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a plain teacher."""
+    config = read_json(folder / "config.json")
+    if not config:
+        raise ConfigError(f"{folder} has no config.json; expected a plain Hugging Face model", "TEACHER")
+    if (folder / "hf_quant_config.json").exists() or config.get("quantization_config") is not None:
+        raise ConfigError(f"{folder} is quantised; expected the plain model that it was made from", "TEACHER")
+    return config
 
 
 def _device(name: str) -> torch.device:
@@ -218,9 +200,12 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("this torch sees no CUDA device; leave --device out to train on the CPU", "--device")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}: {error}", "--device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{name!r} is no device to train on; expected cpu, cuda or cuda:N", "--device")
+    return device
 
 
 def _rows(wishes: Wishes, folder: Path, work: Path) -> tuple[Rows, Rows]:
@@ -235,8 +220,7 @@ def _rows(wishes: Wishes, folder: Path, work: Path) -> tuple[Rows, Rows]:
             seed = wishes.schedule.seed
             synthesize(folder, wishes.synthesize, Path(source), prompts=prompts, seed=seed, threads=wishes.threads)
         distributed.wait()
-    if source is None:
-        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
+    assert source is not None  # _claimed looked
     rows = load_rows(source, folder, wishes.seq)
     if wishes.held is not None:
         return rows, load_rows(wishes.held, folder, wishes.seq, "--held").first(wishes.held_rows)
@@ -269,21 +253,12 @@ def _start(folder: Path, work: Path, wishes: Wishes, rows: Rows) -> Path:
         text = Tokenizer.load(folder).decode(tokens)
         work.mkdir(parents=True, exist_ok=True)
         logger.info("no --student given: quantising the teacher by AWQ first")
-        quantize_folder(
-            folder, start, method="awq", calib_texts=[text], calib_windows=START_WINDOWS, numerics=wishes.act,
-            progress=wishes.progress,
-        )  # fmt: skip
+        try:
+            quantize_folder(
+                folder, start, method="awq", calib_texts=[text], calib_windows=START_WINDOWS, numerics=wishes.act,
+                progress=wishes.progress,
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ConfigError(f"AWQ, which the student starts from, refuses: {error}", "--student") from error
     distributed.wait()
     return start
-
-
-def _identity(wishes: Wishes) -> dict[str, str]:
-    """What a run may not change when it goes on."""
-    return {
-        "student": "start" if wishes.student is None else str(wishes.student.resolve()),
-        "act": wishes.act,
-        "mode": wishes.mode,
-        "train": wishes.train,
-        "dtype": wishes.dtype,
-        "block_scales": wishes.block_scales,
-    }

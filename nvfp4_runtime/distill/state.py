@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from nvfp4_runtime.errors import ConfigError
 BEST = "best.safetensors"
 _CURRENT, _BEFORE = "checkpoint", "checkpoint.before"
 _TENSORS, _RECORD = "state.safetensors", "state.json"
+_CLAIM, _LOCK = "run.json", "lock"
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,21 @@ def _same(work: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> 
         )
 
 
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Nobody else trains in `work` meanwhile. Raises ConfigError where somebody does."""
+    with (work / _LOCK).open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another run trains in {work}; wait for it, or choose another OUT", "OUT") from error
+        yield
+
+
 def claim(work: Path, identity: Mapping[str, Any]) -> None:
-    """Note what run `work` belongs to. Raises ConfigError when it is another's."""
-    path = work / "run.json"
-    if path.exists():
+    """Note what run `work` belongs to. Raises ConfigError when something in it is another's."""
+    path = work / _CLAIM
+    if path.exists() and any(each.name not in (_CLAIM, _LOCK) for each in work.iterdir()):
         _same(work, json.loads(path.read_text(encoding="utf-8")), identity)
     else:
         write_text(path, json.dumps(identity, indent=1))

@@ -7,7 +7,7 @@ gathered with the masters, in float32; after every optimizer step masters are ro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,13 @@ from nvfp4_runtime.distill.compilation import compiled
 from nvfp4_runtime.distill.hf import load_plain
 from nvfp4_runtime.distill.linear import FakeQuantLinear, Site
 from nvfp4_runtime.distill.start import starting_weights
-from nvfp4_runtime.errors import ConfigError, UnsupportedFormatError
+from nvfp4_runtime.errors import (
+    ConfigError,
+    MissingTensorError,
+    TensorShapeError,
+    UnexpectedTensorError,
+    UnsupportedFormatError,
+)
 from nvfp4_runtime.nvfp4 import codec
 from nvfp4_runtime.nvfp4.weight import NVFP4Weight
 from nvfp4_runtime.quantize.layerwise import SITE_MODULES
@@ -142,9 +148,10 @@ def build_student(
     model = load_plain(teacher_folder, dtype, device)
     weights = nvfp4_weights(model, ckpt)
     plain = dict(plain_tensors(folder, weights))
+    _check_names(model, plain, weights, folder)
     teacher = {name.removesuffix(".weight"): p.detach() for name, p in model.named_parameters()}
     norms = {name.removesuffix(".weight"): t for name, t in plain.items() if t.dim() == 1}
-    heads = int(ckpt.raw_config.get("num_attention_heads", 1))
+    heads = int(getattr(model.config, "num_attention_heads", 1))
     start = starting_weights(weights, teacher, norms, heads)
     logger.info(
         "%d NVFP4 layers: %d start from the teacher's weights, %d from their codes",
@@ -192,6 +199,19 @@ def plain_tensors(folder: Path, layers: dict[str, NVFP4Weight]) -> Iterator[tupl
     for info in shards:
         if info.name.rsplit(".", 1)[0] not in layers and info.dtype in ("BF16", "F16", "F32"):
             yield info.name, shards.read(info.name)
+
+
+def _check_names(model: Any, plain: Mapping[str, Tensor], layers: Mapping[str, NVFP4Weight], folder: Path) -> None:
+    """The student has the teacher's tensors, in their shapes, and no others. Raises what CheckpointErrors say so."""
+    wanted = {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[0] not in layers}
+    if missing := sorted(wanted.keys() - plain.keys()):
+        raise MissingTensorError(missing[0], str(folder), "the teacher has it: quantise the teacher again")
+    for name, parameter in wanted.items():
+        if parameter.shape != plain[name].shape:
+            raise TensorShapeError(name, str(folder), str(list(parameter.shape)), str(list(plain[name].shape)))
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if surplus := sorted(plain.keys() - tied - {name for name, _ in model.named_buffers()}):
+        raise UnexpectedTensorError(surplus, str(folder))
 
 
 def swap(

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_runtime.distill import state
-from nvfp4_runtime.distill.data import lines
-from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.distill.data import is_chat, lines
+from nvfp4_runtime.errors import ConfigError, InvalidParameterError
 from nvfp4_runtime.llm import LLM
 from nvfp4_runtime.sampling.params import SamplingParams
 from nvfp4_runtime.text.chat_template import ChatTemplate, render_to_ids
 from nvfp4_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, Any]]  # a user's words, or messages
 
 BATCH = 32  # requests at a time; a killed run loses at most these
 # Asked in the teacher's chat template when no prompts are given, in turn; the seed makes each answer another.
@@ -36,14 +38,15 @@ def synthesize(
     count: int,
     out: Path,
     *,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Prompt] = (),
     max_tokens: int = 512,
     seed: int = 0,
     **options: Any,
 ) -> Path:
     """`count` completions of the model in `folder`, temperature 1, as a .jsonl file of {"prompt", "completion"}.
 
-    prompts  what is asked, in turn, in the chat template where there is one; none: TOPICS
+    prompts  what is asked, in turn: a user's words, in the chat template where there is one, or a chat up to one; none:
+             TOPICS
     A file that an earlier run left unfinished is gone on with. Raises ConfigError, and what loading raises.
     """
     if count < 1:
@@ -52,13 +55,18 @@ def synthesize(
     if len(done) >= count:
         return out
     tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
-    asked = list(prompts) or [ask.format(topic) for ask in ASKS for topic in TOPICS]
+    asked: list[Prompt] = list(prompts) or [ask.format(topic) for ask in ASKS for topic in TOPICS]
     llm = LLM(folder, max_num_seqs=BATCH, seed=seed, **options)
     while len(done) < count:
         numbers = range(len(done), min(count, len(done) + BATCH))
-        texts = [asked[n % len(asked)] for n in numbers]
-        rendered = [_render(text, tokenizer, template) for text in texts]
-        room = llm.info.max_model_len - max(len(ids) for _, ids in rendered)
+        rendered = [_render(asked[n % len(asked)], tokenizer, template) for n in numbers]
+        text, ids = max(rendered, key=lambda each: len(each[1]))
+        if (room := llm.info.max_model_len - len(ids)) < 1:
+            raise ConfigError(
+                f"a prompt has {len(ids)} tokens, and the teacher holds {llm.info.max_model_len}: {text[:80]!r}...; "
+                "expected room for an answer",
+                "--data",
+            )
         length = min(max_tokens, room)
         params = [SamplingParams(temperature=1.0, max_tokens=length, seed=seed * 1_000_003 + n) for n in numbers]
         answers = llm.generate([ids for _, ids in rendered], params)
@@ -72,36 +80,49 @@ def synthesize(
 
 
 def _lines(path: Path) -> list[str]:
-    return lines(path.read_text(encoding="utf-8")) if path.exists() else []
+    return [line for line in lines(path.read_text(encoding="utf-8")) if line] if path.exists() else []
 
 
-def _render(text: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[str, list[int]]:
-    if template is None:
-        return text, tokenizer.encode(text)
-    return render_to_ids(template, tokenizer, [{"role": "user", "content": text}])
+def _render(asked: Prompt, tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[str, list[int]]:
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    try:
+        if template is not None:
+            return render_to_ids(template, tokenizer, messages)
+        if isinstance(asked, str):
+            return asked, tokenizer.encode(asked)
+    except (InvalidParameterError, UnicodeError, TypeError) as error:
+        raise ConfigError(f"the prompt {str(asked)[:80]!r} cannot be tokenised: {error}", "--data") from error
+    raise ConfigError("prompts are chats, and the teacher has no chat template for them; give plain prompts", "--data")
 
 
-def read_prompts(source: str) -> list[str]:
-    """Prompts from a file: a line each, or the "prompt" (or first message) of each line of a .jsonl file."""
+def read_prompts(source: str) -> list[Prompt]:
+    """Prompts from a file: a line each; of a .jsonl file a line's "prompt", or its "messages" up to the user's last."""
     path = Path(source)
     try:
-        given = [line for line in lines(path.read_text(encoding="utf-8")) if line.strip()]
+        given = [(i, line) for i, line in enumerate(lines(path.read_text(encoding="utf-8")), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompts {source} cannot be read: {error}", "--data") from error
-    found = [_prompt(line, f"{source}:{i}") for i, line in enumerate(given, 1)] if path.suffix == ".jsonl" else given
+    chats = path.suffix == ".jsonl"
+    found: list[Prompt] = [_prompt(line, f"{source}:{i}") if chats else line for i, line in given]
     if not found:
         raise ConfigError(f"{source} holds no prompt; expected one a line", "--data")
     return found
 
 
-def _prompt(line: str, where: str) -> str:
+def _prompt(line: str, where: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}", "--data") from error
     found = record.get("prompt") if isinstance(record, dict) else record
-    if found is None and record.get("messages"):
-        found = record["messages"][0].get("content")
-    if not isinstance(found, str):
-        raise ConfigError(f'{where}: expected {{"prompt": ...}} or {{"messages": [...]}}', "--data")
-    return found
+    if isinstance(found, str) and found:
+        return found
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if is_chat(messages):
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if users:
+            return messages[: users[-1] + 1]
+    raise ConfigError(
+        f'{where}: expected {{"prompt": ...}}, or {{"messages": [{{"role": "user", "content": ...}}, ...]}}',
+        "--data",
+    )

@@ -23,6 +23,7 @@ from nvfp4_runtime.distill.data import Rows, indices
 from nvfp4_runtime.distill.hf import head_weight, hidden_states
 from nvfp4_runtime.distill.loss import Loss, Sums, chunked_loss
 from nvfp4_runtime.distill.student import Student
+from nvfp4_runtime.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,6 @@ class Trainer:
         schedule: Schedule,
         work: Path,
         *,
-        identity: dict[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
         self.teacher, self.student, self.rows, self.held = teacher, student, rows, held
@@ -106,10 +106,8 @@ class Trainer:
             masters, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay, fused=True
         )
         self.identity = {
-            "schedule": asdict(replace(schedule, stop=None)),
-            "rows": rows.sha256,
-            **(identity or {}),
-        }
+            "schedule": asdict(replace(schedule, stop=None)), "rows": rows.sha256, "held": held.sha256,
+        }  # fmt: skip
         self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -124,9 +122,13 @@ class Trainer:
         self._resume()
         started, before = time.perf_counter(), self.seconds
         saved = started
-        if not self.history:
-            self._evaluate()
         end = min(self.schedule.stop or self.schedule.steps, self.schedule.steps)
+        if self.step > end:
+            raise ConfigError(
+                f"the run is after step {self.step} already; expected at least that, found {end}", "--stop"
+            )
+        if not self.history or (self.step == end and self.history[-1]["step"] != end):
+            self._evaluate()
         bar = tqdm(
             total=end,
             initial=self.step,
@@ -138,6 +140,8 @@ class Trainer:
         with bar, _signals() as asked:
             while self.step < end:
                 row = self._one_step()
+                if not math.isfinite(row["loss"]):
+                    raise ConfigError(diverged("the loss", row["loss"], self.step), "--lr")
                 self.seconds = before + time.perf_counter() - started
                 self._log(row)
                 bar.set_postfix(kl=f"{row['kl']:.4f}", ce=f"{row['ce']:.3f}", tps=f"{row['tokens_per_second']:.0f}")
@@ -227,11 +231,15 @@ class Trainer:
                     self._held_teacher[i] = hidden_states(self.teacher, ids)
                 self._loss(ids, sums, self._held_teacher[i])
         figures = {"step": self.step, "tokens": self._tokens, **sums.means(), "seconds": self.seconds}
+        if not math.isfinite(reached := figures[self._criterion]):
+            if self.step:
+                raise ConfigError(diverged("the held-out loss", reached, self.step), "--lr")
+            raise CheckpointError(not_finite("the held-out loss", reached))
         best = min((each[self._criterion] for each in self.history), default=math.inf)
         self.history.append(figures)
         if distributed.rank() == 0:
             _append(self.work / "eval.csv", EVAL_FIELDS, figures)
-            if figures[self._criterion] < best:
+            if reached < best:
                 state.write_tensors(self.work / state.BEST, self.student.masters)
         if self._speaks:
             tqdm.write(
@@ -257,6 +265,8 @@ class Trainer:
     def _resume(self) -> None:
         loaded = state.load(self.work, self.identity)
         if loaded is None:
+            for name in ("log.csv", "eval.csv"):  # of a run that ended, or was killed before its first checkpoint
+                (self.work / name).unlink(missing_ok=True)
             return
         for name, master in self.student.masters.items():
             with torch.no_grad():
@@ -271,6 +281,14 @@ class Trainer:
         for name in ("log.csv", "eval.csv"):
             _cut(self.work / name, self.step)
         logger.info("going on after step %d", self.step)
+
+
+def diverged(what: str, value: float, step: int) -> str:
+    return f"{what} is {value} after step {step}: the training diverges; give a lower rate, or a longer --warmup"
+
+
+def not_finite(what: str, value: float) -> str:
+    return f"{what} is {value} before any training: the teacher or the student holds values that are not finite"
 
 
 @torch.no_grad()
@@ -301,8 +319,8 @@ def _append(path: Path, fields: tuple[str, ...], row: dict[str, float]) -> None:
 def _cut(path: Path, step: int) -> None:
     """Drop lines after `step`: an interrupted run wrote them after its last checkpoint."""
     if path.exists():
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if float(line.split(",")[0]) <= step]
+        head, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+        kept = [line for line in lines if (number := line.split(",")[0]).isdecimal() and int(number) <= step]
         path.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
 
 

@@ -83,6 +83,10 @@ class _Preset(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         namespace.preset = values
+        if given := [name for name in PRESETS[values] if getattr(namespace, name) != parser.get_default(name)]:
+            raise argparse.ArgumentError(
+                self, f"expected before --{given[0].replace('_', '-')}, which it would replace"
+            )
         for name, value in PRESETS[values].items():
             setattr(namespace, name, value)
 
@@ -91,13 +95,14 @@ def run(args: argparse.Namespace) -> int:
     if args.preset == "default":
         from nvfp4_runtime.quantize.default_model import distilled_folder
 
-        args.teacher, args.out = args.teacher or "default", args.out or str(distilled_folder())
+        if args.out is None and args.teacher in (None, "default"):
+            args.out = str(distilled_folder())
+        args.teacher = args.teacher or "default"
     if args.teacher is None or args.out is None:
         raise ConfigError("expected TEACHER and OUT, or --preset default (see nvfp4 distill --help)")
-    if args.data is None and args.synthesize is None:
-        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
-    from nvfp4_runtime.distill.run import Wishes, distill
+    from nvfp4_runtime.distill.run import distill
     from nvfp4_runtime.distill.trainer import Interrupted, Schedule
+    from nvfp4_runtime.distill.wishes import Wishes
 
     schedule = Schedule(
         loss=args.loss,
@@ -144,9 +149,11 @@ def _summary(done: Distilled) -> str:
         before, after = (sum(getattr(b, name) for b in done.blocks) / len(done.blocks) for name in ("before", "after"))
         return f"{len(done.blocks)} blocks; mean held-out error of a block {before:.4f} -> {after:.4f}"
     first, best = done.result.first, done.result.best
-    closed = 1 - best["kl"] / first["kl"] if first["kl"] > 0 else 0.0
+    closed = (
+        f"{1 - best['kl'] / first['kl']:.1%} of the start's closed" if 0 < best["kl"] <= first["kl"] else "not closer"
+    )
     return (
         f"best at step {done.result.best_step} of {done.result.steps}, {done.result.tokens:,} tokens\n"
-        f"  held-out KL {first['kl']:.4f} -> {best['kl']:.4f} ({closed:.1%} of the start's closed)\n"
+        f"  held-out KL {first['kl']:.4f} -> {best['kl']:.4f} ({closed})\n"
         f"  same top token {first['top1']:.4f} -> {best['top1']:.4f}, CE {first['ce']:.4f} -> {best['ce']:.4f}"
     )

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from nvfp4_runtime.distill import compilation
+from nvfp4_runtime.distill.trainer import Schedule
+from nvfp4_runtime.distill.wishes import Wishes
 from nvfp4_runtime.quantize.pipeline import quantize_folder
 from tests import tiny
 
 TEXT = "".join(f"The {i}th sentence of a text that nobody wrote, {i * i} words, {i % 7} lines.\n" for i in range(90))
+SCHEDULE = Schedule(lr=3e-3, warmup=2, eval_every=6, seed=1)
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +68,12 @@ def plainly(teacher: Path) -> Path:
     out = teacher.with_name("max")
     quantize_folder(teacher, out, method="max", calib_texts=[TEXT[:3000]], progress=False)
     return out
+
+
+@pytest.fixture
+def wishes(text: Path, plainly: Path) -> Wishes:
+    """24 steps of 4 rows of 48 bytes, W4A4 from `max`."""
+    return Wishes(
+        data=str(text), student=plainly, seq=48, tokens=24 * 192, batch_tokens=192, micro_tokens=96, held_rows=8,
+        schedule=SCHEDULE, progress=False,
+    )  # fmt: skip

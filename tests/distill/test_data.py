@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 
@@ -46,13 +47,42 @@ def test_messages_are_rendered_by_the_chat_template(teacher, tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", r":1 is not JSON"), ('{"body": "x"}', r':1: expected \{"text"'), ('{"messages": 3}', ":1: expected")],
+    [
+        ("{", r":1 is not JSON"),
+        ("[" * 100_000, r":1 is not JSON"),
+        ("1" * 5000, r":1 is not JSON"),
+        ('{"body": "x"}', r':1: expected \{"text"'),
+        ('{"messages": 3}', ":1: expected"),
+        ('{"messages": []}', ":1: expected"),
+        ('{"messages": [{"content": "x"}]}', ":1: expected"),
+        ('{"messages": [{"role": "user", "content": null}]}', ":1: expected"),
+        ('{"text": "\\ud800"}', ":1 cannot be tokenised"),
+    ],
 )
 def test_a_line_that_is_no_document_is_named(teacher, tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(line)
     with pytest.raises(ConfigError, match=message):
         load_rows(str(path), teacher, 4)
+
+
+def test_json_is_no_text(teacher, tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "abc"}')
+    with pytest.raises(ConfigError, match=r"expected plain text, or \.jsonl"):
+        load_rows(str(tmp_path / "a.json"), teacher, 4)
+
+
+def test_a_dataset_s_faults_are_named(teacher, monkeypatch):
+    def load(name, split):
+        if name == "broken":
+            raise RuntimeError("no such thing")
+        return [{"text": "abc"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    with pytest.raises(ConfigError, match=r"has no column 'body'; it has text"):
+        load_rows("hf:good:train:body", teacher, 4)
+    with pytest.raises(ConfigError, match="cannot be loaded: RuntimeError: no such thing"):
+        load_rows("hf:broken", teacher, 4)
 
 
 def test_a_dataset_without_its_package_is_refused_with_the_remedy(teacher, monkeypatch):

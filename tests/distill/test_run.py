@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -19,9 +20,10 @@ from nvfp4_runtime.distill import synthesize as synthesis
 from nvfp4_runtime.distill import trainer as trainer_module
 from nvfp4_runtime.distill.blockwise import Blockwise
 from nvfp4_runtime.distill.loss import LOSSES
-from nvfp4_runtime.distill.run import DTYPES, MODES, Wishes, distill
+from nvfp4_runtime.distill.run import distill
 from nvfp4_runtime.distill.student import BLOCK_SCALES
 from nvfp4_runtime.distill.trainer import Interrupted, Schedule
+from nvfp4_runtime.distill.wishes import DTYPES, MODES
 from nvfp4_runtime.errors import ConfigError
 from nvfp4_runtime.evaluate.evaluate import evaluate
 from nvfp4_runtime.evaluate.scorer import Side
@@ -30,18 +32,7 @@ from nvfp4_runtime.llm import LLM
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from server import cli
 from server.commands import distill as command
-from tests.distill.conftest import TEXT
-
-SCHEDULE = Schedule(lr=3e-3, warmup=2, eval_every=6, seed=1)
-
-
-@pytest.fixture
-def wishes(text: Path, plainly: Path) -> Wishes:
-    """24 steps of 4 rows of 48 bytes, W4A4 from `max`."""
-    return Wishes(
-        data=str(text), student=plainly, seq=48, tokens=24 * 192, batch_tokens=192, micro_tokens=96, held_rows=8,
-        schedule=SCHEDULE, progress=False,
-    )  # fmt: skip
+from tests.distill.conftest import SCHEDULE, TEXT
 
 
 def engine_kl(teacher: Path, folder: Path) -> float:
@@ -194,7 +185,19 @@ def test_a_student_is_made_by_awq_where_none_is_given(teacher, wishes, tmp_path)
         ({"tokens": 0}, "expected at least 1, found 0"),
         ({"batch_tokens": 8}, "expected at least 48, found 8"),
         ({"held_rows": 90}, "too few to hold 90 out"),
-        ({"seq": 9000, "batch_tokens": 9000, "micro_tokens": 9000}, "too few for two rows of 9000"),
+        ({"seq": 9000, "batch_tokens": 9000, "micro_tokens": 9000}, "longer than the 512 positions"),
+        ({"data": "nowhere.json"}, "cannot be read"),
+        ({"threads": 0}, "expected at least 1, found 0"),
+        ({"device": "meta"}, "no device to train on"),
+        ({"schedule": Schedule(lr=math.inf)}, "positive learning rate, found inf"),
+        ({"schedule": Schedule(clip=-1.0)}, "positive norm"),
+        ({"schedule": Schedule(save_minutes=math.nan)}, "positive number of minutes"),
+        ({"schedule": Schedule(warmup=-1)}, "expected at least 0, found -1"),
+        ({"schedule": Schedule(eval_every=0)}, "expected at least 1, found 0"),
+        ({"schedule": Schedule(stop=0)}, "expected at least 1, found 0"),
+        ({"schedule": Schedule(seed=2**63)}, "expected 0 to 4294967295"),
+        ({"mode": "blockwise", "schedule": Schedule(stop=3)}, "takes every step"),
+        ({"mode": "blockwise", "schedule": Schedule(checkpointing=True)}, "holds one block"),
         ({"device": "cuda:9"}, "no CUDA device"),
         ({"device": "abacus"}, "unknown device"),
         ({"data": "nowhere.txt"}, "cannot be read"),
@@ -265,3 +268,7 @@ def test_the_preset_names_teacher_place_and_flags_and_flags_after_it_count(tmp_p
     assert (wishes.synthesize, wishes.data, wishes.tokens, wishes.schedule.lr) == (512, None, 4096, 1.5e-4)
     assert cli.main(["distill", "--data", "text.txt"]) == 1
     assert "expected TEACHER and OUT, or --preset default" in capsys.readouterr().err
+    assert cli.main(["distill", str(tmp_path), "--preset", "default"]) == 1  # not into the default model's place
+    assert "expected TEACHER and OUT" in capsys.readouterr().err
+    assert cli.main(["distill", "--tokens", "4096", "--preset", "default"]) == 1
+    assert "expected before --tokens" in capsys.readouterr().err
