@@ -120,6 +120,16 @@ def test_control_characters_of_names_never_reach_the_terminal(tmp_path, capsys):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("inside", "parent"), [("nvfp4", False), ("parent", True)])
+def test_a_repaired_copy_inside_what_is_read_is_refused(tmp_path, capsys, inside, parent):
+    folder, plain = sound(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--parent", str(plain)] if parent else []
+    assert main(["inspect", str(folder), *arguments, "--repair", str(tmp_path / inside / "out")]) == 1
+    assert f"lies inside {tmp_path / inside}, which is read" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_parent_that_is_not_finite_is_a_finding(tmp_path, capsys, bad):
     folder, parent = sound(tmp_path)
