@@ -58,6 +58,8 @@ def size(text: str) -> int:
 
 def path(text: str) -> str:
     """A path with a leading ~ expanded: shells do that for words, not after = and not in the environment."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, found {text[:40]!r}, which holds a NUL: remove it")
     return os.path.expanduser(text)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_runtime.errors import CheckpointError, ConfigError, NVFP4Error, printable
+from server.commands import flags
 
 EXIT_FINDINGS = 1
 
@@ -24,6 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "path",
+        type=flags.path,
         metavar="PATH",
         help="model folder, or `default` (SmolLM2-135M in NVFP4), or `default-bf16` (its parent)",
     )
@@ -33,15 +35,16 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--parent",
+        type=flags.path,
         metavar="DIR",
         help="the plain model it was made of: measure the distance (`default-bf16` works too)",
     )
-    parser.add_argument("--repair", metavar="OUT", help="write a sound copy into this new folder")
+    parser.add_argument("--repair", type=flags.path, metavar="OUT", help="write a sound copy into this new folder")
     parser.add_argument(
         "--memory",
         metavar="SIZE",
         action="append",
-        type=_size,
+        type=flags.size,
         help="say what fits into so much memory, as 24GiB; may repeat (default: sizes of common cards)",
     )
     parser.set_defaults(run=run)
@@ -133,9 +136,3 @@ def _bars(show: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
             return advance
 
         yield start
-
-
-def _size(text: str) -> int:
-    from server.commands.flags import size
-
-    return size(text)

@@ -95,6 +95,27 @@ def test_wrong_flags_are_configuration_errors(arguments: list[str], capsys: pyte
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "a\0b"],
+        ["serve", "--api-key-file", "a\0b"],
+        ["quantize", "a\0b", "out"],
+        ["quantize", "a", "a\0b"],
+        ["eval", "default", "--text", "a\0b"],
+        ["distill", "a\0b", "out", "--data", "c"],
+        ["distill", "a", "a\0b", "--data", "c"],
+        ["distill", "a", "out", "--data", "a\0b"],
+        ["inspect", "a\0b"],
+        ["inspect", "a", "--parent", "a\0b"],
+        ["inspect", "a", "--repair", "a\0b"],
+    ],
+)
+def test_a_path_with_a_nul_is_a_configuration_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert r"expected a path, found 'a\x00b', which holds a NUL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp8", "nvfp4"])
 def test_the_heads_type_reaches_the_engine(dtype: str) -> None:
     args = _parser()[0].parse_args(["serve", "model", "--lm-head-dtype", dtype])

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 from nvfp4_runtime.checkpoint.doctor.case import Case
 from nvfp4_runtime.checkpoint.doctor.measure import FloatCounts, Measured, is_plain
-from nvfp4_runtime.checkpoint.doctor.report import Fit, Group, Layer, Scales
+from nvfp4_runtime.checkpoint.doctor.report import NO_DECIBELS, Fit, Group, Layer, Scales
 from nvfp4_runtime.errors import MissingTensorError
 
 GIB = 1 << 30
 MEMORIES = tuple(size * GIB for size in (8, 12, 16, 24, 32, 48, 80, 141, 192))  # cards and laptops as they are sold
-_NO_DECIBELS = 999.0  # in reports: JSON has no infinity
 
 
 def layers(case: Case) -> tuple[Layer, ...]:
@@ -31,6 +30,7 @@ def _layer(case: Case, measured: Measured) -> Layer:
     bias = case.shards.info(stored.tensors.get("bias", ""))
     excluded, why = _why(case, measured)
     comparison = measured.comparison
+    error = comparison.relative_error if comparison is not None else math.nan
     return Layer(
         name=stored.prefix,
         stored=_stored(case, measured),
@@ -42,7 +42,7 @@ def _layer(case: Case, measured: Measured) -> Layer:
         why=why,
         scales=_scales(measured),
         sqnr_db=finite(comparison.sqnr_db) if comparison is not None else None,
-        relative_error=finite(comparison.relative_error) if comparison is not None else None,
+        relative_error=finite(error) if math.isfinite(error) else None,
     )
 
 
@@ -227,4 +227,4 @@ def finite(value: float) -> float:
     """For JSON: NaN and infinities become the largest number that stands for them, 999 (dB) with their sign."""
     if math.isfinite(value):
         return round(value, 9) if abs(value) > 1e-3 else value
-    return -_NO_DECIBELS if value < 0 or math.isnan(value) else _NO_DECIBELS
+    return -NO_DECIBELS if value < 0 or math.isnan(value) else NO_DECIBELS

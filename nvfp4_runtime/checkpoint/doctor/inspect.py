@@ -64,6 +64,7 @@ CHECKS: tuple[Callable[[Case], Iterable[Finding]], ...] = (
     inputs.input_scale_inverted,
     inputs.kv_scales,
     inputs.kv_undeclared,
+    parents.nonfinite,
     parents.far_from_parent,
     parents.factors_folded,
     parents.not_in_parent,

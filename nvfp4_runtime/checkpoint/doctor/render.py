@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nvfp4_runtime.checkpoint.doctor import describe
-from nvfp4_runtime.checkpoint.doctor.report import Finding, Group, Repair, Report, Scales, Severity
+from nvfp4_runtime.checkpoint.doctor.report import NO_DECIBELS, Finding, Group, Repair, Report, Scales, Severity
 from nvfp4_runtime.errors import printable
 
 _COLOURS: dict[Severity, str] = {"error": "31;1", "warning": "33;1", "info": "36"}
@@ -16,6 +16,7 @@ _WIDTH = 118
 _WORST = 10
 _LISTED = 20
 _GIB = 1 << 30
+_NOT_FINITE = "not finite"
 
 
 def render(report: Report, colour: bool = False, every_layer: bool = False) -> str:
@@ -92,7 +93,7 @@ def _row(group: Group) -> tuple[str, ...]:
         f"{group.bytes / 1e6:.2f}",
         block,
         f"{scales.tensor:.3g}" if scales.tensor is not None else "",
-        f"{group.worst_sqnr_db:.1f}" if group.worst_sqnr_db is not None else "",
+        _decibels(group.worst_sqnr_db, 1) if group.worst_sqnr_db is not None else "",
         f"{excluded}{note}",
     )
 
@@ -118,14 +119,20 @@ def _parent(report: Report) -> list[str]:
     parent = report.parent
     assert parent is not None
     by_name = {layer.name: layer for layer in report.layers}
-    overall = f", {parent.sqnr_db:.2f} dB over all" if parent.sqnr_db is not None else ""
+    overall = f", {_decibels(parent.sqnr_db, 2, ' dB')} over all" if parent.sqnr_db is not None else ""
     lines = [f"against {parent.path}: {len(parent.compared)} layer(s) compared{overall}; worst first"]
     for name in parent.compared[:_WORST]:
         layer = by_name[name]
-        lines.append(f"  {layer.sqnr_db:8.2f} dB  relative error {layer.relative_error:8.5f}  {name}")
+        assert layer.sqnr_db is not None
+        error = _NOT_FINITE if layer.relative_error is None else f"{layer.relative_error:8.5f}"
+        lines.append(f"  {_decibels(layer.sqnr_db, 2, ' dB'):>11}  relative error {error}  {name}")
     if parent.missing:
         lines.append(f"  {len(parent.missing)} layer(s) could not be compared, e.g. {parent.missing[0]}")
     return lines
+
+
+def _decibels(value: float, digits: int, unit: str = "") -> str:
+    return _NOT_FINITE if value == -NO_DECIBELS else f"{value:.{digits}f}{unit}"
 
 
 def _findings(findings: Iterable[Finding], colour: bool) -> list[str]:

@@ -32,7 +32,7 @@ from nvfp4_runtime.checkpoint.doctor.treatment import Plan
 from nvfp4_runtime.checkpoint.doctor.treatments import plan
 from nvfp4_runtime.checkpoint.shards import INDEX, SINGLE, Shards, TensorInfo
 from nvfp4_runtime.checkpoint.stored import stored_layer
-from nvfp4_runtime.checkpoint.writer import ShardWriter, TensorSpec, new_folder, write_json
+from nvfp4_runtime.checkpoint.writer import ShardWriter, TensorSpec, check_place, new_folder, write_json
 from nvfp4_runtime.errors import CheckpointError
 
 # What travels with the weights. Nothing else is copied: no code, no pickles, no other weights.
@@ -55,10 +55,13 @@ def inspect_and_repair(
     The report is of the original; its `repair` says what changed and what is still wrong with the copy, which keeps its
     name all the same. Weights keep their values to the bit unless a change says otherwise, and that is verified on the
     copy.
-    Raises ConfigError when `out` is not empty, CheckpointError when files are unreadable.
+    Raises ConfigError when `out` is not empty or inside what is read, CheckpointError when files are unreadable.
     """
     began = time.monotonic()
     folder, target = Path(path).expanduser(), Path(out).expanduser()
+    check_place(target, folder)
+    if parent is not None:
+        check_place(target, Path(parent).expanduser())
     original = open_parent(parent)
     case = examine(folder, original, progress, expect)
     found = findings(case)

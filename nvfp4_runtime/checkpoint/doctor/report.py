@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SCHEMA = 1
+NO_DECIBELS = 999.0  # sqnr_db of equal weights; negative where the distance is not finite: JSON has no infinity
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -62,7 +63,7 @@ class Layer:
     excluded         whether the declared exclusions cover it; None where nothing is declared quantised
     why              the reason for its format: the pattern that excludes it, the declaration, or what contradicts them
     sqnr_db          signal to quantisation noise against the parent, over the whole weight
-    relative_error   |w - parent| / |parent|, Frobenius
+    relative_error   |w - parent| / |parent|, Frobenius; None where it is not finite
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from nvfp4_runtime.checkpoint.writer import ShardWriter
 from nvfp4_runtime.quantize import default_model
 from server.cli import main
 from server.commands.inspect import _bars
-from tests.checkpoint.doctor.patients import UP, edit, sound
+from tests.checkpoint.doctor.patients import DOWN, UP, edit, sound
 from tests.conftest import REPOSITORY
 
 
@@ -117,6 +118,41 @@ def test_control_characters_of_names_never_reach_the_terminal(tmp_path, capsys):
     assert "\x1b" not in err
     assert "a\\x1b[31m\\nb" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("inside", "parent"), [("nvfp4", False), ("parent", True)])
+def test_a_repaired_copy_inside_what_is_read_is_refused(tmp_path, capsys, inside, parent):
+    folder, plain = sound(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--parent", str(plain)] if parent else []
+    assert main(["inspect", str(folder), *arguments, "--repair", str(tmp_path / inside / "out")]) == 1
+    assert f"lies inside {tmp_path / inside}, which is read" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_parent_that_is_not_finite_is_a_finding(tmp_path, capsys, bad):
+    folder, parent = sound(tmp_path)
+    edit(parent, lambda tensors: tensors[f"{UP}.weight"].view(-1)[:1].fill_(bad))
+    assert main(["inspect", str(folder), "--parent", str(parent)]) == 1
+    out = capsys.readouterr().out
+    assert "parent-nonfinite: 1 layer(s)" in out
+    assert "compared, not finite over all" in out
+    assert f"not finite  relative error not finite  {UP}" in out
+    assert "999" not in out
+    assert main(["inspect", str(folder), "--parent", str(parent), "--json"]) == 1
+    report = msgspec.json.decode(capsys.readouterr().out, type=Report)
+    found = [(layer.sqnr_db, layer.relative_error) for layer in report.layers if layer.name == UP]
+    assert found == [(-999, None)]  # sqnr_db as docs/inspect.md promises of schema 1
+
+
+def test_weights_whose_distance_overflows_are_far_from_the_parent(tmp_path, capsys):
+    folder, parent = sound(tmp_path)
+    edit(folder, lambda tensors: tensors[f"{DOWN}.weight_scale_2"].fill_(1e22))
+    assert main(["inspect", str(folder), "--parent", str(parent)]) == 1
+    out = capsys.readouterr().out
+    assert "far-from-parent: 1 layer(s)" in out
+    assert f"not finite  relative error not finite  {DOWN}" in out
 
 
 @pytest.mark.parametrize("repair", ["file/out", "n" * 300])

@@ -10,6 +10,16 @@ from nvfp4_runtime.checkpoint.doctor.parent import POOR_DB
 from nvfp4_runtime.checkpoint.doctor.report import Finding
 
 
+def nonfinite(case: Case) -> Iterable[Finding]:
+    yield from about(
+        "parent-nonfinite",
+        "warning",
+        [m for m in case.layers if m.comparison is not None and not math.isfinite(m.comparison.signal)],
+        "cannot be measured: their parent holds NaN, infinities or values whose squares overflow",
+        "check the parent's files. If they are as published, what was quantised of these layers is not to be trusted",
+    )
+
+
 def far_from_parent(case: Case) -> Iterable[Finding]:
     far = [
         m
@@ -17,7 +27,8 @@ def far_from_parent(case: Case) -> Iterable[Finding]:
         if m.comparison is not None
         and m.comparison.sqnr_db < POOR_DB
         and m.comparison.misread is None
-        and math.isfinite(m.comparison.noise)  # NaN is a finding of its own
+        and math.isfinite(m.comparison.signal)
+        and not math.isnan(m.comparison.noise)  # NaN is a finding of its own
     ]
     folded = any(word in (case.quant.algo or "") for word in ("AWQ", "SVD"))
     worst = min((m.comparison.sqnr_db for m in far if m.comparison), default=0.0)
