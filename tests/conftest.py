@@ -16,6 +16,7 @@ One adds a test instead: --build-image, minutes of building a container image (s
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -104,6 +105,12 @@ def _fail_if_forbidden(report: pytest.TestReport | pytest.CollectReport, config:
         if (flag := forbidden_skip(reason, config)) is not None:
             report.outcome = "failed"
             report.longrepr = f"{path}:{line}: {flag} does not allow this skip: {reason}"
+
+
+def pytest_collection_finish() -> None:
+    """Modules and ten thousand tests stay to the end: the collector need not walk them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,19 +169,20 @@ def _claimed(work: Path, wishes: Wishes, schedule: Schedule, teacher: Path) -> I
         yield
         return
     config = _read_config(teacher)
-    if (most := config.get("max_position_embeddings")) is not None and wishes.seq > most:
+    if isinstance(most := config.get("max_position_embeddings"), int) and wishes.seq > most:
         raise ConfigError(f"rows of {wishes.seq} tokens are longer than the {most} positions the teacher has", "--seq")
     try:
         run = identity(wishes, schedule, teacher, config)
     except OSError as error:
         raise ConfigError(f"the prompts {wishes.data} cannot be read: {error}", "--data") from error
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        with state.locked(work):
+    with ExitStack() as lock:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(state.locked(work))
             state.claim(work, run)
-            yield
-    except PermissionError as error:
-        raise ConfigError(f"{work} cannot be written: {error}", "OUT") from error
+        except OSError as error:
+            raise ConfigError(f"{work} cannot be written: {error}", "OUT") from error
+        yield
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
