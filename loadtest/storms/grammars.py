@@ -22,8 +22,8 @@ COUNT, SHORT_COUNT = 10_000, 60
 CLIENTS = 8
 COMPILE_SECONDS = 2.0
 YIELD_SECONDS = 25.0  # for which a grammar of half a megabyte lets shorter ones past (docs/structured-output.md)
-# The short form runs in CI, beside other tests: there it says that nothing hangs, not how fast it is. 20 ms times this is
-# an edge of the lag's histogram, as 20 ms are: between two edges a bound would count as the lower one.
+# The short form runs in CI, beside other tests: there it says that nothing hangs, not how fast it is. 20 ms times this
+# is an edge of the lag's histogram, as 20 ms are: between two edges a bound would count as the lower one.
 SHORT_PATIENCE = 10.0
 ANSWER_SECONDS = 60.0
 PLAIN = '{"prompt": "plain", "max_tokens": 1}'
