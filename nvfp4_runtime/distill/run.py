@@ -163,18 +163,13 @@ def teacher_folder(teacher: str | Path, progress: bool) -> Path:
 @contextmanager
 def _claimed(work: Path, wishes: Wishes, schedule: Schedule, teacher: Path) -> Iterator[None]:
     """`work` is this run's and nobody else's while it lasts. Raises ConfigError where it is another's."""
-    if wishes.data is None and wishes.synthesize is None:
-        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
     if distributed.rank() != 0:
         yield
         return
     config = _read_config(teacher)
     if isinstance(most := config.get("max_position_embeddings"), int) and wishes.seq > most:
         raise ConfigError(f"rows of {wishes.seq} tokens are longer than the {most} positions the teacher has", "--seq")
-    try:
-        run = identity(wishes, schedule, teacher, config)
-    except OSError as error:
-        raise ConfigError(f"the prompts {wishes.data} cannot be read: {error}", "--data") from error
+    run = identity(wishes, schedule, teacher, config)
     with ExitStack() as lock:
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -216,12 +211,11 @@ def _rows(wishes: Wishes, folder: Path, work: Path) -> tuple[Rows, Rows]:
         if distributed.rank() == 0:
             from nvfp4_runtime.distill.synthesize import read_prompts, synthesize
 
-            work.mkdir(parents=True, exist_ok=True)
             prompts = [] if wishes.data is None else read_prompts(wishes.data)
             seed = wishes.schedule.seed
             synthesize(folder, wishes.synthesize, Path(source), prompts=prompts, seed=seed, threads=wishes.threads)
         distributed.wait()
-    assert source is not None  # _claimed looked
+    assert source is not None  # check() looked
     rows = load_rows(source, folder, wishes.seq)
     if wishes.held is not None:
         return rows, load_rows(wishes.held, folder, wishes.seq, "--held").first(wishes.held_rows)
@@ -252,7 +246,6 @@ def _start(folder: Path, work: Path, wishes: Wishes, rows: Rows) -> Path:
     if not start.is_dir() and distributed.rank() == 0:
         tokens = rows.ids[: START_WINDOWS * 512 // rows.length + 1].flatten().tolist()
         text = Tokenizer.load(folder).decode(tokens)
-        work.mkdir(parents=True, exist_ok=True)
         logger.info("no --student given: quantising the teacher by AWQ first")
         try:
             quantize_folder(

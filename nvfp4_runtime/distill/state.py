@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nvfp4_runtime.errors import ConfigError
+from nvfp4_runtime.quantize.resume import lock
 
 BEST = "best.safetensors"
 _CURRENT, _BEFORE = "checkpoint", "checkpoint.before"
@@ -76,10 +76,7 @@ def _same(work: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> 
 def locked(work: Path) -> Iterator[None]:
     """Nobody else trains in `work` meanwhile. Raises ConfigError where somebody does."""
     with (work / _LOCK).open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another run trains in {work}; wait for it, or choose another OUT", "OUT") from error
+        lock(file, f"another run trains in {work}; wait for it, or choose another OUT")
         yield
 
 

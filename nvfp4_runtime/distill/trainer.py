@@ -28,6 +28,7 @@ from nvfp4_runtime.errors import CheckpointError, ConfigError
 logger = logging.getLogger(__name__)
 
 LOG_FIELDS = ("step", "tokens", "lr", "loss", "kl", "ce", "teacher_ce", "top1", "grad_norm", "seconds")
+_LOGS = ("log.csv", "eval.csv")
 EVAL_FIELDS = ("step", "tokens", "kl", "ce", "teacher_ce", "top1", "seconds")
 
 
@@ -105,9 +106,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             masters, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay, fused=True
         )
-        self.identity = {
-            "schedule": asdict(replace(schedule, stop=None)), "rows": rows.sha256, "held": held.sha256,
-        }  # fmt: skip
+        self.identity = {"schedule": asdict(replace(schedule, stop=None)), "rows": rows.sha256, "held": held.sha256}
         self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -265,8 +264,9 @@ class Trainer:
     def _resume(self) -> None:
         loaded = state.load(self.work, self.identity)
         if loaded is None:
-            for name in ("log.csv", "eval.csv"):  # of a run that ended, or was killed before its first checkpoint
-                (self.work / name).unlink(missing_ok=True)
+            if distributed.rank() == 0:
+                for name in _LOGS:  # of a run that ended, or was killed before its first checkpoint
+                    (self.work / name).unlink(missing_ok=True)
             return
         for name, master in self.student.masters.items():
             with torch.no_grad():
@@ -278,8 +278,9 @@ class Trainer:
         self.student.refresh()
         self.step, self.seconds = int(loaded.record["step"]), float(loaded.record["seconds"])
         self.history = list(loaded.record["history"])
-        for name in ("log.csv", "eval.csv"):
-            _cut(self.work / name, self.step)
+        if distributed.rank() == 0:
+            for name in _LOGS:
+                _cut(self.work / name, self.step)
         logger.info("going on after step %d", self.step)
 
 

@@ -21,7 +21,7 @@ from nvfp4_runtime.quantize.resume import fingerprint
 Mode = Literal["full", "blockwise", "scales"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-MOST_SEEDS = 2**32  # 0 to this: times a million they still fit the generator's 64 bits
+SEEDS = 2**32  # from 0: times a million they still fit the generator's 64 bits
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ def check(wishes: Wishes) -> None:
     ):
         if not (math.isfinite(real) and real > 0):
             raise ConfigError(f"expected {what}, found {real}", flag)
-    if not 0 <= schedule.seed < MOST_SEEDS:
-        raise ConfigError(f"expected 0 to {MOST_SEEDS - 1}, found {schedule.seed}", "--seed")
+    if not 0 <= schedule.seed < SEEDS:
+        raise ConfigError(f"expected 0 to {SEEDS - 1}, found {schedule.seed}", "--seed")
+    if wishes.data is None and wishes.synthesize is None:
+        raise ConfigError("there is nothing to train on: give a text, or --synthesize N", "--data")
     if wishes.mode == "blockwise":
         _check_blockwise(schedule)
 
@@ -107,16 +109,13 @@ def _check_blockwise(schedule: Schedule) -> None:
 
 
 def identity(wishes: Wishes, schedule: Schedule, teacher: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What a run may not change when it goes on. What the text says is in the rows' own sum (Trainer, Blockwise)."""
-    synthesized = None
-    if wishes.synthesize is not None:
-        prompts = None if wishes.data is None else hashlib.sha256(Path(wishes.data).read_bytes()).hexdigest()
-        synthesized = {"count": wishes.synthesize, "prompts": prompts}
+    """What a run may not change when it goes on. Raises ConfigError where a text cannot be read."""
     return {
         "teacher": fingerprint(Shards(teacher), config),
         "student": "start" if wishes.student is None else str(wishes.student.resolve()),
-        "synthesize": synthesized,
-        "held": [wishes.held, wishes.held_rows],
+        "data": _digest(wishes.data, "--data"),
+        "synthesize": wishes.synthesize,
+        "held": [_digest(wishes.held, "--held"), wishes.held_rows],
         "seq": wishes.seq,
         "act": wishes.act,
         "mode": wishes.mode,
@@ -125,3 +124,14 @@ def identity(wishes: Wishes, schedule: Schedule, teacher: Path, config: dict[str
         "block_scales": wishes.block_scales,
         "schedule": asdict(replace(schedule, stop=None)),
     }
+
+
+def _digest(source: str | None, flag: str) -> str | None:
+    """What a file says; a dataset goes by its name."""
+    if source is None or source.startswith("hf:"):
+        return source
+    try:
+        with Path(source).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"the text {source} cannot be read: {error}", flag) from error

@@ -102,10 +102,7 @@ def resumable_folder(out: Path, recipe: dict[str, Any], source: dict[str, Any]) 
     folder.mkdir(parents=True, exist_ok=True)
     # Bytes that are not UTF-8 are no journal's, nor is what they stand in: both show as lines that say nothing.
     with (folder / JOURNAL).open("a+", encoding="utf-8", errors="replace") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another run is making {out} ({folder} is locked); wait for it", "OUT") from error
+        lock(journal, f"another run is making {out} ({folder} is locked); wait for it")
         finished = _open_journal(journal, folder, {"recipe": recipe, "source": source})
         try:
             yield Partial(folder, journal, finished)
@@ -118,6 +115,14 @@ def resumable_folder(out: Path, recipe: dict[str, Any], source: dict[str, Any]) 
         # In this order: a folder that holds a journal is in the making, until it stands in its place.
         folder.rename(out)
         (out / JOURNAL).unlink()
+
+
+def lock(file: TextIO, refusal: str) -> None:
+    """The file is this process's until it is closed. Raises ConfigError, saying `refusal`, where it is another's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(refusal, "OUT") from error
 
 
 def partial_folder(out: Path) -> Path:

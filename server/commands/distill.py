@@ -149,9 +149,7 @@ def _summary(done: Distilled) -> str:
         before, after = (sum(getattr(b, name) for b in done.blocks) / len(done.blocks) for name in ("before", "after"))
         return f"{len(done.blocks)} blocks; mean held-out error of a block {before:.4f} -> {after:.4f}"
     first, best = done.result.first, done.result.best
-    closed = (
-        f"{1 - best['kl'] / first['kl']:.1%} of the start's closed" if 0 < best["kl"] <= first["kl"] else "not closer"
-    )
+    closed = f"{1 - best['kl'] / first['kl']:.1%} of the start's closed" if best["kl"] < first["kl"] else "not closer"
     return (
         f"best at step {done.result.best_step} of {done.result.steps}, {done.result.tokens:,} tokens\n"
         f"  held-out KL {first['kl']:.4f} -> {best['kl']:.4f} ({closed})\n"

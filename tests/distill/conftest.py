@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from nvfp4_runtime.distill import compilation
-from nvfp4_runtime.distill.trainer import Schedule
+from nvfp4_runtime.distill.trainer import Schedule, Trainer
 from nvfp4_runtime.distill.wishes import Wishes
 from nvfp4_runtime.quantize.pipeline import quantize_folder
 from tests import tiny
 
 TEXT = "".join(f"The {i}th sentence of a text that nobody wrote, {i * i} words, {i % 7} lines.\n" for i in range(90))
 SCHEDULE = Schedule(lr=3e-3, warmup=2, eval_every=6, seed=1)
+
+
+@contextmanager
+def killed_after(step: int) -> Iterator[None]:
+    """The process asks itself to end while the step after `step` is made."""
+    original = Trainer._one_step
+
+    def killed(trainer: Trainer) -> dict[str, float]:
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", killed)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from nvfp4_runtime.distill import state
 from nvfp4_runtime.distill import synthesize as synthesis
-from nvfp4_runtime.distill import trainer as trainer_module
 from nvfp4_runtime.distill.run import distill
 from nvfp4_runtime.distill.trainer import Interrupted
 from nvfp4_runtime.errors import (
@@ -26,7 +23,7 @@ from nvfp4_runtime.errors import (
     TensorShapeError,
     UnexpectedTensorError,
 )
-from tests.distill.conftest import SCHEDULE, TEXT
+from tests.distill.conftest import SCHEDULE, TEXT, killed_after
 
 
 def copy_of(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -37,22 +34,25 @@ def copy_of(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], 
     return to
 
 
-@pytest.mark.parametrize("what", ["teacher", "held", "act", "synthesize"])
+@pytest.mark.parametrize("what", ["teacher", "held", "act", "synthesize", "data"])
 def test_a_stopped_run_goes_on_with_nothing_else(teacher, wishes, text, tmp_path, what):
     wishes = replace(wishes, held=str(text), act="w4a16", student=None)
     distill(teacher, tmp_path / "out", replace(wishes, schedule=replace(SCHEDULE, stop=1)))
     shutil.rmtree(tmp_path / "out")
     other = tmp_path / "held.txt"
     other.write_text(TEXT[::-1])
-    changes = {"held": {"held": str(other)}, "act": {"act": "w4a4"}, "synthesize": {"synthesize": 2}}
+    changes = {what: {what: str(other)}} | {"act": {"act": "w4a4"}, "synthesize": {"synthesize": 2}, "teacher": {}}
     named = shutil.copytree(teacher, tmp_path / "teacher2") if what == "teacher" else teacher
     with pytest.raises(ConfigError, match=f"holds a run with other {what}"):
-        distill(named, tmp_path / "out", replace(wishes, **changes.get(what, {})))
+        distill(named, tmp_path / "out", replace(wishes, **changes[what]))
 
 
 def test_a_run_may_be_stopped_where_it_is_and_gone_on_with_but_not_earlier(teacher, wishes, tmp_path):
     whole = distill(teacher, tmp_path / "whole", wishes)
-    stop = lambda step: replace(wishes, schedule=replace(SCHEDULE, stop=step))  # noqa: E731
+
+    def stop(step):
+        return replace(wishes, schedule=replace(SCHEDULE, stop=step))
+
     first = distill(teacher, tmp_path / "out", stop(8))
     assert first.result.last["step"] == 8
     shutil.rmtree(tmp_path / "out")
@@ -63,16 +63,8 @@ def test_a_run_may_be_stopped_where_it_is_and_gone_on_with_but_not_earlier(teach
     assert distill(teacher, tmp_path / "out", wishes).result.last["kl"] == whole.result.last["kl"]
 
 
-def test_a_run_killed_between_measurements_and_then_stopped_there_is_measured(teacher, wishes, tmp_path, monkeypatch):
-    original = trainer_module.Trainer._one_step
-
-    def killed(self):
-        if self.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_one_step", killed)
-    with pytest.raises(Interrupted, match="stopped after step 4"):
+def test_a_run_killed_between_measurements_and_then_stopped_there_is_measured(teacher, wishes, tmp_path):
+    with killed_after(3), pytest.raises(Interrupted, match="stopped after step 4"):
         distill(teacher, tmp_path / "out", wishes)
     done = distill(teacher, tmp_path / "out", replace(wishes, schedule=replace(SCHEDULE, stop=4)))
     assert done.result.last["step"] == 4

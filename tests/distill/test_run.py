@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from safetensors.torch import load_file
 
 from nvfp4_runtime.distill import run as module
 from nvfp4_runtime.distill import synthesize as synthesis
-from nvfp4_runtime.distill import trainer as trainer_module
 from nvfp4_runtime.distill.blockwise import Blockwise
 from nvfp4_runtime.distill.loss import LOSSES
 from nvfp4_runtime.distill.run import distill
@@ -32,7 +29,7 @@ from nvfp4_runtime.llm import LLM
 from nvfp4_runtime.text.tokenizer import Tokenizer
 from server import cli
 from server.commands import distill as command
-from tests.distill.conftest import SCHEDULE, TEXT
+from tests.distill.conftest import SCHEDULE, TEXT, killed_after
 
 
 def engine_kl(teacher: Path, folder: Path) -> float:
@@ -67,20 +64,11 @@ def test_qat_leaves_the_teacher_and_says_so(teacher, wishes, tmp_path, caplog):
     assert qat.result.last["kl"] > 5 * qad.result.last["kl"]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(teacher, wishes, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_bits(teacher, wishes, tmp_path):
     whole = distill(teacher, tmp_path / "whole", wishes)
-    original = trainer_module.Trainer._one_step
-
-    def killed(self):
-        if self.step == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_one_step", killed)
-    with pytest.raises(Interrupted, match="stopped after step 11 of 24"):
+    with killed_after(10), pytest.raises(Interrupted, match="stopped after step 11 of 24"):
         distill(teacher, tmp_path / "part", wishes)
     assert not (tmp_path / "part").exists()
-    monkeypatch.setattr(trainer_module.Trainer, "_one_step", original)
     resumed = distill(teacher, tmp_path / "part", wishes)
     assert resumed.result.last["kl"] == whole.result.last["kl"]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))

@@ -33,7 +33,8 @@ inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
 // Intel 5 blocks ahead give less, 8 nothing: presumably they are more lines than the first level may have outstanding
 // (docs/kernel-log.md).
 constexpr int kNearBytes = 3 * kBlockBytes;
-// Zen 5 reads one row's weights 1.2 times as fast when it is asked 12 to 20 blocks ahead (LinearNVFP4::ask); Zen 4 slower.
+// Zen 5 reads one row's weights 1.2 times as fast when it is asked 12 to 20 blocks ahead (LinearNVFP4::ask); Zen 4, asked
+// 6 blocks ahead, slower.
 constexpr int kFarBytes = 16 * kBlockBytes;
 
 // ---- FP32 activations ------------------------------------------------------------------------------------------------
@@ -268,8 +269,9 @@ void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, int apart
       if constexpr (M <= kStreamedRows)                                            \
         apart ? streamed_panels<Group<M>, M, words, kStreams>(a, w, apart, x, out) \
               : streamed_panels<Group<M>, M, words, 1>(a, w, 0, x, out);           \
-      else if (M == 1 && a.ask)                                                    \
-        streamed_panels<Group<M>, M, words, 1, kFarBytes>(a, w, 0, x, out);        \
+      else if constexpr (M == 1)                                                   \
+        a.ask ? streamed_panels<Group<M>, M, words, 1, kFarBytes>(a, w, 0, x, out) \
+              : panel<Group<M>, M, words>(a, w, x, out);                           \
       else                                                                         \
         panel<Group<M>, M, words>(a, w, x, out);                                   \
     }                                                                              \
