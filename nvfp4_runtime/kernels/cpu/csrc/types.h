@@ -219,11 +219,11 @@ struct Latent {
   int groups;  // of kLatentHeads heads, per sequence: an item is one sequence and one group
 };
 
-constexpr int kLatentHeads = 8;  // share a widened tile
+constexpr int kLatentHeads = 8;  // of an item
 constexpr int kLatentTile = 32;  // keys, from a multiple of it on
 // floats of scratch an item needs
 static constexpr size_t latent_scratch(int rank, int rope) {
-  return static_cast<size_t>(kLatentTile) * round16(rank + rope) + kLatentHeads * (2 * static_cast<size_t>(round16(rank + rope)) + 2 * 16 + kLatentTile);
+  return kLatentHeads * (2 * static_cast<size_t>(round16(rank + rope)) + kLatentTile);
 }
 
 // Mamba-2's convolution, scan and gated norm; see Mamba2Kernel in kernels/ops.py. All float32 but gate, xbc, dt, b and `out`.
