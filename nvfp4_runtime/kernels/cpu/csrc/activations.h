@@ -64,6 +64,7 @@ inline Integers to_digits(V x) {
 
 // The four words of 16 signed bytes, word i at out[i * width].
 inline void put_bytes(uint32_t* out, int width, I bytes) {
+  if (width == 1) return store_bytes(reinterpret_cast<uint8_t*>(out), bytes, 16);
   uint32_t words[4];
   store_bytes(reinterpret_cast<uint8_t*>(words), bytes, 16);
   for (int i = 0; i < 4; i++) out[i * width] = words[i];

@@ -27,7 +27,7 @@ struct Experts {
 };
 
 struct ExpertPiece {
-  int expert, begin, end;  // of its blocks of rows, or of its panels
+  int expert, begin, end;  // of its blocks of rows
 };
 
 // Segments begin .. end - 1 of items_[item].
@@ -50,7 +50,9 @@ class Context {
   void linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type);
   void convert(const void* from, Type type, void* to, Type to_type, int count);  // on the calling thread
   // Rows offsets[e] .. offsets[e + 1] of x meet expert e. Offsets run from 0 to `rows` and never fall.
-  void grouped(const Experts& w, const void* x, Type type, const int32_t* offsets, int rows, void* out, Type out_type);
+  // `same_row`: x is one row, and every expert's only one.
+  void grouped(const Experts& w, const void* x, Type type, const int32_t* offsets, int rows, void* out, Type out_type,
+               bool same_row = false);
   // `a` names the weight: pointers, types, scales, n, k; the rest is filled in here.
   void linear_plain(LinearPlain a, const void* x, Type type, int m, void* out, Type out_type);
   void quantize_weight(const QuantizeWeight& a);
@@ -70,12 +72,13 @@ class Context {
 
  private:
   Operand operand_of(const PackedNVFP4& w, Type type) const;
-  // Panels or groups of 16 outputs a thread takes at a time. `few`: rows of x of which the kernel streams weights.
-  int weights_grain(int count, size_t unit_bytes, bool few) const;
+  // How `count` panels or groups of 16 outputs are cut. `few`: rows of x so few that the kernel reads `side_by_side` of them
+  // at once, each from its own end of a piece.
+  Pieces weight_pieces(int count, size_t unit_bytes, bool few, int side_by_side) const;
   void grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void* x, Type type, const int32_t* offsets, void* out,
-                     Type out_type);
+                     Type out_type, bool same_row);
   void grouped_plain(const std::vector<const PlainWeight*>& w, const void* x, Type type, const int32_t* offsets, void* out,
-                     Type out_type);
+                     Type out_type, bool same_row);
   int plan_attention(const Attention& a, const int32_t* cu_seqlens, const int32_t* seq_lens, int sequences);
 
   const Kernels& kernels_;
@@ -92,7 +95,7 @@ class Context {
   std::vector<LinearNVFP4> expert_linears_;
   std::vector<PackPlain> plain_packs_;
   std::vector<LinearPlain> plain_linears_;
-  std::vector<ExpertPiece> expert_pieces_;
+  std::vector<ExpertPiece> expert_blocks_;
   std::vector<AttentionPiece> pieces_;
   std::unique_ptr<std::atomic<int>[]> pending_;  // per item: pieces not yet done
   size_t pending_size_ = 0;

@@ -8,26 +8,36 @@
 namespace nvfp4 {
 namespace {
 
+// Items begin .. end - 1 of all experts' one after the other, `each` of them an expert's: f(expert, begin, end) for every expert.
+template <class F>
+void by_expert(int each, int begin, int end, F&& f) {
+  while (begin < end) {
+    const int expert = begin / each, first = begin % each, last = std::min(each, first + end - begin);
+    f(expert, first, last);
+    begin += last - first;
+  }
+}
+
 struct ExpertsCall {
   const Kernels* kernels;
   const PackX* packs;
   const LinearNVFP4* linears;
-  const std::vector<ExpertPiece>* pieces;
+  const std::vector<ExpertPiece>* blocks;
+  int panels;
   static void pack(const void* context, int begin, int end, int) {
     const PlainFloats guard;
     const auto* call = static_cast<const ExpertsCall*>(context);
     for (int i = begin; i < end; i++) {
-      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
-      call->kernels->pack_x(call->packs[piece.expert], piece.begin, piece.end);
+      const ExpertPiece& block = (*call->blocks)[static_cast<size_t>(i)];
+      call->kernels->pack_x(call->packs[block.expert], block.begin, block.end);
     }
   }
   static void multiply(const void* context, int begin, int end, int) {
     const PlainFloats guard;
     const auto* call = static_cast<const ExpertsCall*>(context);
-    for (int i = begin; i < end; i++) {
-      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
-      call->kernels->linear_nvfp4(call->linears[piece.expert], piece.begin, piece.end);
-    }
+    by_expert(call->panels, begin, end, [&](int expert, int first, int last) {
+      call->kernels->linear_nvfp4(call->linears[expert], first, last);
+    });
   }
 };
 
@@ -35,30 +45,31 @@ struct PlainExpertsCall {
   const Kernels* kernels;
   const PackPlain* packs;
   const LinearPlain* linears;
-  const std::vector<ExpertPiece>* pieces;
+  const std::vector<ExpertPiece>* blocks;
+  int groups;
   float* const* scratch;
   static void pack(const void* context, int begin, int end, int) {
     const PlainFloats guard;
     const auto* call = static_cast<const PlainExpertsCall*>(context);
     for (int i = begin; i < end; i++) {
-      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
-      call->kernels->pack_plain(call->packs[piece.expert], piece.begin, piece.end);
+      const ExpertPiece& block = (*call->blocks)[static_cast<size_t>(i)];
+      call->kernels->pack_plain(call->packs[block.expert], block.begin, block.end);
     }
   }
   static void multiply(const void* context, int begin, int end, int thread) {
     const PlainFloats guard;
     const auto* call = static_cast<const PlainExpertsCall*>(context);
-    for (int i = begin; i < end; i++) {
-      const ExpertPiece& piece = (*call->pieces)[static_cast<size_t>(i)];
-      call->kernels->linear_plain(call->linears[piece.expert], piece.begin, piece.end, call->scratch[thread]);
-    }
+    by_expert(call->groups, begin, end, [&](int expert, int first, int last) {
+      call->kernels->linear_plain(call->linears[expert], first, last, call->scratch[thread]);
+    });
   }
 };
 
-// Items of a piece when `count` of them are cut into pieces of about `grain` that are alike, but for the last.
-int alike(int count, int grain) {
-  const int pieces = std::max(1, (count + grain / 2) / grain);
-  return (count + pieces - 1) / pieces;
+// Pieces of about as many items of which a whole number makes an expert's `count`, where that is possible.
+Pieces alike(int count, Pieces pieces) {
+  if (pieces.halving) return pieces;
+  const int each = std::max(1, (count + pieces.grain / 2) / pieces.grain);
+  return (count + each - 1) / each;
 }
 
 }  // namespace
@@ -81,43 +92,51 @@ Experts::Experts(const std::vector<const Linear*>& e) {
 }
 
 void Context::grouped(const Experts& w, const void* x, Type type, const int32_t* offsets, int rows, void* out,
-                      Type out_type) {
+                      Type out_type, bool same_row) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
   if (rows == 0) return;
-  w.plain.empty() ? grouped_nvfp4(w.packed, x, type, offsets, out, out_type)
-                  : grouped_plain(w.plain, x, type, offsets, out, out_type);
+  w.plain.empty() ? grouped_nvfp4(w.packed, x, type, offsets, out, out_type, same_row)
+                  : grouped_plain(w.plain, x, type, offsets, out, out_type, same_row);
 }
 
 void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void* x, Type type, const int32_t* offsets,
-                            void* out, Type out_type) {
+                            void* out, Type out_type, bool same_row) {
   const PackedNVFP4& one = *w[0];
   const int n = one.n, k = one.k;
   const Operand operand = operand_of(one, type);
   const int most = kernels_.max_rows(operand);
   size_t stored = 0;  // words of x as packed: every expert begins a block
-  for (size_t e = 0; e < w.size(); e++) stored += kernels_.packed_words(operand, offsets[e + 1] - offsets[e], k);
+  for (size_t e = 0; e < w.size(); e++)
+    if (const int m = offsets[e + 1] - offsets[e]) {
+      stored += kernels_.packed_words(operand, m, k);
+      w[e]->ask_for();  // of all experts at once: each would be waited for below
+    }
   uint32_t* packed = static_cast<uint32_t*>(x_.bytes(stored * sizeof(uint32_t)));
   expert_packs_.clear();
   expert_linears_.clear();
-  expert_pieces_.clear();
+  expert_blocks_.clear();
   for (size_t e = 0; e < w.size(); e++) {
     const int m = offsets[e + 1] - offsets[e], blocks = (m + most - 1) / most;
     if (m == 0) continue;
     const PackedNVFP4& weight = *w[e];
+    const size_t first = same_row ? 0 : static_cast<size_t>(offsets[e]);
     PackX pack{};
-    pack.x = static_cast<const char*>(x) + static_cast<size_t>(offsets[e]) * k * type_bytes(type);
+    pack.x = static_cast<const char*>(x) + first * k * type_bytes(type);
     pack.type = type;
     pack.m = m;
     pack.k = k;
     pack.operand = operand;
     pack.input_scale = weight.input_scale;
     pack.packed = packed;
+    // only W4A4 takes x by the weight's own scale
+    const bool packed_already = same_row && !expert_packs_.empty() &&
+                                (operand != Operand::nvfp4 || pack.input_scale == expert_packs_[0].input_scale);
     LinearNVFP4 a{};
     a.weights = weight.data();
     a.e8m0 = weight.e8m0;
     a.row_scale = weight.row_scale();
     a.bias = weight.bias();
-    a.x = packed;
+    a.x = packed_already ? expert_packs_[0].packed : packed;
     a.operand = operand;
     a.m = m;
     a.n = n;
@@ -125,24 +144,22 @@ void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void
     a.out = static_cast<char*>(out) + static_cast<size_t>(offsets[e]) * n * type_bytes(out_type);
     a.out_type = out_type;
     a.ask = ask_;
-    for (int b = 0; b < blocks; b++) expert_pieces_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
-    expert_packs_.push_back(pack);
     expert_linears_.push_back(a);
+    if (packed_already) continue;
+    for (int b = 0; b < blocks; b++) expert_blocks_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
+    expert_packs_.push_back(pack);
     packed += kernels_.packed_words(operand, m, k);
   }
-  const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_pieces_};
-  pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), 1);
   const int panels = one.panels(), active = static_cast<int>(expert_linears_.size());
+  const ExpertsCall call{&kernels_, expert_packs_.data(), expert_linears_.data(), &expert_blocks_, panels};
+  pool_.run(ExpertsCall::pack, &call, static_cast<int>(expert_blocks_.size()), 1);
   const bool few = offsets[w.size()] <= active * kernels_.streamed_rows;
-  const int grain = alike(panels, weights_grain(panels * active, panel_bytes(k), few));
-  expert_pieces_.clear();
-  for (int e = 0; e < active; e++)
-    for (int p = 0; p < panels; p += grain) expert_pieces_.push_back({e, p, std::min(panels, p + grain)});
-  pool_.run(ExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
+  pool_.run(ExpertsCall::multiply, &call, panels * active,
+            alike(panels, weight_pieces(panels * active, panel_bytes(k), few, kernels_.streams)));
 }
 
 void Context::grouped_plain(const std::vector<const PlainWeight*>& w, const void* x, Type type, const int32_t* offsets,
-                            void* out, Type out_type) {
+                            void* out, Type out_type, bool same_row) {
   const LinearPlain& one = w[0]->weight;
   const int n = one.n, k = one.k;
   const bool pairs = kernels_.pairs && type == Type::bf16 && (one.weight_type == Type::bf16 || one.weight_type == Type::e4m3);
@@ -162,16 +179,18 @@ void Context::grouped_plain(const std::vector<const PlainWeight*>& w, const void
   char* packed = static_cast<char*>(x_.bytes(packed_row * static_cast<size_t>(offsets[w.size()])));
   plain_packs_.clear();
   plain_linears_.clear();
-  expert_pieces_.clear();
+  expert_blocks_.clear();
   for (size_t e = 0; e < w.size(); e++) {
     const int m = offsets[e + 1] - offsets[e];
     if (m == 0) continue;
     const size_t first = static_cast<size_t>(offsets[e]);
     const int panels = m <= kernels_.plain_first ? 1 : (m + kernels_.plain_width - 1) / kernels_.plain_width;
     const int width = (m + panels - 1) / panels, pack = static_cast<int>(plain_packs_.size());
-    char* to = packed + first * packed_row;
-    plain_packs_.push_back({static_cast<const char*>(x) + first * x_row, type, one.weight_type, m, k, width, to});
-    for (int p = 0; p < (m + width - 1) / width; p++) expert_pieces_.push_back({pack, p, p + 1});
+    char* to = same_row ? packed : packed + first * packed_row;
+    if (!same_row || pack == 0) {
+      plain_packs_.push_back({static_cast<const char*>(x) + (same_row ? 0 : first * x_row), type, one.weight_type, m, k, width, to});
+      for (int p = 0; p < (m + width - 1) / width; p++) expert_blocks_.push_back({pack, p, p + 1});
+    }
     LinearPlain a = w[e]->weight;
     a.pairs = pairs;
     a.out_type = out_type;
@@ -184,15 +203,12 @@ void Context::grouped_plain(const std::vector<const PlainWeight*>& w, const void
   addresses_.clear();
   const size_t scratch = most <= kernels_.plain_first ? 0 : plain_scratch(k, pairs);
   for (auto& s : per_thread_) addresses_.push_back(static_cast<float*>(s.bytes(scratch)));
-  const PlainExpertsCall call{&kernels_, plain_packs_.data(), plain_linears_.data(), &expert_pieces_, addresses_.data()};
-  pool_.run(PlainExpertsCall::pack, &call, static_cast<int>(expert_pieces_.size()), row_grain(packed_row));
   const int groups = (n + 15) / 16, active = static_cast<int>(plain_linears_.size());
+  const PlainExpertsCall call{&kernels_, plain_packs_.data(), plain_linears_.data(), &expert_blocks_, groups, addresses_.data()};
+  pool_.run(PlainExpertsCall::pack, &call, static_cast<int>(expert_blocks_.size()), row_grain(packed_row));
   const size_t unit = static_cast<size_t>(k) * 16 * type_bytes(one.weight_type);
-  const int grain = alike(groups, weights_grain(groups * active, unit, most <= kernels_.plain_first));
-  expert_pieces_.clear();
-  for (int e = 0; e < active; e++)
-    for (int g = 0; g < groups; g += grain) expert_pieces_.push_back({e, g, std::min(groups, g + grain)});
-  pool_.run(PlainExpertsCall::multiply, &call, static_cast<int>(expert_pieces_.size()), 1);
+  pool_.run(PlainExpertsCall::multiply, &call, groups * active,
+            alike(groups, weight_pieces(groups * active, unit, most <= kernels_.plain_first, 1)));
 }
 
 }  // namespace nvfp4

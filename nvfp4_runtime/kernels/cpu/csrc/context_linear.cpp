@@ -46,9 +46,9 @@ Operand Context::operand_of(const PackedNVFP4& w, Type type) const {
                                         : Operand::floats;
 }
 
-int Context::weights_grain(int count, size_t unit_bytes, bool few) const {
-  return few && kernels_.streams > 1 ? streamed_grain(count, unit_bytes, threads(), kernels_.streams)
-                                     : grain_of(count, unit_bytes, threads());
+Pieces Context::weight_pieces(int count, size_t unit_bytes, bool few, int side_by_side) const {
+  if (few && kernels_.streams > 1) return {side_by_side, true};
+  return grain_of(count, unit_bytes, threads());
 }
 
 void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m, void* out, Type out_type) {
@@ -80,7 +80,8 @@ void Context::linear_nvfp4(const PackedNVFP4& w, const void* x, Type type, int m
     a.out_type = out_type;
     a.ask = ask_;
     parallel<LinearNVFP4, &Kernels::linear_nvfp4>(pool_, kernels_, a, w.panels(),
-                                                  weights_grain(w.panels(), panel_bytes(w.k), rows <= kernels_.streamed_rows));
+                                                  weight_pieces(w.panels(), panel_bytes(w.k), rows <= kernels_.streamed_rows,
+                                                                kernels_.streams));
   }
 }
 
@@ -90,7 +91,8 @@ void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void*
   a.out_type = out_type;
   const size_t packed_row = static_cast<size_t>(plain_vectors(a.k, a.pairs)) * 64;
   const int groups = (a.n + 15) / 16;
-  const int grain = weights_grain(groups, static_cast<size_t>(a.k) * 16 * type_bytes(a.weight_type), m <= kernels_.plain_first);
+  // one group alone is read in several places, too
+  const Pieces pieces = weight_pieces(groups, static_cast<size_t>(a.k) * 16 * type_bytes(a.weight_type), m <= kernels_.plain_first, 1);
   for (int first = 0; first < m; first += kPlainRowsAtOnce) {
     const int rows = std::min(kPlainRowsAtOnce, m - first);
     const int panels = rows <= kernels_.plain_first ? 1 : (rows + kernels_.plain_width - 1) / kernels_.plain_width;
@@ -113,7 +115,7 @@ void Context::linear_plain(LinearPlain a, const void* x, Type type, int m, void*
     const size_t scratch = rows <= kernels_.plain_first ? 0 : plain_scratch(a.k, a.pairs);
     for (auto& s : per_thread_) addresses_.push_back(static_cast<float*>(s.bytes(scratch)));
     const PlainCall call{&kernels_, &a, addresses_.data()};
-    pool_.run(PlainCall::work, &call, groups, grain);
+    pool_.run(PlainCall::work, &call, groups, pieces);
   }
 }
 

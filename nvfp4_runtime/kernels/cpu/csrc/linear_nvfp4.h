@@ -28,14 +28,27 @@ inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
   if (g % 4 == 0) __builtin_prefetch(block + kPrefetchBytes);
 }
 
-// On Intel and on Zen 3 one row of x alone takes memory's time plus its own. Asked for 3 blocks ahead, it reads 1.2 times as
-// fast, and on Intel from kStreams places side by side 1.5 times, which is all that memory gives; Zen 3 loses by them. On
-// Intel 5 blocks ahead give less, 8 nothing: presumably they are more lines than the first level may have outstanding
+// On Intel and on Zen 3 one row of x alone takes memory's time plus its own, so weights are asked for ahead: kNearBytes into the
+// first level of cache and, where that is not 0, kFarBytes into the second. Zen 3 wants 3 blocks and one place at a time. Intel
+// reads kStreams places side by side 1.5 times as fast as one; from 5 blocks ahead the first level gives less, presumably because
+// it has no room for so many outstanding lines, but the second has: 1 block and 7 are 1.08 times as fast as 3 and none
 // (docs/kernel-log.md).
-constexpr int kNearBytes = 3 * kBlockBytes;
+#if defined(__AVX512F__)
+constexpr int kNearBytes = kBlockBytes, kFarBytes = 7 * kBlockBytes;
+#else
+constexpr int kNearBytes = 3 * kBlockBytes, kFarBytes = 0;
+#endif
 // Zen 5 reads one row's weights 1.2 times as fast when it is asked 12 to 20 blocks ahead (LinearNVFP4::ask); Zen 4, asked
 // 6 blocks ahead, slower.
-constexpr int kFarBytes = 16 * kBlockBytes;
+constexpr int kZen5Bytes = 16 * kBlockBytes;
+
+template <int near, int far>
+ALWAYS_INLINE void ask_for_block(const uint8_t* block) {
+  UNROLL for (int line = 0; line < kBlockBytes; line += 64) {
+    __builtin_prefetch(block + near + line);
+    if constexpr (far > 0) __builtin_prefetch(block + far + line, 0, 2);
+  }
+}
 
 // ---- FP32 activations ------------------------------------------------------------------------------------------------
 
@@ -237,7 +250,7 @@ void panel(const LinearNVFP4& a, const uint8_t* w, const uint32_t* x, V* out) {
 }
 
 // P panels side by side, `apart` panels from one to the next: out[p][m].
-template <class Group, int M, int words, int P, int ahead = kNearBytes>
+template <class Group, int M, int words, int P, int near = kNearBytes, int far = kFarBytes>
 void streamed_panels(const LinearNVFP4& a, const uint8_t* w, int apart, const uint32_t* x, V* out) {
   const int groups = a.k / kGroup;
   const size_t stride = static_cast<size_t>(apart) * panel_bytes(a.k);
@@ -248,7 +261,7 @@ void streamed_panels(const LinearNVFP4& a, const uint8_t* w, int apart, const ui
   for (; g + 4 <= groups; g += 4, w += kBlockBytes, x += 4 * words * M)
     UNROLL for (int p = 0; p < P; p++) {
       const uint8_t* block = w + p * stride;
-      UNROLL for (int line = 0; line < kBlockBytes; line += 64) __builtin_prefetch(block + ahead + line);
+      ask_for_block<near, far>(block);
       UNROLL for (int i = 0; i < 4; i++)
         Group::group(block + 64 + 128 * i, scales_of(a, block + 16 * i), x + i * words * M, total[p]);
     }
@@ -270,7 +283,7 @@ void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, int apart
         apart ? streamed_panels<Group<M>, M, words, kStreams>(a, w, apart, x, out) \
               : streamed_panels<Group<M>, M, words, 1>(a, w, 0, x, out);           \
       else if constexpr (M == 1)                                                   \
-        a.ask ? streamed_panels<Group<M>, M, words, 1, kFarBytes>(a, w, 0, x, out) \
+        a.ask ? streamed_panels<Group<M>, M, words, 1, kZen5Bytes, 0>(a, w, 0, x, out) \
               : panel<Group<M>, M, words>(a, w, x, out);                           \
       else                                                                         \
         panel<Group<M>, M, words>(a, w, x, out);                                   \
@@ -295,6 +308,12 @@ void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, int apart
 #undef NVFP4_WIDTH
 }
 
+// What finish_panel reads: nobody else would ask for it before the finished sums wait for it.
+inline void ask_for_row(const LinearNVFP4& a, int p) {
+  __builtin_prefetch(a.row_scale + p * kPanel);
+  if (a.bias) __builtin_prefetch(a.bias + p * kPanel);
+}
+
 template <class O>
 void finish_panel(const LinearNVFP4& a, int p, int first, int rows, const V* total) {
   const int column = p * kPanel, n = a.n - column < kPanel ? a.n - column : kPanel;
@@ -306,6 +325,14 @@ void finish_panel(const LinearNVFP4& a, int p, int first, int rows, const V* tot
   }
 }
 
+// Where streams begin nothing has been asked for yet; more blocks than these gave no more.
+inline void ask_for_beginnings(const LinearNVFP4& a, int first, int apart) {
+  const size_t stride = static_cast<size_t>(apart) * panel_bytes(a.k);
+  const uint8_t* w = a.weights + first * panel_bytes(a.k);
+  for (int line = 0; line < 3 * kBlockBytes; line += 64)
+    for (int i = 0; i < kStreams; i++) __builtin_prefetch(w + i * stride + line, 0, 2);
+}
+
 template <class O>
 void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
   const int most = max_rows(a.operand);
@@ -315,6 +342,7 @@ void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
     const auto panels_at = [&](int p, int apart) {
       const uint8_t* w = a.weights + p * panel_bytes(a.k);
       V total[kMostRows];
+      for (int i = 0; i == 0 || (apart && i < kStreams); i++) ask_for_row(a, p + i * apart);
       switch (a.operand) {
 #if defined(__AVX512BF16__)
         case Operand::pairs: panel_of_width<PairsOf, Operand::pairs>(a, width, w, apart, x, total); break;
@@ -328,6 +356,7 @@ void linear_nvfp4_as(const LinearNVFP4& a, int begin, int end) {
       for (int i = 1; apart && i < kStreams; i++) finish_panel<O>(a, p + i * apart, first, rows, total + i * width);
     };
     const int apart = width <= kStreamedRows ? (end - begin) / kStreams : 0;
+    if (kFarBytes > 0 && apart) ask_for_beginnings(a, begin, apart);
     for (int p = begin; p < begin + apart; p++) panels_at(p, apart);
     for (int p = begin + kStreams * apart; p < end; p++) panels_at(p, 0);
   }

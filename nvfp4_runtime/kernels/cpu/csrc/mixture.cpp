@@ -28,14 +28,18 @@ void Mixture::run(const void* x, const void* inner_x, int rows, const void* shar
   sort(rows);
 
   const size_t row = static_cast<size_t>(first_.k) * type_bytes(input_);
-  char* sorted = static_cast<char*>(rows_.bytes(pairs * row));
-  for (size_t i = 0; i < pairs; i++)
-    std::memcpy(sorted + i * row, static_cast<const char*>(inner_x) + static_cast<size_t>(sources_[i]) * row, row);
+  const void* sorted = inner_x;
+  if (rows > 1) {
+    char* to = static_cast<char*>(rows_.bytes(pairs * row));
+    for (size_t i = 0; i < pairs; i++)
+      std::memcpy(to + i * row, static_cast<const char*>(inner_x) + static_cast<size_t>(sources_[i]) * row, row);
+    sorted = to;
+  }
   const int all = static_cast<int>(pairs);
   void* wide = wide_.bytes(pairs * static_cast<size_t>(first_.n) * type_bytes(stream_));
   void* inner = inner_.bytes(pairs * static_cast<size_t>(down_.k) * type_bytes(input_));
   void* results = results_.bytes(pairs * static_cast<size_t>(down_.n) * type_bytes(stream_));
-  context_.grouped(first_, sorted, input_, offsets_.data(), all, wide, stream_);
+  context_.grouped(first_, sorted, input_, offsets_.data(), all, wide, stream_, rows == 1);
   if (gated_) {
     SiluMul a = activation_;
     a.x = wide;

@@ -50,17 +50,6 @@ inline int grain_of(int count, size_t unit_bytes, int threads) {
   return std::min(by_size, by_balance);
 }
 
-constexpr size_t kStreamedBytes = 160 * 1024;  // weights a thread takes at a time where it reads several places at once
-
-// Pieces of which a kernel reads `streams` places at once: alike in size, as many for each thread (at least two, so that one can
-// help the other), and items for every stream.
-inline int streamed_grain(int count, size_t unit_bytes, int threads, int streams) {
-  const size_t share = static_cast<size_t>(count) * unit_bytes / static_cast<size_t>(threads);
-  const int pieces = threads * static_cast<int>(std::max<size_t>(2, (share + kStreamedBytes / 2) / kStreamedBytes));
-  const int grain = ((count + pieces - 1) / pieces + streams / 2) / streams * streams;
-  return std::min(std::max(grain, streams), std::max(1, count / (2 * threads)));
-}
-
 template <class Args, void (*Kernels::*kernel)(const Args&, int, int)>
 struct Call {
   const Kernels* kernels;
@@ -73,9 +62,9 @@ struct Call {
 };
 
 template <class Args, void (*Kernels::*kernel)(const Args&, int, int)>
-void parallel(Pool& pool, const Kernels& kernels, const Args& args, int count, int grain) {
+void parallel(Pool& pool, const Kernels& kernels, const Args& args, int count, Pieces pieces) {
   const Call<Args, kernel> call{&kernels, &args};
-  pool.run(Call<Args, kernel>::work, &call, count, grain);
+  pool.run(Call<Args, kernel>::work, &call, count, pieces);
 }
 
 // Rows a thread takes of an op that does little per row: about 16 KiB at a time.

@@ -49,11 +49,13 @@ struct Pool::Crew {
   Work work = nullptr;
   const void* context = nullptr;
   int grain = 1;
+  bool halving = false;
 
   explicit Crew(int size) : shares(static_cast<size_t>(size)) {}
 
-  void divide(int count, int pieces_of) {
-    grain = pieces_of;
+  void divide(int count, Pieces cut) {
+    grain = cut.grain;
+    halving = cut.halving;
     const int size = static_cast<int>(shares.size()), pieces = (count + grain - 1) / grain;
     int begin = 0;
     for (int i = 0; i < size; i++) {
@@ -68,10 +70,12 @@ struct Pool::Crew {
     const int size = static_cast<int>(shares.size());
     for (int i = 0; i < size; i++) {
       Share& share = shares[static_cast<size_t>((thread + i) % size)];
-      while (share.next.load(std::memory_order_relaxed) < share.end) {
-        const int begin = share.next.fetch_add(grain, std::memory_order_relaxed);
-        if (begin >= share.end) break;
-        work(context, begin, begin + grain < share.end ? begin + grain : share.end, thread);
+      for (int begin = share.next.load(std::memory_order_relaxed); begin < share.end;) {
+        const int left = share.end - begin, grains = halving ? (left / 2 + grain - 1) / grain : 1;
+        const int size = grains > 1 ? grains * grain : grain, end = size < left ? begin + size : share.end;
+        if (!share.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+        work(context, begin, end, thread);
+        begin = share.next.load(std::memory_order_relaxed);
       }
     }
   }
@@ -130,7 +134,8 @@ void Pool::hire() {
   for (int i = 1; i < threads_; i++) crew_->threads.emplace_back([crew = crew_.get(), i] { crew->live(i); });
 }
 
-void Pool::run(Work work, const void* context, int count, int grain) {
+void Pool::run(Work work, const void* context, int count, Pieces pieces) {
+  const int grain = pieces.grain;
   if (count <= 0) return;
   if (threads_ == 1 || count <= grain) {
     for (int begin = 0; begin < count; begin += grain) work(context, begin, begin + grain < count ? begin + grain : count, 0);
@@ -140,7 +145,7 @@ void Pool::run(Work work, const void* context, int count, int grain) {
   Crew& crew = *crew_;
   crew.work = work;
   crew.context = context;
-  crew.divide(count, grain);
+  crew.divide(count, pieces);
   crew.open.store(true);
   crew.post();
   crew.take(0);

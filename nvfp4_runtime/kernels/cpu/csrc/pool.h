@@ -10,6 +10,14 @@
 
 namespace nvfp4 {
 
+// How work is cut: into pieces of `grain` items, or, halving, of half of what a thread's share has left, in whole grains: long
+// ones at first, and short ones at last, so that no thread waits long for another.
+struct Pieces {
+  int grain;
+  bool halving = false;
+  Pieces(int g, bool h = false) : grain(g), halving(h) {}
+};
+
 class Pool {
  public:
   using Work = void (*)(const void* context, int begin, int end, int thread);
@@ -21,9 +29,9 @@ class Pool {
 
   int threads() const { return threads_; }
 
-  // Calls work over [0, count) in pieces of at most `grain`, on all threads, and returns when all is done. Which thread
-  // takes which piece is left to chance; kernels give the same bits for any split. One caller at a time.
-  void run(Work work, const void* context, int count, int grain);
+  // Calls work over [0, count) in pieces on all threads, and returns when all is done. Which thread takes which piece is
+  // left to chance; kernels give the same bits for any split. One caller at a time.
+  void run(Work work, const void* context, int count, Pieces pieces);
 
  private:
   struct Crew;
