@@ -73,7 +73,7 @@ class Context {
  private:
   Operand operand_of(const PackedNVFP4& w, Type type) const;
   // How `count` panels or groups of 16 outputs are cut. `few`: rows of x so few that the kernel reads `side_by_side` of them
-  // at once, each from its own end of a piece.
+  // at once, each from its own part of a piece.
   Pieces weight_pieces(int count, size_t unit_bytes, bool few, int side_by_side) const;
   void grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void* x, Type type, const int32_t* offsets, void* out,
                      Type out_type, bool same_row);

@@ -67,7 +67,7 @@ struct PlainExpertsCall {
 
 // Pieces of about as many items of which a whole number makes an expert's `count`, where that is possible.
 Pieces alike(int count, Pieces pieces) {
-  if (pieces.halving) return pieces;
+  if (pieces.most) return pieces;
   const int each = std::max(1, (count + pieces.grain / 2) / pieces.grain);
   return (count + each - 1) / each;
 }

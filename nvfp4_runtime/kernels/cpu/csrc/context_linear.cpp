@@ -5,6 +5,7 @@
 namespace nvfp4 {
 namespace {
 
+constexpr size_t kMostBytes = 1024 * 1024;  // weights a thread takes at a time where pieces halve; more gives no more
 constexpr int kRowsAtOnce = 528;       // prefill rows kept packed: 528 x 2048 x 1.5 bytes = 1.6 MB of W4A8
 
 struct PlainCall {
@@ -47,7 +48,10 @@ Operand Context::operand_of(const PackedNVFP4& w, Type type) const {
 }
 
 Pieces Context::weight_pieces(int count, size_t unit_bytes, bool few, int side_by_side) const {
-  if (few && kernels_.streams > 1) return {side_by_side, true};
+  if (few && kernels_.streams > 1) {
+    const int grain = std::min(side_by_side, std::max(1, count / (2 * threads())));
+    return {grain, std::max(grain, static_cast<int>(kMostBytes / std::max<size_t>(1, unit_bytes)))};
+  }
   return grain_of(count, unit_bytes, threads());
 }
 

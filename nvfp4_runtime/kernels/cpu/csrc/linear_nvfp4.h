@@ -30,7 +30,7 @@ inline void prefetch_group(const uint8_t* block, const uint8_t* codes, int g) {
 
 // On Intel and on Zen 3 one row of x alone takes memory's time plus its own, so weights are asked for ahead: kNearBytes into the
 // first level of cache and, where that is not 0, kFarBytes into the second. Zen 3 wants 3 blocks and one place at a time. Intel
-// reads kStreams places side by side 1.5 times as fast as one; from 5 blocks ahead the first level gives less, presumably because
+// reads kStreams places side by side 1.2 times as fast as one; from 5 blocks ahead the first level gives less, presumably because
 // it has no room for so many outstanding lines, but the second has: 1 block and 7 are 1.08 times as fast as 3 and none
 // (docs/kernel-log.md).
 #if defined(__AVX512F__)

@@ -48,14 +48,13 @@ struct Pool::Crew {
   std::atomic<bool> open{false};
   Work work = nullptr;
   const void* context = nullptr;
-  int grain = 1;
-  bool halving = false;
+  int grain = 1, most = 0;
 
   explicit Crew(int size) : shares(static_cast<size_t>(size)) {}
 
   void divide(int count, Pieces cut) {
     grain = cut.grain;
-    halving = cut.halving;
+    most = cut.most;
     const int size = static_cast<int>(shares.size()), pieces = (count + grain - 1) / grain;
     int begin = 0;
     for (int i = 0; i < size; i++) {
@@ -71,8 +70,8 @@ struct Pool::Crew {
     for (int i = 0; i < size; i++) {
       Share& share = shares[static_cast<size_t>((thread + i) % size)];
       for (int begin = share.next.load(std::memory_order_relaxed); begin < share.end;) {
-        const int left = share.end - begin, grains = halving ? (left / 2 + grain - 1) / grain : 1;
-        const int size = grains > 1 ? grains * grain : grain, end = size < left ? begin + size : share.end;
+        const int left = share.end - begin, half = left / 2 < most ? left / 2 : most;
+        const int items = half > grain ? (half + grain - 1) / grain * grain : grain, end = items < left ? begin + items : share.end;
         if (!share.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
         work(context, begin, end, thread);
         begin = share.next.load(std::memory_order_relaxed);
@@ -135,8 +134,8 @@ void Pool::hire() {
 }
 
 void Pool::run(Work work, const void* context, int count, Pieces pieces) {
-  const int grain = pieces.grain;
   if (count <= 0) return;
+  const int grain = threads_ == 1 && pieces.most ? count : pieces.grain;
   if (threads_ == 1 || count <= grain) {
     for (int begin = 0; begin < count; begin += grain) work(context, begin, begin + grain < count ? begin + grain : count, 0);
     return;

@@ -10,12 +10,12 @@
 
 namespace nvfp4 {
 
-// How work is cut: into pieces of `grain` items, or, halving, of half of what a thread's share has left, in whole grains: long
-// ones at first, and short ones at last, so that no thread waits long for another.
+// How work is cut: into pieces of `grain` items; or, with `most`, of half of what a thread's share has left, in whole grains and at
+// most so many items: long ones at first, and short ones at last, so that no thread waits long for another. One thread alone
+// then takes all at once.
 struct Pieces {
-  int grain;
-  bool halving = false;
-  Pieces(int g, bool h = false) : grain(g), halving(h) {}
+  int grain, most;
+  Pieces(int items, int up_to = 0) : grain(items), most(up_to) {}
 };
 
 class Pool {
