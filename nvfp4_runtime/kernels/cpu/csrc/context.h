@@ -26,8 +26,8 @@ struct Experts {
   int count() const { return static_cast<int>(packed.size() + plain.size()); }
 };
 
-struct ExpertPiece {
-  int expert, begin, end;  // of its blocks of rows
+struct ExpertBlock {
+  int expert, block;  // of its rows
 };
 
 // Segments begin .. end - 1 of items_[item].
@@ -95,7 +95,7 @@ class Context {
   std::vector<LinearNVFP4> expert_linears_;
   std::vector<PackPlain> plain_packs_;
   std::vector<LinearPlain> plain_linears_;
-  std::vector<ExpertPiece> expert_blocks_;
+  std::vector<ExpertBlock> expert_blocks_;
   std::vector<AttentionPiece> pieces_;
   std::unique_ptr<std::atomic<int>[]> pending_;  // per item: pieces not yet done
   size_t pending_size_ = 0;

@@ -22,14 +22,14 @@ struct ExpertsCall {
   const Kernels* kernels;
   const PackX* packs;
   const LinearNVFP4* linears;
-  const std::vector<ExpertPiece>* blocks;
+  const std::vector<ExpertBlock>* blocks;
   int panels;
   static void pack(const void* context, int begin, int end, int) {
     const PlainFloats guard;
     const auto* call = static_cast<const ExpertsCall*>(context);
     for (int i = begin; i < end; i++) {
-      const ExpertPiece& block = (*call->blocks)[static_cast<size_t>(i)];
-      call->kernels->pack_x(call->packs[block.expert], block.begin, block.end);
+      const ExpertBlock& b = (*call->blocks)[static_cast<size_t>(i)];
+      call->kernels->pack_x(call->packs[b.expert], b.block, b.block + 1);
     }
   }
   static void multiply(const void* context, int begin, int end, int) {
@@ -45,15 +45,15 @@ struct PlainExpertsCall {
   const Kernels* kernels;
   const PackPlain* packs;
   const LinearPlain* linears;
-  const std::vector<ExpertPiece>* blocks;
+  const std::vector<ExpertBlock>* blocks;
   int groups;
   float* const* scratch;
   static void pack(const void* context, int begin, int end, int) {
     const PlainFloats guard;
     const auto* call = static_cast<const PlainExpertsCall*>(context);
     for (int i = begin; i < end; i++) {
-      const ExpertPiece& block = (*call->blocks)[static_cast<size_t>(i)];
-      call->kernels->pack_plain(call->packs[block.expert], block.begin, block.end);
+      const ExpertBlock& b = (*call->blocks)[static_cast<size_t>(i)];
+      call->kernels->pack_plain(call->packs[b.expert], b.block, b.block + 1);
     }
   }
   static void multiply(const void* context, int begin, int end, int thread) {
@@ -146,7 +146,7 @@ void Context::grouped_nvfp4(const std::vector<const PackedNVFP4*>& w, const void
     a.ask = ask_;
     expert_linears_.push_back(a);
     if (packed_already) continue;
-    for (int b = 0; b < blocks; b++) expert_blocks_.push_back({static_cast<int>(expert_packs_.size()), b, b + 1});
+    for (int b = 0; b < blocks; b++) expert_blocks_.push_back({static_cast<int>(expert_packs_.size()), b});
     expert_packs_.push_back(pack);
     packed += kernels_.packed_words(operand, m, k);
   }
@@ -189,7 +189,7 @@ void Context::grouped_plain(const std::vector<const PlainWeight*>& w, const void
     char* to = same_row ? packed : packed + first * packed_row;
     if (!same_row || pack == 0) {
       plain_packs_.push_back({static_cast<const char*>(x) + (same_row ? 0 : first * x_row), type, one.weight_type, m, k, width, to});
-      for (int p = 0; p < (m + width - 1) / width; p++) expert_blocks_.push_back({pack, p, p + 1});
+      for (int p = 0; p < (m + width - 1) / width; p++) expert_blocks_.push_back({pack, p});
     }
     LinearPlain a = w[e]->weight;
     a.pairs = pairs;

@@ -276,18 +276,18 @@ void streamed_panels(const LinearNVFP4& a, const uint8_t* w, int apart, const ui
 template <template <int> class Group, Operand operand>
 void panel_of_width(const LinearNVFP4& a, int width, const uint8_t* w, int apart, const uint32_t* x, V* out) {
   constexpr int most = max_rows(operand), words = words_per_group(operand);
-#define NVFP4_WIDTH(M) \
-  case M:              \
-    if constexpr (M <= most && !(M == 2 && operand == Operand::floats)) {          \
-      if constexpr (M <= kStreamedRows)                                            \
-        apart ? streamed_panels<Group<M>, M, words, kStreams>(a, w, apart, x, out) \
-              : streamed_panels<Group<M>, M, words, 1>(a, w, 0, x, out);           \
-      else if constexpr (M == 1)                                                   \
+#define NVFP4_WIDTH(M)                                                                 \
+  case M:                                                                              \
+    if constexpr (M <= most && !(M == 2 && operand == Operand::floats)) {              \
+      if constexpr (M <= kStreamedRows)                                                \
+        apart ? streamed_panels<Group<M>, M, words, kStreams>(a, w, apart, x, out)     \
+              : streamed_panels<Group<M>, M, words, 1>(a, w, 0, x, out);               \
+      else if constexpr (M == 1)                                                       \
         a.ask ? streamed_panels<Group<M>, M, words, 1, kZen5Bytes, 0>(a, w, 0, x, out) \
-              : panel<Group<M>, M, words>(a, w, x, out);                           \
-      else                                                                         \
-        panel<Group<M>, M, words>(a, w, x, out);                                   \
-    }                                                                              \
+              : panel<Group<M>, M, words>(a, w, x, out);                               \
+      else                                                                             \
+        panel<Group<M>, M, words>(a, w, x, out);                                       \
+    }                                                                                  \
     break;
   switch (width) {
     NVFP4_WIDTH(1)
